@@ -1,0 +1,498 @@
+"""Tiny pipelines out of the real diffusers and transformers classes, with seeded random weights.
+
+Nothing is downloaded and nothing is mocked: each builder returns a pipeline that a user could have loaded, only
+thousands of times smaller, and the keyword arguments of one call. The text encoders are left out where the pipeline
+takes embeddings; `flux(text=True)` has real CLIP and T5 encoders with tokenizers that are built here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import Tensor, nn
+
+Kwargs = dict[str, Any]
+Built = tuple[DiffusionPipeline, Kwargs]
+
+
+def seed_weights(module: nn.Module, seed: int, gain: float = 1.0) -> None:
+    """Give every parameter a seeded value under which no part of the model is degenerate.
+
+    Matrices keep the variance of their input (times `gain`), norms stay near one, biases and tables are visible: each
+    block changes its input noticeably, and differently at each noise level.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "scale_shift_table" in name:
+                parameter.copy_(noise * 0.5)
+            elif parameter.ndim >= 2:
+                parameter.copy_(noise * gain / math.sqrt(parameter[0].numel()))
+            elif name.endswith("weight") or name.endswith("gamma"):
+                parameter.copy_(1.0 + 0.1 * noise)
+            else:
+                parameter.copy_(0.1 * noise)
+
+
+def _ready(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    """Standard normal noise of a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------ FLUX
+
+
+def flux_transformer(
+    *, guidance: bool = True, seed: int = 0, layers: int = 2, single_layers: int = 3, gain: float = 1.0
+) -> FluxTransformer2DModel:
+    """A FLUX transformer with double and single blocks, two heads of 16."""
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    seed_weights(model, seed, gain)
+    return model
+
+
+def kl_autoencoder(*, latent_channels: int = 4, levels: int = 4, seed: int = 1, gain: float = 1.0) -> AutoencoderKL:
+    """An AutoencoderKL that shrinks each side by 2 ** (levels - 1); its pictures span black to white."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(4,) * levels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+    ).eval()
+    seed_weights(vae, seed, gain)
+    return vae
+
+
+def tiny_autoencoder(*, latent_channels: int = 4, seed: int = 1) -> AutoencoderTiny:
+    """An AutoencoderTiny with the same factor of eight."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        latent_channels=latent_channels,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    ).eval()
+    seed_weights(vae, seed)
+    return vae
+
+
+def _text_parts() -> Kwargs:
+    """CLIP and T5 encoders with tokenizers made of single characters."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
+    clip_vocab = {token: i for i, token in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        clip_vocab[special] = len(clip_vocab)
+    end = clip_vocab["<|endoftext|>"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_vocab),
+            hidden_size=32,
+            intermediate_size=37,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            projection_dim=32,
+            max_position_embeddings=77,
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    ).eval()
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, pad_token_id=0)
+    ).eval()
+    seed_weights(clip, 11)
+    seed_weights(t5, 12)
+    return {
+        "text_encoder": clip,
+        "tokenizer": CLIPTokenizer(vocab=clip_vocab, merges=[], model_max_length=77),
+        "text_encoder_2": t5,
+        "tokenizer_2": T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=64),
+    }
+
+
+def flux(
+    *,
+    guidance: bool = True,
+    text: bool = False,
+    vae: str = "kl",
+    size: int | tuple[int, int] = 64,
+    steps: int = 4,
+    batch: int = 1,
+    seed: int = 0,
+    gain: float = 1.0,
+) -> Built:
+    """FLUX; `size` is the side in pixels or (height, width), 16 pixels a token."""
+    height, width = (size, size) if isinstance(size, int) else size
+    parts: Kwargs = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    if text:
+        parts = _text_parts()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=kl_autoencoder() if vae == "kl" else tiny_autoencoder(),
+        transformer=flux_transformer(guidance=guidance, seed=seed, gain=gain),
+        **parts,
+    )
+    call: Kwargs = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "pt"}
+    if text:
+        call |= {"prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]}
+        call |= {"max_sequence_length": 16}
+    else:
+        call |= {"prompt_embeds": randn(batch, 6, 32, seed=21), "pooled_prompt_embeds": randn(batch, 32, seed=22)}
+    return _ready(pipe), call
+
+
+def flux_negative(call: Kwargs, scale: float = 2.0) -> Kwargs:
+    """What turns a FLUX call into one with true classifier-free guidance: two branches a step."""
+    negative = {
+        "negative_prompt_embeds": torch.randn(
+            call["prompt_embeds"].shape, generator=torch.Generator().manual_seed(23)
+        ),
+        "negative_pooled_prompt_embeds": torch.randn(
+            call["pooled_prompt_embeds"].shape, generator=torch.Generator().manual_seed(24)
+        ),
+    }
+    return {**call, **negative, "true_cfg_scale": scale}
+
+
+# ----------------------------------------------------------------------------------------------------- the others
+
+
+def flux2(*, steps: int = 4) -> Built:
+    """FLUX.2: latents of 4 x 4 channels a token, position ids of four axes, one embedding stream."""
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    ).eval()
+    seed_weights(transformer, 0)
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=32,
+    ).eval()
+    seed_weights(vae, 1)
+    pipe = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    call: Kwargs = {"height": 16, "width": 16, "num_inference_steps": steps, "output_type": "pt"}
+    return _ready(pipe), call | {"prompt_embeds": randn(1, 6, 32, seed=21)}
+
+
+def sd3(*, steps: int = 4) -> Built:
+    """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch."""
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    ).eval()
+    seed_weights(transformer, 0)
+    absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_autoencoder(),
+        **dict.fromkeys(absent),
+    )
+    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    return _ready(pipe), call | {
+        "prompt_embeds": randn(1, 6, 32, seed=21),
+        "pooled_prompt_embeds": randn(1, 32, seed=22),
+        "negative_prompt_embeds": randn(1, 6, 32, seed=23),
+        "negative_pooled_prompt_embeds": randn(1, 32, seed=24),
+        "guidance_scale": 3.0,
+    }
+
+
+def qwen_image(*, steps: int = 4) -> Built:
+    """Qwen-Image with true classifier-free guidance: two calls a step."""
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    seed_weights(transformer, 0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    seed_weights(vae, 1)
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    call: Kwargs = {"height": 32, "width": 32, "num_inference_steps": steps, "output_type": "pt"}
+    return _ready(pipe), call | {
+        "prompt_embeds": randn(1, 7, 16, seed=21),
+        "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.int64),
+        "negative_prompt_embeds": randn(1, 5, 16, seed=23),
+        "negative_prompt_embeds_mask": torch.ones(1, 5, dtype=torch.int64),
+        "true_cfg_scale": 2.0,
+    }
+
+
+def wan(*, steps: int = 4) -> Built:
+    """Wan text to video, five frames, with a multistep scheduler and two calls a step."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).eval()
+    seed_weights(transformer, 0)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    seed_weights(vae, 1)
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+        transformer=transformer,
+    )
+    call: Kwargs = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": steps, "output_type": "pt"}
+    return _ready(pipe), call | {
+        "prompt_embeds": randn(1, 6, 16, seed=21),
+        "negative_prompt_embeds": randn(1, 6, 16, seed=23),
+        "guidance_scale": 3.0,
+    }
+
+
+def z_image(*, steps: int = 4) -> Built:
+    """Z-Image: lists of images and captions, refiners before the main blocks."""
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    ).eval()
+    seed_weights(transformer, 0)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=kl_autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    return _ready(pipe), call | {
+        "prompt_embeds": [randn(6, 16, seed=21)],
+        "negative_prompt_embeds": [randn(4, 16, seed=23)],
+        "guidance_scale": 2.0,
+    }
+
+
+def pixart(*, steps: int = 4) -> Built:
+    """PixArt-Sigma: cross attention, a position buffer, a multistep DPM solver, both branches in one batch."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=32,
+        out_channels=8,
+        use_additional_conditions=False,
+    ).eval()
+    seed_weights(transformer, 0)
+    pipe = PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=kl_autoencoder(),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    return _ready(pipe), call | {
+        "negative_prompt": None,
+        "prompt_embeds": randn(1, 6, 32, seed=21),
+        "prompt_attention_mask": torch.ones(1, 6),
+        "negative_prompt_embeds": randn(1, 6, 32, seed=23),
+        "negative_prompt_attention_mask": torch.ones(1, 6),
+        "guidance_scale": 3.0,
+        "use_resolution_binning": False,
+    }
+
+
+PIPELINES: dict[str, Callable[..., Built]] = {
+    "flux": flux,
+    "flux2": flux2,
+    "sd3": sd3,
+    "qwen-image": qwen_image,
+    "wan": wan,
+    "z-image": z_image,
+    "pixart": pixart,
+}
+
+BLOCKS: dict[str, tuple[str, ...]] = {
+    "flux": ("transformer_blocks", "single_transformer_blocks"),
+    "flux2": ("transformer_blocks", "single_transformer_blocks"),
+    "sd3": ("transformer_blocks",),
+    "qwen-image": ("transformer_blocks",),
+    "wan": ("blocks",),
+    "z-image": ("layers",),
+    "pixart": ("transformer_blocks",),
+}
+"""The block lists that make up each model's main stack, in the order they run."""
+
+
+# ------------------------------------------------------------------------------------------------------------ use
+
+
+def run(pipe: DiffusionPipeline, call: Kwargs, *, seed: int | None = 0, **changes: Any) -> Any:
+    """Call the pipeline with a fresh generator; the first output: a tensor unless `output_type` says otherwise."""
+    arguments = {**call, **changes}
+    if seed is not None and "generator" not in arguments:
+        arguments["generator"] = torch.Generator().manual_seed(seed)
+    return pipe(**arguments, return_dict=False)[0]
+
+
+def main_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of the main stack in running order."""
+    names = next(
+        names
+        for names in (("transformer_blocks", "single_transformer_blocks"), ("transformer_blocks",), ("blocks",), ("layers",))
+        if all(hasattr(transformer, name) for name in names)
+    )
+    return [block for name in names for block in getattr(transformer, name)]
+
+
+@contextmanager
+def counted_blocks(transformer: nn.Module) -> Iterator[list[int]]:
+    """Count real calls of each main block, with forward hooks, while the context is open."""
+    blocks = main_blocks(transformer)
+    counts = [0] * len(blocks)
+
+    def counter(index: int) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[index] += 1
+
+        return count
+
+    handles = [block.register_forward_hook(counter(i)) for i, block in enumerate(blocks)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
