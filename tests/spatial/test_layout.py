@@ -1,0 +1,103 @@
+"""Token layouts: nothing is lost between the stages, and every token is where its position says."""
+
+from __future__ import annotations
+
+import torch
+from fastdit.layout import TokenLayout
+from hypothesis import given
+from hypothesis import strategies as st
+
+SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
+
+
+@st.composite
+def refinements(draw: st.DrawFn) -> tuple[TokenLayout, torch.Tensor]:
+    """A coarse layout of any shape, and for each image of a batch a choice of tokens of one common count."""
+    rows, columns, batch = draw(SIZES)
+    count = draw(st.integers(0, rows * columns))
+    chosen = [draw(st.permutations(range(rows * columns)))[:count] for _ in range(batch)]
+    return TokenLayout(2 * rows, 2 * columns, coarse=True), torch.tensor(chosen, dtype=torch.long).reshape(batch, count)
+
+
+def marked(layout: TokenLayout, batch: int) -> torch.Tensor:
+    """Latents whose channels are image, row and column of the token, in the coarse frame."""
+    places = layout.positions(torch.device("cpu")).expand(batch, -1, -1)
+    images = torch.arange(batch, dtype=torch.float32)[:, None, None].expand(-1, places.shape[1], 1)
+    return torch.cat([images, places], dim=2)
+
+
+@given(refinements())
+def test_a_refined_token_becomes_four_children_at_half_offsets(case: tuple[TokenLayout, torch.Tensor]) -> None:
+    coarse, chosen = case
+    batch = chosen.shape[0]
+    latents, layout = coarse.refine(marked(coarse, batch), chosen)
+    positions = layout.positions(torch.device("cpu")).expand(batch, -1, -1)
+    assert latents.shape[1] == layout.tokens == positions.shape[1] == coarse.tokens + 3 * chosen.shape[1]
+    assert torch.equal(latents[:, :, 0], torch.arange(float(batch))[:, None].expand(-1, layout.tokens))
+    assert torch.equal(latents[:, :, 1:], positions.floor())
+    kept = coarse.tokens - chosen.shape[1]
+    assert torch.equal(positions[:, :kept], positions[:, :kept].floor())
+    offsets = (positions - positions.floor())[:, kept:].reshape(batch, -1, 4, 2)
+    expected = torch.tensor([[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]])
+    assert torch.equal(offsets, expected.expand_as(offsets))
+
+
+@given(refinements())
+def test_kept_tokens_come_first_and_both_groups_are_in_raster_order(case: tuple[TokenLayout, torch.Tensor]) -> None:
+    coarse, chosen = case
+    batch, columns = chosen.shape[0], coarse.columns // 2
+    _, layout = coarse.refine(marked(coarse, batch), chosen)
+    places = layout.positions(torch.device("cpu")).expand(batch, -1, -1).floor()
+    number = (places[..., 0] * columns + places[..., 1]).long()
+    kept = coarse.tokens - chosen.shape[1]
+    for image in range(batch):
+        wanted = sorted(chosen[image].tolist())
+        assert number[image, :kept].tolist() == [token for token in range(coarse.tokens) if token not in wanted]
+        assert number[image, kept:].reshape(-1, 4).tolist() == [[token] * 4 for token in wanted]
+
+
+@given(refinements())
+def test_completing_a_mixed_layout_gives_every_cell_of_the_fine_grid_once(
+    case: tuple[TokenLayout, torch.Tensor],
+) -> None:
+    coarse, chosen = case
+    batch = chosen.shape[0]
+    _, layout = coarse.refine(marked(coarse, batch), chosen)
+    fine = TokenLayout(coarse.rows, coarse.columns, coarse=False)
+    # A kept token carries its coarse position, a child its own: after completion the two differ by the offset only.
+    complete = layout.to_raster(layout.complete(marked(layout, batch)))
+    cells = fine.positions(torch.device("cpu"))
+    assert complete.shape[1] == fine.tokens == coarse.rows * coarse.columns
+    assert torch.equal((complete[:, :, 1:]).floor(), (cells / 2).floor().expand(batch, -1, -1))
+    for image in range(batch):
+        refined = set(chosen[image].tolist())
+        for token, (row, column) in zip(complete[image, :, 1:].tolist(), cells[0].tolist(), strict=True):
+            parent = int(row // 2) * (coarse.columns // 2) + int(column // 2)
+            assert token == ([row / 2, column / 2] if parent in refined else [row // 2, column // 2])
+
+
+@given(refinements())
+def test_refining_and_completing_is_nearest_neighbour_upsampling_of_tokens(
+    case: tuple[TokenLayout, torch.Tensor],
+) -> None:
+    coarse, chosen = case
+    batch, rows, columns = chosen.shape[0], coarse.rows // 2, coarse.columns // 2
+    values = tiny_noise(batch, rows * columns, 5)
+    latents, layout = coarse.refine(values, chosen)
+    found = layout.to_raster(layout.complete(latents))
+    grid = values.reshape(batch, rows, columns, 5).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    assert torch.equal(found, grid.reshape(batch, -1, 5))
+
+
+@given(SIZES)
+def test_uniform_layouts_count_their_tokens_and_keep_raster_order(size: tuple[int, int, int]) -> None:
+    rows, columns, batch = size
+    coarse = TokenLayout(2 * rows, 2 * columns, coarse=True)
+    fine = TokenLayout(2 * rows, 2 * columns, coarse=False)
+    assert (coarse.tokens, fine.tokens) == (rows * columns, 4 * rows * columns)
+    values = tiny_noise(batch, fine.tokens, 3)
+    assert torch.equal(fine.to_raster(fine.complete(values)), values)
+
+
+def tiny_noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,126 @@
+"""`accelerate(pipe, [RALU(...)])` against the straight-line reference, on tiny FLUX pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference_ralu
+import tiny
+import torch
+from fastdit import RALU, accelerate
+from fastdit.spatial.matching import solve
+from reference_ralu import Generators
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+PRESETS = {"4x": ((0.3, 0.45), 6.317, 0.3), "5x": ((0.3, 0.45), 7.522, 0.2), "7x": ((0.2, 0.3), 6.261, 0.1)}
+
+
+def generator_of(seed: int, images: int | None) -> Generators:
+    """One generator, or a list of one an image."""
+    if images is None:
+        return torch.Generator().manual_seed(seed)
+    return [torch.Generator().manual_seed(100 * seed + image) for image in range(images)]
+
+
+def compare(
+    built: tiny.Built,
+    accelerator: RALU,
+    *,
+    ends: tuple[float, float],
+    z: float,
+    ratio: float,
+    fidelity: str = "exact",
+    listed: bool = False,
+    **extra: Any,
+) -> reference_ralu.Result:
+    """Run both with the first seed at which the edge selection is unambiguous, and compare every step."""
+    pipe, call = built
+    fast = accelerate(pipe, [accelerator])
+    plan = fast.fastdit.plan(call["height"], call["width"], call.get("num_inference_steps"))
+    sigmas = [list(stage.sigmas) for stage in plan.stages]
+    images = call["prompt_embeds"].shape[0] if listed else None
+    for seed in range(40):
+        try:
+            expected = reference_ralu.ralu(
+                pipe.transformer,
+                pipe.vae,
+                sigmas=sigmas,
+                ends=ends,
+                z=z,
+                ratio=ratio,
+                fidelity=fidelity,
+                generator=generator_of(seed, images),
+                **reference_ralu.flux_arguments(call),
+                **extra,
+            )
+        except ValueError:
+            continue
+        break
+    else:
+        raise AssertionError("no seed with an unambiguous edge selection")
+    seen: list[torch.Tensor] = []
+
+    def note(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(tensors["latents"])
+        return {}
+
+    found = tiny.run(
+        fast,
+        {**call, **extra},
+        generator=generator_of(seed, images),
+        output_type="latent",
+        callback_on_step_end=note,
+    )
+    borders = {plan.stages[0].steps - 1, plan.stages[0].steps + plan.stages[1].steps - 1}
+    for step, (mine, theirs) in enumerate(zip(seen, expected.trajectory, strict=True)):
+        if step not in borders:  # at a border the callback sees the next stage's first latents
+            torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4, msg=lambda m, s=step: f"step {s}: {m}")
+    torch.testing.assert_close(found, expected.latents, rtol=2e-4, atol=2e-4)
+    return expected
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_equals_the_straight_line_reference(preset: str, fidelity: str) -> None:
+    pipe, call = tiny.flux(size=128)
+    del call["num_inference_steps"]
+    ends, z, ratio = PRESETS[preset]
+    compare((pipe, call), RALU(preset, fidelity=fidelity), ends=ends, z=z, ratio=ratio, fidelity=fidelity)
+
+
+@pytest.mark.parametrize("size", [(96, 160), (160, 64), (32, 256)])
+def test_a_picture_of_any_aspect_ratio_equals_the_reference(size: tuple[int, int]) -> None:
+    built = tiny.flux(size=size, steps=6)
+    plan = accelerate(built[0], [RALU("4x")]).fastdit.plan(*size, 6)
+    z = solve(tuple(stage.steps for stage in plan.stages), (0.3, 0.45)).restart
+    compare(built, RALU("4x"), ends=(0.3, 0.45), z=z, ratio=0.3)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_batch_equals_the_reference_and_its_images_refine_different_tokens(listed: bool) -> None:
+    accelerator = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.25, restart=4.0)
+    built = tiny.flux(size=128, batch=2, steps=6)
+    result = compare(built, accelerator, ends=(0.3, 0.45), z=4.0, ratio=0.25, listed=listed)
+    assert result.selected[0] != result.selected[1]
+
+
+def test_a_distilled_model_in_four_steps_equals_the_reference() -> None:
+    z = solve((1, 1, 2), (0.3, 0.45)).restart
+    built = tiny.flux(size=128, steps=4, guidance=False)
+    compare(built, RALU(steps=(1, 1, 2), ends=(0.3, 0.45), ratio=0.3), ends=(0.3, 0.45), z=z, ratio=0.3)
+
+
+def test_latents_given_by_the_user_are_pooled_as_the_reference_pools_them() -> None:
+    accelerator = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.25, restart=4.0)
+    built = tiny.flux(size=128, steps=6)
+    compare(built, accelerator, ends=(0.3, 0.45), z=4.0, ratio=0.25, latents=tiny.randn(1, 64, 16, seed=5))
+
+
+@pytest.mark.parametrize("ratio", [0.07, 0.93])
+def test_few_or_nearly_all_tokens_refined_equal_the_reference(ratio: float) -> None:
+    accelerator = RALU(steps=(2, 2, 2), ends=(0.25, 0.5), ratio=ratio, restart=3.0)
+    built = tiny.flux(size=128, steps=6)
+    result = compare(built, accelerator, ends=(0.25, 0.5), z=3.0, ratio=ratio)
+    assert len(result.selected[0]) == int(ratio * 16)
