@@ -1,0 +1,198 @@
+"""The levels of a stack and what an accelerator of each level declares.
+
+An accelerator is a frozen dataclass: configuration and plug-in at once. It declares its effects as data and never
+names another accelerator; `fastdit.stack` derives what goes together. Whatever it must remember lives in a state
+object that is made for one run and dies with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from .errors import InvalidConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from .layout import TokenLayout
+    from .models.family import Family
+
+
+class Level(Enum):
+    """Where an accelerator acts, outermost first. The level, not the order in the list, decides the nesting."""
+
+    SCHEDULE = "schedule"
+    STEP_CACHE = "step cache"
+    TOKEN_CACHE = "token cache"
+    ATTENTION = "attention"
+    ENGINE = "engine"
+
+
+class Change(Enum):
+    """What an accelerator alters for everything that runs inside it."""
+
+    TOKEN_COUNT = "the number of tokens between stages"
+    TIMESTEPS = "the timesteps of the run"
+    STEP_ORDER = "which steps run the block stack"
+    ARITHMETIC_ORDER = "the order of floating-point operations"
+
+
+class Need(Enum):
+    """What an accelerator requires of the model or of the run."""
+
+    BLOCK_LISTS = "block lists whose streams can be observed"
+    MODULATED_SIGNAL = "the first block's modulated input"
+    TOKEN_POSITIONS = "token positions that can be set"
+    FIXED_TOKENS = "one token set for the whole run"
+    OWN_TIMESTEPS = "the pipeline's own timesteps"
+
+
+class Break(Enum):
+    """Which guarantee of the plain pipeline no longer holds."""
+
+    BIT_EXACTNESS = "outputs are no longer bit-equal to the plain pipeline's"
+    BATCH_INVARIANCE = "an image may depend on its batch-mates"
+    SEED_IMAGE = "a seed no longer gives the plain pipeline's image"
+
+
+#: A need that is violated by a change. Conflicts are derived from this, never listed in pairs.
+VIOLATIONS: dict[Need, Change] = {
+    Need.FIXED_TOKENS: Change.TOKEN_COUNT,
+    Need.OWN_TIMESTEPS: Change.TIMESTEPS,
+}
+
+_REGISTRY: dict[str, type[Any]] = {}
+_Type = TypeVar("_Type", bound=type[Any])
+
+
+def register(cls: _Type) -> _Type:
+    """Allow a configuration class to be named in a stack's JSON. Raises `InvalidConfig` for a name already taken."""
+    if _REGISTRY.get(cls.__name__, cls) is not cls:
+        raise InvalidConfig(f"the configuration name {cls.__name__!r} is already registered; rename the new class")
+    _REGISTRY[cls.__name__] = cls
+    return cls
+
+
+def encode(value: Any) -> Any:
+    """Turn a registered configuration into plain JSON data, nested configurations included."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = type(value).__name__
+        if name not in _REGISTRY:
+            raise InvalidConfig(f"{name} is not a registered configuration; decorate its class with @register")
+        return {"type": name, **{f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+    if isinstance(value, (tuple, list)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(data: Any, where: str = "stack") -> Any:
+    """Rebuild what `encode` wrote. Raises `InvalidConfig` for a type, a field or a value that is not allowed."""
+    if isinstance(data, list):
+        return tuple(decode(item, f"{where}[{index}]") for index, item in enumerate(data))
+    if not isinstance(data, dict):
+        return data
+    fields = dict(data)
+    name = fields.pop("type", None)
+    if name not in _REGISTRY:
+        known = ", ".join(sorted(_REGISTRY))
+        raise InvalidConfig(f"{where}: unknown type {name!r}; the allowed types are {known}")
+    cls = _REGISTRY[name]
+    allowed = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - allowed):
+        raise InvalidConfig(f"{where}: {name} has no field {', '.join(unknown)}; its fields are {sorted(allowed)}")
+    arguments = {key: decode(value, f"{where}.{key}") for key, value in fields.items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise InvalidConfig(f"{where}: {name} can't be built from {sorted(arguments)}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Base of every accelerator: a level and three sets of declared effects."""
+
+    level: ClassVar[Level]
+    changes: ClassVar[frozenset[Change]] = frozenset()
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    breaks: ClassVar[frozenset[Break]] = frozenset()
+
+    @property
+    def neutral(self) -> bool:
+        """Whether this configuration asks for no change at all, so that never firing is what was wanted."""
+        return False
+
+    def check(self, pipeline: Any, transformer: Any) -> None:
+        """Raise a named error if this model can't carry the accelerator. Nothing has been changed yet."""
+
+    def describe(self) -> str:
+        """Give the configuration in one line for plans and tables."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run: its noise levels and its tokens.
+
+    `sigmas` has one entry more than the stage has steps (its last is the stage's end), or is None where the
+    pipeline's own scheduler decides. `tokens` counts image tokens, None where the model's layout is unknown.
+    """
+
+    index: int
+    layout: str
+    tokens: int | None
+    steps: int
+    sigmas: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulePlan:
+    """The stages that a schedule chose for one image size and step count, with remarks for the reader."""
+
+    stages: tuple[StagePlan, ...]
+    rows: int
+    columns: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(Accelerator):
+    """An accelerator that owns the timesteps and the token layout of a run's stages."""
+
+    level: ClassVar[Level] = Level.SCHEDULE
+
+    def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
+        """Choose the stages for a grid of `rows` x `columns` image tokens; None means the schedule's own count."""
+        raise NotImplementedError
+
+    def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
+        """Make the state of one run."""
+        raise NotImplementedError
+
+
+class ScheduleRun:
+    """What a schedule does in one run; made by `Schedule.begin` and dropped at the run's end."""
+
+    def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        """Turn the pipeline's full-size unit noise [B, N, C] into the first stage's latents and layout."""
+        raise NotImplementedError
+
+    def transition(
+        self, stage: int, latents: torch.Tensor, denoised: torch.Tensor
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        """Turn the last latents of `stage` into the next stage's, given the estimate of the clean latents."""
+        raise NotImplementedError
+
+    def lift(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring latents of whatever stage the run stands in to the full grid, for a run that was interrupted."""
+        raise NotImplementedError

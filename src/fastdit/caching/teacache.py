@@ -1,0 +1,85 @@
+"""TeaCache: skip while the accumulated, rescaled change of the first block's modulated input is small (2411.19108).
+
+    d_t = mean|m_t - m_(t-1)| / mean|m_(t-1)|;   acc += P(d_t);   compute (and set acc = 0) where acc >= threshold
+
+m_(t-1) is always the last step's signal, computed or skipped. Differences from the published script: P is kept from
+going negative, its input is clamped into the calibrated range where one is known, the residual of every carried
+stream is kept, and the accumulator also restarts at steps that are computed for another reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+
+from ..accelerator import Need, register
+from ..errors import InvalidConfig, UnsupportedModel
+from ..models.signals import modulated_signal
+from ..run import StepContext
+from .coefficients import Coefficients, for_model, named
+from .step_cache import GateState, StepCache, Verdict, finite, relative_change
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class TeaCache(StepCache):
+    """Skip steps until the accumulated change reaches `threshold` (0 = never skip; published values .25 to .8).
+
+    `coefficients` is a `Coefficients`, a bare tuple (highest power first), the name of a published set, or None to
+    find the set of this very model. Raises `InvalidConfig` when applied to a model without one.
+    """
+
+    threshold: float = 0.25
+    coefficients: Coefficients | str | tuple[float, ...] | None = None
+
+    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.MODULATED_SIGNAL})
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0.0:
+            raise InvalidConfig(f"TeaCache's threshold is an accumulated change of at least 0, got {self.threshold!r}")
+        if isinstance(self.coefficients, str):
+            named(self.coefficients)
+        elif isinstance(self.coefficients, (tuple, list)):
+            object.__setattr__(self, "coefficients", Coefficients(tuple(self.coefficients)))
+
+    @property
+    def neutral(self) -> bool:
+        return self.threshold == 0.0
+
+    def check(self, pipeline: Any, transformer: Any) -> None:
+        blocks = [block for child in transformer.children() if hasattr(child, "__getitem__") for block in list(child)]
+        if not any(modulated_signal(block) for block in blocks):
+            raise UnsupportedModel(
+                f"TeaCache does not know where {type(transformer).__name__} keeps its first block's modulated input; "
+                "use FirstBlockCache, which needs no such knowledge, or describe the signal in fastdit.models.signals"
+            )
+        self.for_transformer(transformer)
+
+    def for_transformer(self, transformer: Any) -> StepCache:
+        if isinstance(self.coefficients, Coefficients):
+            return self
+        found = named(self.coefficients) if isinstance(self.coefficients, str) else for_model(transformer)
+        return dataclasses.replace(self, coefficients=found)
+
+    def signal(self, chain_input: torch.Tensor, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = modulated_signal(block)
+        return None if function is None else function(block, chain_input, args, kwargs)
+
+    def judge(self, state: GateState, signal: Any, context: StepContext, forced: str | None) -> Verdict:
+        before, state.signal = state.signal, signal
+        if forced is not None or before is None:
+            state.accumulated = 0.0
+            return Verdict(True, forced or "no history")
+        change = finite(relative_change(signal, before))
+        if change is None:
+            state.accumulated = 0.0
+            return Verdict(True, "doubt: change is not finite", doubt=True)
+        assert isinstance(self.coefficients, Coefficients)
+        state.accumulated += self.coefficients(change)
+        reason = f"change {change:.4f}, accumulated {state.accumulated:.4f}"
+        if state.accumulated >= self.threshold:
+            state.accumulated = 0.0
+            return Verdict(True, reason)
+        return Verdict(False, reason)

@@ -1,0 +1,106 @@
+"""Where the image tokens of a stage lie: which are coarse, which are children of which, and in what order.
+
+A grid of `rows` x `columns` fine tokens is covered by coarse tokens (2 x 2 fine cells each) and by fine ones. A mixed
+layout lists the kept coarse tokens first, in raster order, then four children (0,0), (0,1), (1,0), (1,1) for each
+refined coarse token, in raster order. Every image of a batch has its own selection and all have the same count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The token order of one stage on a `rows` x `columns` fine grid.
+
+    `kept` [B, K] and `refined` [B, R] hold raster indices of coarse tokens, ascending; both are None where the whole
+    frame has one resolution, which `coarse` names.
+    """
+
+    rows: int
+    columns: int
+    coarse: bool
+    kept: torch.Tensor | None = None
+    refined: torch.Tensor | None = None
+
+    @property
+    def mixed(self) -> bool:
+        return self.kept is not None
+
+    @property
+    def tokens(self) -> int:
+        if self.kept is not None and self.refined is not None:
+            return self.kept.shape[1] + 4 * self.refined.shape[1]
+        return self.rows * self.columns // (4 if self.coarse else 1)
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Give each token's (row, column), float32 [1 or B, tokens, 2].
+
+        Coarse and mixed stages live in the coarse frame: a coarse token has integer coordinates and a child sits at
+        an offset of 0 or 1/2 (top-left anchored). The fine stage lives in the fine frame.
+        """
+        if self.kept is None or self.refined is None:
+            scale = 2 if self.coarse else 1
+            return raster(self.rows // scale, self.columns // scale, device)[None]
+        coarse_frame = raster(self.rows // 2, self.columns // 2, device)
+        kept = coarse_frame[self.kept.to(device)]
+        offsets = raster(2, 2, device) / 2
+        children = coarse_frame[self.refined.to(device)][:, :, None, :] + offsets
+        return torch.cat([kept, children.flatten(1, 2)], dim=1)
+
+    def refine(self, latents: torch.Tensor, refined: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        """Split the coarse tokens `refined` [B, R] of a coarse stage by copying each to its four children.
+
+        `latents` [B, tokens, C] become [B, K + 4R, C] in the mixed order.
+        """
+        count = latents.shape[1]
+        mask = torch.ones(refined.shape[0], count, dtype=torch.bool, device=refined.device)
+        mask.scatter_(1, refined, False)
+        kept = mask.nonzero()[:, 1].view(refined.shape[0], count - refined.shape[1])
+        refined = refined.sort(dim=1).values
+        parts = [gather_tokens(latents, kept), gather_tokens(latents, refined).repeat_interleave(4, dim=1)]
+        return torch.cat(parts, dim=1), TokenLayout(self.rows, self.columns, True, kept, refined)
+
+    def complete(self, latents: torch.Tensor) -> torch.Tensor:
+        """Copy what is still coarse to its children: [new children of `kept` in order] ++ [the fine tokens as they are].
+
+        The result is in split order, not yet in raster order; `to_raster` sorts it.
+        """
+        if self.kept is None:
+            return latents.repeat_interleave(4, dim=1) if self.coarse else latents
+        coarse, fine = latents.split([self.kept.shape[1], latents.shape[1] - self.kept.shape[1]], dim=1)
+        return torch.cat([coarse.repeat_interleave(4, dim=1), fine], dim=1)
+
+    def to_raster(self, latents: torch.Tensor) -> torch.Tensor:
+        """Sort tokens in split order (see `complete`) into the fine grid's raster order."""
+        if self.kept is not None and self.refined is not None:
+            parents = torch.cat([self.kept, self.refined], dim=1)
+        elif self.coarse:
+            parents = torch.arange(self.rows * self.columns // 4, device=latents.device)[None]
+        else:
+            return latents
+        half = self.columns // 2
+        row, column = parents // half, parents % half
+        offset_row = torch.tensor([0, 0, 1, 1], device=parents.device)
+        offset_column = torch.tensor([0, 1, 0, 1], device=parents.device)
+        target = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
+        order = target.flatten(1).argsort(dim=1)
+        return gather_tokens(latents, order.expand(latents.shape[0], -1))
+
+
+def raster(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """List the (row, column) of a grid in raster order, float32 [rows * columns, 2]."""
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float32, device=device),
+        torch.arange(columns, dtype=torch.float32, device=device),
+        indexing="ij",
+    )
+    return torch.stack([row.flatten(), column.flatten()], dim=1)
+
+
+def gather_tokens(latents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pick tokens [B, K, C] of `latents` [B, N, C] by `index` [B, K]."""
+    return latents.gather(1, index[..., None].expand(-1, -1, latents.shape[2]))

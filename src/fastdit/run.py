@@ -1,0 +1,238 @@
+"""One call of a twin: its clock, its branches and stages, the state that lives as long as it, and its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .accelerator import SchedulePlan, ScheduleRun
+from .errors import InvalidConfig
+from .flops import FlopMeter
+from .layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where a forward stands: all that a gate may know besides its signal. Steps count forwards of one branch."""
+
+    step: int
+    total_steps: int
+    stage: int
+    stage_step: int
+    branch: str
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known."""
+
+    step: int
+    stage: int
+    branch: str
+    sigma: float | None
+    tokens: int | None
+    batch: int
+    action: str
+    reason: str
+    seconds: float
+    blocks_run: int
+    blocks: int
+    skipped: tuple[str, ...] = field(repr=False)
+    _meter: FlopMeter = field(repr=False, compare=False)
+    _key: str = field(repr=False, compare=False)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs that this forward cost, the blocks it skipped left out (counted on first use)."""
+        return self._meter.flops(self._key, self.skipped)
+
+    @property
+    def full_flops(self) -> int:
+        """FLOPs of the same forward with every block run."""
+        return self._meter.flops(self._key, ())
+
+    def to_json(self, *, flops: bool = True) -> dict[str, Any]:
+        """Give the record as plain data."""
+        names = ("step", "stage", "branch", "sigma", "tokens", "batch", "action", "reason", "seconds")
+        data = {name: getattr(self, name) for name in (*names, "blocks_run", "blocks")}
+        return {**data, "flops": self.flops} if flops else data
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The record of a whole call: one entry a forward, in order. `completed` is False after an error or interrupt."""
+
+    steps: tuple[StepRecord, ...]
+    seconds: float
+    completed: bool
+    doubts: int = 0
+
+    @property
+    def computed(self) -> int:
+        """How many forwards ran every block."""
+        return sum(record.action == "computed" for record in self.steps)
+
+    @property
+    def skipped(self) -> int:
+        """How many forwards reused or forecast blocks."""
+        return sum(record.action in ("reused", "forecast") for record in self.steps)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the denoiser over the call."""
+        return sum(record.flops for record in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the record as plain data, FLOPs included."""
+        return {
+            "seconds": self.seconds,
+            "completed": self.completed,
+            "doubts": self.doubts,
+            "computed": self.computed,
+            "skipped": self.skipped,
+            "flops": self.flops,
+            "steps": [record.to_json() for record in self.steps],
+        }
+
+
+class Clock:
+    """Measures one forward: by host time, or by events on a CUDA stream that are read only at the run's end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._seconds = 0.0
+        if device.type == "cuda":
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._events is not None:
+            self._events[1].record()
+        else:
+            self._seconds = time.perf_counter() - self._start
+
+    def seconds(self) -> float:
+        if self._events is not None:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1000.0
+        return self._seconds
+
+
+class Run:
+    """The one clock of a call and everything that must not outlive it.
+
+    A pipeline's run ticks when its scheduler steps; the run of a bare module (which gives its `branches`) ticks when a
+    branch comes round again. State is kept for (owner, denoiser, branch) and is void when the stage changes.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int | None = None,
+        branches: Sequence[str] | None = None,
+        plan: SchedulePlan | None = None,
+        schedule: ScheduleRun | None = None,
+        checks: Sequence[Callable[[int], None]] = (),
+    ) -> None:
+        self.total_steps = total_steps
+        self.plan = plan
+        self.schedule = schedule
+        self.layout: TokenLayout | None = None
+        self.stage_latents: torch.Tensor | None = None
+        self.step = 0
+        self.stage = 0
+        self.stage_step = 0
+        self.sigmas: Any = None
+        self.stage_sigmas: list[torch.Tensor] = []
+        self.doubts = 0
+        self._checks = list(checks)
+        self._first_index = 0
+        self._branches = tuple(branches) if branches is not None else None
+        self._named_branch: str | None = None
+        self._calls: dict[str, list[str]] = {}
+        self._states: dict[tuple[Any, ...], Any] = {}
+        self._pending: list[tuple[Clock, Callable[[float], StepRecord]]] = []
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Name the branch of the forwards inside (conditional, unconditional, ...)."""
+        before, self._named_branch = self._named_branch, name
+        try:
+            yield
+        finally:
+            self._named_branch = before
+
+    def begin(self, total_steps: int, first_index: int = 0) -> None:
+        """Say how many steps the run will have, and at which of the scheduler's timesteps it starts."""
+        self.total_steps, self._first_index = total_steps, first_index
+
+    def enter(self, denoiser: str) -> StepContext:
+        """Count one forward of `denoiser` and say where it stands. Raises `InvalidConfig` past the last step."""
+        while self._checks and self.total_steps is not None:
+            check, *self._checks = self._checks
+            check(self.total_steps)
+        name = self._branch_of(denoiser)
+        if self._branches is not None and name in self._calls.get(denoiser, ()):
+            self.tick()
+            name = self._branch_of(denoiser)
+            if self.total_steps is not None and self.step >= self.total_steps:
+                raise InvalidConfig(
+                    f"the run was opened for {self.total_steps} steps and was called once more; give run() the right "
+                    "num_inference_steps, and name every branch of a step in branches=(...)"
+                )
+        self._calls.setdefault(denoiser, []).append(name)
+        total = self.total_steps if self.total_steps is not None else self.step + 2
+        return StepContext(self.step, total, self.stage, self.stage_step, name)
+
+    def _branch_of(self, denoiser: str) -> str:
+        if self._named_branch is not None:
+            return self._named_branch
+        calls = len(self._calls.get(denoiser, ()))
+        if self._branches is None:
+            return f"call {calls}"
+        return self._branches[calls % len(self._branches)]
+
+    def tick(self) -> None:
+        """End a step."""
+        self.step += 1
+        self.stage_step += 1
+        self._calls.clear()
+
+    def next_stage(self, latents: torch.Tensor, layout: TokenLayout) -> None:
+        """Enter the next stage; every cached history is void."""
+        self.stage += 1
+        self.stage_step = 0
+        self.layout = layout
+        self.stage_latents = latents
+        self._states.clear()
+
+    def state(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Get the state under `key`, made on first use and dropped at the next stage or at the run's end."""
+        if key not in self._states:
+            self._states[key] = make()
+        return self._states[key]
+
+    def note(self, clock: Clock, make: Callable[[float], StepRecord]) -> None:
+        """Add a record whose time is read at the end, so that no step waits for the device."""
+        self._pending.append((clock, make))
+
+    def sigma(self, step: int) -> Any:
+        """Give the noise level of a step as the scheduler holds it (a 0-d tensor, not read here), or None."""
+        index = step + self._first_index
+        return self.sigmas[index] if self.sigmas is not None and index < len(self.sigmas) else None
+
+    def finish(self, *, completed: bool) -> RunRecord:
+        """Close the run: drop all state and give the record."""
+        self._states.clear()
+        self.stage_latents = None
+        steps = tuple(make(clock.seconds()) for clock, make in self._pending)
+        self._pending.clear()
+        return RunRecord(steps, time.perf_counter() - self._started, completed, self.doubts)

@@ -1,0 +1,1 @@
+"""Schedules: which noise levels a run visits and on which token layout."""

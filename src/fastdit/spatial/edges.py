@@ -1,0 +1,34 @@
+"""Which coarse tokens show edges: Canny on the decoded preview, counted a token (RALU's selection)."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+
+_LUMA = (0.299, 0.587, 0.114)
+_LOW, _HIGH = 100, 200
+
+
+def edge_scores(pixels: torch.Tensor, rows: int, columns: int, *, paper: bool) -> torch.Tensor:
+    """Count the edge pixels of each of `rows` x `columns` cells.
+
+    `pixels` [B, 3, H, W] lie in [-1, 1]; the result is float32 [B, rows * columns] on the CPU. The published code
+    clips them to [0, 1] without mapping, which blackens everything darker than mid-grey and hides its edges; `paper`
+    repeats that, otherwise the range is mapped.
+    """
+    weights = torch.tensor(_LUMA, device=pixels.device)[:, None, None]
+    grey = (pixels.float() * weights).sum(dim=1)
+    if not paper:
+        grey = (grey + 1.0) / 2.0
+    images = (grey.clamp(0.0, 1.0) * 255.0).to(torch.uint8).cpu().numpy()
+    edges = np.stack([cv2.Canny(np.ascontiguousarray(image), _LOW, _HIGH) for image in images])
+    batch, height, width = edges.shape
+    cells = edges.reshape(batch, rows, height // rows, columns, width // columns)
+    return torch.from_numpy(cells.astype(np.float32).sum(axis=(2, 4)).reshape(batch, rows * columns))
+
+
+def top_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Pick the `count` best tokens of each image, ascending; equal scores go to the earlier token. [B, count]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :count].sort(dim=1).values

@@ -1,0 +1,427 @@
+"""`accelerate` and `Stack`: state a stack, check it, explain it, run it, save it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from .accelerator import VIOLATIONS, Accelerator, Level, Need, Schedule, SchedulePlan, StagePlan, decode, encode
+from .caching.step_cache import StepCache
+from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
+from .models.family import Family, family_of
+from .run import Run, RunRecord
+from .twins.denoiser import Denoiser, denoiser_twin
+from .twins.pipeline import lift, pipeline_twin
+from .twins.scheduler import scheduler_twin
+
+VERSION = 1
+_FILE = "stack.json"
+_BARE = "transformer"
+_DENOISERS = (_BARE, "transformer_2")
+_Base = TypeVar("_Base")
+
+
+class Stack(Sequence[Accelerator]):
+    """Accelerators that act together, ordered by level. Raises `IncompatibleStack` if two can't."""
+
+    def __init__(self, accelerators: Iterable[Accelerator] = ()) -> None:
+        given = tuple(accelerators)
+        for accelerator in given:
+            if not isinstance(accelerator, Accelerator):
+                raise InvalidConfig(
+                    f"a stack is made of accelerators, got {accelerator!r}; write RALU('4x'), TeaCache(0.25), ..."
+                )
+        order = list(Level)
+        self._accelerators = tuple(sorted(given, key=lambda accelerator: order.index(accelerator.level)))
+        self._check_declarations()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._accelerators[index]
+
+    def __len__(self) -> int:
+        return len(self._accelerators)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stack) and self._accelerators == other._accelerators
+
+    def __hash__(self) -> int:
+        return hash(self._accelerators)
+
+    def __repr__(self) -> str:
+        return f"Stack([{', '.join(accelerator.describe() for accelerator in self)}])"
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The accelerator of the schedule level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, Schedule)), None)
+
+    @property
+    def step_cache(self) -> StepCache | None:
+        """The accelerator of the step-cache level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, StepCache)), None)
+
+    def _check_declarations(self) -> None:
+        """Derive every conflict from what the accelerators declare."""
+        for level in Level:
+            names = [accelerator.describe() for accelerator in self if accelerator.level is level]
+            if len(names) > 1:
+                raise IncompatibleStack(
+                    f"{' and '.join(names)} both decide the {level.value} level, where one must rule; keep one of them"
+                )
+        for one in self:
+            for other in self:
+                for need in one.needs:
+                    if one is not other and VIOLATIONS.get(need) in other.changes:
+                        raise IncompatibleStack(
+                            f"{one.describe()} needs {need.value}, and {other.describe()} changes "
+                            f"{VIOLATIONS[need].value}; drop one of them"
+                        )
+
+    def check(self, pipeline: Any = None) -> None:
+        """Raise a named error if the stack can't run on this pipeline or bare module; nothing is changed."""
+        self._check_declarations()
+        if pipeline is not None:
+            transformers = _denoisers_of(pipeline)
+            for accelerator in self:
+                if Need.TOKEN_POSITIONS in accelerator.needs:
+                    _require_family(pipeline, accelerator)
+                for transformer in transformers.values():
+                    accelerator.check(pipeline, transformer)
+
+    def explain(
+        self,
+        pipeline: Any,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+    ) -> str:
+        """Give the plan of a call as readable text: stages, tokens, noise levels, and what acts where."""
+        return str(make_plan(self, pipeline, height, width, num_inference_steps))
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the stack as plain, versioned data."""
+        return {"fastdit_stack": VERSION, "accelerators": [encode(accelerator) for accelerator in self]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stack:
+        """Rebuild a stack. Raises `InvalidConfig` for another version, an unknown type or an unknown field."""
+        if not isinstance(data, Mapping) or set(data) != {"fastdit_stack", "accelerators"}:
+            raise InvalidConfig("a stack's JSON has exactly the keys 'fastdit_stack' and 'accelerators'")
+        if data["fastdit_stack"] != VERSION:
+            raise InvalidConfig(
+                f"this stack was written in version {data['fastdit_stack']!r} and this fastdit reads {VERSION}; write "
+                "it again with a matching release"
+            )
+        if not isinstance(data["accelerators"], list):
+            raise InvalidConfig("'accelerators' must be a list of accelerators")
+        return cls(decode(item, f"accelerators[{index}]") for index, item in enumerate(data["accelerators"]))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write stack.json into a directory, which is made if needed."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / _FILE).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Stack:
+        """Read what `save_pretrained` wrote."""
+        return cls.from_json(json.loads((Path(directory) / _FILE).read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will do: its stages and the accelerators that act in each. Printing it explains it."""
+
+    stack: Stack
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def __str__(self) -> str:
+        lines = [f"{self.steps} steps in {len(self.stages)} stage{'s' if len(self.stages) > 1 else ''}"]
+        for stage in self.stages:
+            tokens = f"{stage.tokens} tokens" if stage.tokens is not None else "the model's own tokens"
+            noise = f", sigma {stage.sigmas[0]:.3f} to {stage.sigmas[-1]:.3f}" if stage.sigmas else ""
+            lines.append(f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}")
+        for accelerator in self.stack:
+            lines.append(f"  {accelerator.level.value}: {accelerator.describe()}")
+            lines.extend(f"    {effect.value}" for effect in sorted(accelerator.breaks, key=lambda effect: effect.name))
+        if not self.stack:
+            lines.append("  no accelerator: the plain pipeline, bit for bit")
+        lines.extend(f"  note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def make_plan(
+    stack: Stack,
+    pipeline: Any,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+) -> Plan:
+    """Plan a call of a pipeline without running it."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(pipeline).__call__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    arguments = {**defaults, "height": height, "width": width}
+    schedule_plan = _schedule_plan(stack, pipeline, arguments, num_inference_steps)
+    if schedule_plan is not None:
+        return Plan(stack, schedule_plan.stages, schedule_plan.notes)
+    steps = num_inference_steps if num_inference_steps is not None else defaults.get("num_inference_steps")
+    if steps is None:
+        raise InvalidConfig("this pipeline has no default for num_inference_steps; give it to plan()")
+    family = family_of(pipeline)
+    tokens = None
+    if family is not None:
+        rows, columns = family.grid(pipeline, *family.size(pipeline, arguments))
+        tokens = rows * columns
+    return Plan(stack, (StagePlan(0, "whole frame", tokens, steps),), ("the pipeline's own timesteps",))
+
+
+class Acceleration:
+    """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
+
+    def __init__(self, base: Any, stack: Stack, *, strict: bool) -> None:
+        stack.check(base)
+        self.base = base
+        self.stack = stack
+        self.strict = strict
+        self.active: Run | None = None
+        self.last_run: RunRecord | None = None
+        self._family = family_of(base) if isinstance(base, _pipeline_type()) else None
+        self._lock = threading.Lock()
+        self._replaced: dict[str, Any] = {}
+        self._scheduler: Any = None
+        self._denoisers: dict[str, tuple[Denoiser, nn.Module]] = {}
+        for name, module in _denoisers_of(base).items():
+            self._twin_of(name, module)
+
+    @property
+    def idle_is_plain(self) -> bool:
+        return len(self.stack) == 0
+
+    def plan(
+        self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None
+    ) -> Plan:
+        """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
+        return make_plan(self.stack, self.base, height, width, num_inference_steps)
+
+    def explain(
+        self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None
+    ) -> str:
+        """Give the plan as text."""
+        return str(self.plan(height, width, num_inference_steps))
+
+    def component(self, name: str) -> Any:
+        """Give the component that the twin shows: the denoisers' and scheduler's twins, the base's own otherwise."""
+        if isinstance(self.base, nn.Module):
+            return self._denoisers[name][1]
+        value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
+        if name in _DENOISERS and isinstance(value, nn.Module):
+            return self._twin_of(name, value)
+        if name == "scheduler" and self._scheduler is not None:
+            return self._scheduler
+        return value
+
+    def replace(self, name: str, value: Any) -> None:
+        """Take a component assigned on the twin; the base keeps its own."""
+        if name in self._denoisers and value is self._denoisers[name][1]:
+            return
+        if name in _DENOISERS and value is not None:
+            for accelerator in self.stack:
+                accelerator.check(self.base, value)
+        self._replaced[name] = value
+
+    def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of the pipeline's class in a run of its own."""
+        function = type(self.base).__call__
+        bound = inspect.signature(function).bind(twin, *args, **kwargs)
+        given = dict(bound.arguments)
+        bound.apply_defaults()
+        with self._exclusive():
+            run = self._open(given, dict(bound.arguments))
+            with self._closing(run) as outcome:
+                self._scheduler = scheduler_twin(self.component("scheduler"), run) if self._has_scheduler else None
+                result = function(twin, *args, **kwargs)
+                result = _lifted_result(run, bound.arguments, result)
+                outcome["completed"] = not getattr(twin, "_interrupt", False)
+        return result
+
+    @contextmanager
+    def run(self, num_inference_steps: int, branches: Sequence[str] = ("main",)) -> Iterator[Run]:
+        """Delimit a run of a bare module in somebody's own loop.
+
+        Each step calls the module once for every branch, in the order of `branches`, or under
+        `module.cache_context(name)` where the class has it.
+        """
+        if num_inference_steps < 1 or not branches:
+            raise InvalidConfig("a run has at least one step and one branch")
+        if isinstance(self.base, _pipeline_type()):
+            raise InvalidConfig("a pipeline opens its own runs: call it")
+        with self._exclusive():
+            checks = [cache.check_run for cache in (self.stack.step_cache,) if cache is not None]
+            run = Run(total_steps=num_inference_steps, branches=branches, checks=checks)
+            with self._closing(run) as outcome:
+                yield run
+                outcome["completed"] = True
+
+    @property
+    def _has_scheduler(self) -> bool:
+        return getattr(self.base, "scheduler", None) is not None
+
+    def _twin_of(self, name: str, module: nn.Module) -> nn.Module:
+        known = self._denoisers.get(name)
+        if known is None or known[0].module is not module:
+            denoiser = Denoiser(module, name, self, self.stack.step_cache, self._family)
+            known = (denoiser, denoiser_twin(denoiser, self))
+            self._denoisers[name] = known
+        return known[1]
+
+    def _open(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Run:
+        """Check a call's arguments and make its run; nothing has happened yet if this raises."""
+        plan = schedule = None
+        if self.stack.schedule is not None:
+            if given.get("sigmas") is not None or given.get("timesteps") is not None:
+                raise InvalidConfig(
+                    f"sigmas= was given, and {self.stack.schedule.describe()} owns the timesteps of the run; leave "
+                    "sigmas out, or leave the schedule out"
+                )
+            assert self._family is not None
+            if refusal := self._family.refusal(self.base, arguments):
+                raise InvalidConfig(f"{self.stack.schedule.describe()}: {refusal}")
+            plan = _schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
+            assert plan is not None
+            schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
+        checks = [cache.check_run for cache in (self.stack.step_cache,) if cache is not None]
+        return Run(plan=plan, schedule=schedule, checks=checks)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentCall(
+                "this twin is already running a call; make one twin a thread with accelerate(pipe, stack), which "
+                "shares the weights"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _closing(self, run: Run) -> Iterator[dict[str, bool]]:
+        """Hold a run open and drop its state whatever happens."""
+        self.active = run
+        outcome = {"completed": False}
+        try:
+            yield outcome
+        finally:
+            self.active, self._scheduler = None, None
+            for denoiser, _ in self._denoisers.values():
+                denoiser.forget_run()
+            self.last_run = run.finish(completed=outcome["completed"])
+        if outcome["completed"]:
+            self._report_idle(self.last_run)
+
+    def _report_idle(self, record: RunRecord) -> None:
+        """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
+        cache = self.stack.step_cache
+        if cache is None or cache.neutral or record.skipped:
+            return
+        message = (
+            f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; raise its "
+            "threshold, run more steps (few-step models have nothing to skip), or leave it out"
+        )
+        if self.strict:
+            raise NeverFired(message)
+        warnings.warn(message, NeverFired, stacklevel=5)
+
+
+def accelerate(
+    pipeline: _Base, stack: Stack | Iterable[Accelerator] = (), *, strict: bool = False
+) -> _Base:
+    """Give a twin of a diffusers pipeline, or of a bare transformer, that runs a stack of accelerators.
+
+    The twin is an instance of the same class with the same call and shares the weights; `pipeline` itself is not
+    touched. `strict` turns the warning about an accelerator that never fired into an error.
+
+    Raises `InvalidConfig`, `IncompatibleStack` or `UnsupportedModel` and leaves no trace if the stack can't run.
+    """
+    stack = stack if isinstance(stack, Stack) else Stack(stack)
+    if hasattr(type(pipeline), "fastdit"):
+        raise InvalidConfig("this is a twin already; accelerate the pipeline it was made of, twin.fastdit.base")
+    controller = Acceleration(pipeline, stack, strict=strict)
+    if isinstance(pipeline, nn.Module):
+        return cast(_Base, controller.component(_BARE))
+    family = family_of(pipeline) if stack.schedule is not None else None
+    lifted = family.pipeline_overrides() if family is not None else ()
+    return cast(_Base, pipeline_twin(pipeline, controller, lifted))
+
+
+def _pipeline_type() -> type:
+    from diffusers import DiffusionPipeline
+
+    return cast(type, DiffusionPipeline)
+
+
+def _denoisers_of(base: Any) -> dict[str, nn.Module]:
+    """Find the transformers of a pipeline, or the bare module itself."""
+    if isinstance(base, nn.Module):
+        return {_BARE: base}
+    if not isinstance(base, _pipeline_type()):
+        raise UnsupportedModel(
+            f"accelerate takes a diffusers pipeline or a torch module, got {type(base).__name__}; pass the pipeline "
+            "object itself"
+        )
+    found = {name: getattr(base, name, None) for name in _DENOISERS}
+    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not modules:
+        raise UnsupportedModel(
+            f"{type(base).__name__} has no transformer (its components are {', '.join(base.components)}); fastdit "
+            "accelerates diffusion transformers"
+        )
+    return modules
+
+
+def _require_family(base: Any, accelerator: Accelerator) -> Family:
+    family = None if isinstance(base, nn.Module) else family_of(base)
+    if family is None:
+        raise UnsupportedModel(
+            f"{accelerator.describe()} must place tokens, and fastdit has no description of how "
+            f"{type(base).__name__} lays them out; use it with a described pipeline (FluxPipeline), describe the "
+            "family in fastdit.models, or keep to accelerators that need no token positions"
+        )
+    return family
+
+
+def _schedule_plan(
+    stack: Stack, pipeline: Any, arguments: Mapping[str, Any], num_inference_steps: int | None
+) -> SchedulePlan | None:
+    """Plan the schedule's stages for a call's size, or None where the stack has no schedule."""
+    if stack.schedule is None:
+        return None
+    family = _require_family(pipeline, stack.schedule)
+    height, width = family.size(pipeline, arguments)
+    return stack.schedule.plan(*family.grid(pipeline, height, width), num_inference_steps)
+
+
+def _lifted_result(run: Run, arguments: Mapping[str, Any], result: Any) -> Any:
+    """Bring the latents of a run that was interrupted in an early stage to full size, where latents were asked for."""
+    if run.schedule is None or arguments.get("output_type") != "latent":
+        return result
+    if isinstance(result, tuple):
+        return (lift(run, result[0]), *result[1:])
+    result.images = lift(run, result.images)
+    return result

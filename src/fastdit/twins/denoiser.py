@@ -1,0 +1,202 @@
+"""The denoiser twin: the transformer's own forward, on a structural twin, with the stage and the caches in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..caching.step_cache import BranchState, CachePass, StepCache
+from ..errors import IncompatibleStack, NoActiveRun
+from ..flops import FlopMeter
+from ..models.family import Family
+from ..run import Clock, Run, StepContext, StepRecord
+from ..structure import same_object_twin, structural_twin, tensors_of
+from ..wiring import Wiring, observe, wiring_key, with_handler
+from .making import overriding, twin_class
+
+
+class Session(Protocol):
+    """What a denoiser twin needs of whoever owns it: the run that is open, if any."""
+
+    active: Run | None
+
+    @property
+    def idle_is_plain(self) -> bool:
+        """Whether a call outside a run is simply the plain forward (an empty stack)."""
+
+
+class Denoiser:
+    """Everything a denoiser twin does beyond its class: kept outside the module, so that the module stays untouched.
+
+    `name` is the component's name in its pipeline ("transformer"). The wiring that was observed is kept between runs,
+    keyed by which arguments were given; it describes the model and holds no tensors.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, session: Session, cache: StepCache | None, family: Family | None
+    ) -> None:
+        refuse_foreign_behaviour(module, name)
+        self.module = module
+        self.name = name
+        self.meter = FlopMeter(lambda: self.module)
+        self.session = session
+        self._cache = cache.for_transformer(module) if cache is not None else None
+        self._family = family
+        self._wirings: dict[str, Wiring] = {}
+        self._stack: tuple[Any, ...] | None = None
+        self._signature = inspect.signature(type(module).forward)
+
+    def forget_run(self) -> None:
+        """Drop everything that was made for the run that ended."""
+        self._stack = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one forward in the open run and record it."""
+        run = self.session.active
+        if run is None:
+            if self.session.idle_is_plain:
+                return self.module(*args, **kwargs)
+            raise NoActiveRun(
+                f"{self.name} is accelerated and was called outside a run, where its caches have no clock; call the "
+                "pipeline, or wrap your loop in `with twin.fastdit.run(num_inference_steps=...)`"
+            )
+        context = run.enter(self.name)
+        arguments = _named(self._signature, args, kwargs)
+        children: dict[str, Any] = {}
+        if run.schedule is not None:
+            arguments, children = self._at_stage(run, arguments)
+        clock = Clock(_device(arguments))
+        if self._cache is None and not children:
+            output = self.module(**arguments)
+            passed = None
+        else:
+            output, passed = self._through_stack(run, context, arguments, children)
+        clock.stop()
+        self._record(run, context, arguments, clock, passed)
+        return output
+
+    def _at_stage(self, run: Run, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Put the stage's latents and token positions in place."""
+        assert self._family is not None and run.schedule is not None
+        first = next(iter(arguments))
+        latents = arguments[first]
+        if run.layout is None:
+            latents, run.layout = run.schedule.initial(latents)
+            run.stage_latents = latents
+        elif run.step == 0:
+            latents = run.stage_latents  # another branch of the first step
+        placed = self._family.place({**arguments, first: latents}, run.layout)
+        return placed, self._family.child_overrides(self.module, run.layout, latents.device)
+
+    def _through_stack(
+        self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
+    ) -> tuple[Any, CachePass | None]:
+        """Run the forward on a structural twin, with offload hooks of the user's module around it."""
+        hook = self.module.__dict__.get("_hf_hook")
+        if hook is not None:
+            _, arguments = hook.pre_forward(self.module, **arguments)
+        if self._cache is None:
+            output, passed = structural_twin(self.module, children)(**arguments), None
+        else:
+            passed = self._pass(run, arguments)
+            passed.begin(context, run.state((self.name, context.branch), BranchState))
+            output = with_handler(self.module, passed, children)(**arguments)
+            passed.end()
+        return (hook.post_forward(self.module, output) if hook is not None else output), passed
+
+    def _pass(self, run: Run, arguments: dict[str, Any]) -> CachePass:
+        """Get the cache's handler for this kind of call, observing the model at its first use."""
+        assert self._cache is not None
+        key = wiring_key(arguments)
+        if key not in self._wirings:
+            self._wirings[key] = observe(self.module, arguments)
+        if self._stack is None or self._stack[0] != key:
+            self._stack = (key, CachePass(self._cache, self._wirings[key], run))
+        handler: CachePass = self._stack[1]
+        return handler
+
+    def _record(
+        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: CachePass | None
+    ) -> None:
+        first = next(iter(arguments.values()))
+        latents = first if isinstance(first, torch.Tensor) else tensors_of(first)[0]
+        batch = latents.shape[0] if isinstance(first, torch.Tensor) else len(first)
+        tokens = passed.tokens if passed is not None else latents.shape[1] if latents.dim() == 3 else None
+        skipped = tuple(passed.skipped) if passed is not None else ()
+        blocks = _block_count(self.module)
+        action = passed.action if passed is not None else "computed"
+        reason = passed.reason if passed is not None else "no cache"
+        sigma, key, meter = run.sigma(context.step), self.meter.key(arguments), self.meter
+
+        def make(seconds: float) -> StepRecord:
+            return StepRecord(
+                context.step, context.stage, context.branch, None if sigma is None else float(sigma), tokens, batch,
+                action, reason, seconds, blocks - len(skipped), blocks, skipped, meter, key,
+            )  # fmt: skip
+
+        run.note(clock, make)
+
+
+def denoiser_twin(denoiser: Denoiser, controller: Any) -> nn.Module:
+    """Make the module that stands in for `denoiser.module`: same class name, same weights, same attributes."""
+    module = denoiser.module
+    cls = type(module)
+
+    @contextmanager
+    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        run = denoiser.session.active
+        if run is None:
+            with cls.cache_context(self, name, *args, **kwargs):  # type: ignore[attr-defined]
+                yield
+        else:
+            with run.branch(name):
+                yield
+
+    members: dict[str, Any] = {
+        "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: denoiser(*args, **kwargs)),
+        "fastdit": property(lambda self: controller),
+    }
+    if hasattr(cls, "cache_context"):
+        members["cache_context"] = cache_context
+        # diffusers resets its own caches after a call by writing a registry to the module; there are none here.
+        members["_reset_stateful_cache"] = lambda self, recurse=True: None
+    return same_object_twin(module, twin_class(cls, members))
+
+
+def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
+    """Raise `IncompatibleStack` where something else already changes how the module runs as a whole."""
+    if getattr(module, "is_cache_enabled", False):
+        raise IncompatibleStack(
+            f"{name} already has a cache of diffusers enabled, and two caches would feed on each other; call "
+            f"{name}.disable_cache() first"
+        )
+    if hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None:
+        raise IncompatibleStack(
+            f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
+            "blocks with compile_repeated_blocks() if you wish"
+        )
+
+
+def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a forward, in the forward's order."""
+    bound = signature.bind(None, *args, **kwargs).arguments
+    named = dict(list(bound.items())[1:])
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and parameter.name in named:
+            named.update(named.pop(parameter.name))
+    return named
+
+
+def _device(arguments: Mapping[str, Any]) -> torch.device:
+    return tensors_of(next(iter(arguments.values())))[0].device
+
+
+
+
+def _block_count(module: nn.Module) -> int:
+    return sum(len(child) for child in module.children() if isinstance(child, nn.ModuleList))

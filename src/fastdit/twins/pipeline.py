@@ -1,0 +1,88 @@
+"""The pipeline twin: an instance of the pipeline's class whose denoisers and scheduler are twins."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+
+from ..run import Run
+from .making import overriding, twin_class
+
+#: Attributes about the shared weights' placement and adapters: one truth for the pipeline and its twin.
+_SHARED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "num_fused_loras", "_merged_adapters")
+
+
+class PipelineSession(Protocol):
+    """What a pipeline twin needs of its controller."""
+
+    base: Any
+    active: Run | None
+
+    def component(self, name: str) -> Any:
+        """Give the component that the twin shows under a name."""
+
+    def replace(self, name: str, value: Any) -> None:
+        """Take a component that was assigned on the twin."""
+
+    def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call."""
+
+
+def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ...]) -> Any:
+    """Make the twin. `lifted` names methods whose first argument is latents that may stand in an early stage."""
+    cls = type(pipeline)
+    members: dict[str, Any] = {
+        "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: session.call(self, args, kwargs)),
+        "save_pretrained": overriding(
+            cls.save_pretrained, lambda self, *args, **kwargs: session.base.save_pretrained(*args, **kwargs)
+        ),
+        "fastdit": property(lambda self: session),
+    }
+    for name in pipeline.components:
+        members[name] = _component(session, name)
+    for name in _SHARED:
+        members[name] = _shared(session, name)
+    for name in lifted:
+        members[name] = _lifting(session, cls, name)
+    twin_cls = twin_class(cls, members)
+    twin = twin_cls.__new__(twin_cls)
+    hidden = {*pipeline.components, *_SHARED}
+    twin.__dict__.update({key: value for key, value in pipeline.__dict__.items() if key not in hidden})
+    return twin
+
+
+def _component(session: PipelineSession, name: str) -> property:
+    return property(lambda self: session.component(name), lambda self, value: session.replace(name, value))
+
+
+def _shared(session: PipelineSession, name: str) -> property:
+    def read(self: Any) -> Any:
+        return getattr(session.base, name)
+
+    def write(self: Any, value: Any) -> None:
+        setattr(session.base, name, value)
+
+    return property(read, write)
+
+
+def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
+    """Wrap a (static) method of the pipeline so that latents of an interrupted run reach it at full size."""
+    original = getattr(cls, name)
+    static = isinstance(inspect.getattr_static(cls, name), staticmethod)
+
+    def lifted(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        latents = lift(session.active, latents)
+        return original(latents, *args, **kwargs) if static else original(self, latents, *args, **kwargs)
+
+    return overriding(original, lifted)
+
+
+def lift(run: Run | None, latents: torch.Tensor) -> torch.Tensor:
+    """Bring latents that a run left in an early stage to the full grid; others are returned as they are."""
+    if run is None or run.schedule is None or run.layout is None or latents.dim() != 3:
+        return latents
+    if latents.shape[1] != run.layout.tokens or latents.shape[1] == run.layout.rows * run.layout.columns:
+        return latents
+    return run.schedule.lift(latents)
