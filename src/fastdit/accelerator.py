@@ -131,7 +131,7 @@ class Accelerator:
         shown = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
+            if getattr(self, f.name) != (f.default_factory() if callable(f.default_factory) else f.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -187,9 +187,7 @@ class ScheduleRun:
         """Turn the pipeline's full-size unit noise [B, N, C] into the first stage's latents and layout."""
         raise NotImplementedError
 
-    def transition(
-        self, stage: int, latents: torch.Tensor, denoised: torch.Tensor
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Turn the last latents of `stage` into the next stage's, given the estimate of the clean latents."""
         raise NotImplementedError
 

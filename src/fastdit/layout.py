@@ -65,14 +65,14 @@ class TokenLayout:
         return torch.cat(parts, dim=1), TokenLayout(self.rows, self.columns, True, kept, refined)
 
     def complete(self, latents: torch.Tensor) -> torch.Tensor:
-        """Copy what is still coarse to its children: [new children of `kept` in order] ++ [the fine tokens as they are].
+        """Copy what is still coarse to its children: [new children of `kept`, in its order] ++ [the fine tokens].
 
         The result is in split order, not yet in raster order; `to_raster` sorts it.
         """
         if self.kept is None:
             return latents.repeat_interleave(4, dim=1) if self.coarse else latents
-        coarse, fine = latents.split([self.kept.shape[1], latents.shape[1] - self.kept.shape[1]], dim=1)
-        return torch.cat([coarse.repeat_interleave(4, dim=1), fine], dim=1)
+        count = self.kept.shape[1]
+        return torch.cat([latents[:, :count].repeat_interleave(4, dim=1), latents[:, count:]], dim=1)
 
     def to_raster(self, latents: torch.Tensor) -> torch.Tensor:
         """Sort tokens in split order (see `complete`) into the fine grid's raster order."""

@@ -104,10 +104,11 @@ class Clock:
     """Measures one forward: by host time, or by events on a CUDA stream that are read only at the run's end."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._events: tuple[Any, Any] | None = None
         self._seconds = 0.0
         if device.type == "cuda":
-            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            event: Any = torch.cuda.Event
+            self._events = (event(enable_timing=True), event(enable_timing=True))
             self._events[0].record()
         else:
             self._start = time.perf_counter()
@@ -121,7 +122,7 @@ class Clock:
     def seconds(self) -> float:
         if self._events is not None:
             self._events[1].synchronize()
-            return self._events[0].elapsed_time(self._events[1]) / 1000.0
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000.0
         return self._seconds
 
 

@@ -213,9 +213,7 @@ class Acceleration:
     def idle_is_plain(self) -> bool:
         return len(self.stack) == 0
 
-    def plan(
-        self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None
-    ) -> Plan:
+    def plan(self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None) -> Plan:
         """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
         return make_plan(self.stack, self.base, height, width, num_inference_steps)
 
@@ -349,9 +347,7 @@ class Acceleration:
         warnings.warn(message, NeverFired, stacklevel=5)
 
 
-def accelerate(
-    pipeline: _Base, stack: Stack | Iterable[Accelerator] = (), *, strict: bool = False
-) -> _Base:
+def accelerate(pipeline: _Base, stack: Stack | Iterable[Accelerator] = (), *, strict: bool = False) -> _Base:
     """Give a twin of a diffusers pipeline, or of a bare transformer, that runs a stack of accelerators.
 
     The twin is an instance of the same class with the same call and shares the weights; `pipeline` itself is not

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -144,7 +144,8 @@ class _Recorder:
         self.calls: list[_Call] = []
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments: dict[Port, Any] = {**dict(enumerate(args)), **kwargs}
+        arguments: dict[Port, Any] = dict(enumerate(args))
+        arguments.update(kwargs)
         output = block(*args, **kwargs)
         self.calls.append(_Call(name, index, arguments, output))
         return output
@@ -247,7 +248,7 @@ def _chain(group: list[_Call]) -> Chain | None:
     if len(group) < 2:
         return None
     seen = {(call.name, call.index) for call in group}
-    links = [_links(first, second) for first, second in zip(group, group[1:], strict=False)]
+    links = [_links(first, second) for first, second in pairwise(group)]
     if len(seen) != len(group) or any(len(link) != len(links[0]) for link in links):
         return None
     # A block takes its streams where the next block of its own list does.

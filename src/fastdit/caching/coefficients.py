@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..accelerator import register
-from ..errors import InvalidConfig
+from fastdit.accelerator import register
+from fastdit.errors import InvalidConfig
 
 
 @register

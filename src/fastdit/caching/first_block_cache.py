@@ -13,9 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from ..accelerator import register
-from ..errors import InvalidConfig
-from ..run import StepContext
+from fastdit.accelerator import register
+from fastdit.errors import InvalidConfig
+from fastdit.run import StepContext
+
 from .step_cache import GateState, StepCache, Verdict, finite, relative_change
 
 
@@ -36,9 +37,7 @@ class FirstBlockCache(StepCache):
     def neutral(self) -> bool:
         return self.threshold == 0.0
 
-    def judge(
-        self, state: GateState, signal: torch.Tensor, context: StepContext, forced: str | None
-    ) -> Verdict:
+    def judge(self, state: GateState, signal: torch.Tensor, context: StepContext, forced: str | None) -> Verdict:
         if forced is not None or state.signal is None:
             state.signal = signal
             return Verdict(True, forced or "no history")

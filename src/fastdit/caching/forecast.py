@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..accelerator import register
-from ..errors import InvalidConfig
+from fastdit.accelerator import register
+from fastdit.errors import InvalidConfig
 
 Features = list[torch.Tensor]
 

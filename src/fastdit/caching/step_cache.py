@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..accelerator import Accelerator, Break, Change, Level, Need, register
-from ..errors import FastditWarning, IncompatibleStack, InvalidConfig
-from ..run import Run, StepContext
-from ..wiring import BlockPort, Chain, Wiring, outputs_of, read_port, returned
+from fastdit.accelerator import Accelerator, Break, Change, Level, Need, register
+from fastdit.errors import FastditWarning, IncompatibleStack, InvalidConfig
+from fastdit.run import Run, StepContext
+from fastdit.wiring import BlockPort, Chain, Wiring, outputs_of, read_port, returned
+
 from .forecast import Features, Forecaster, History, Reuse, is_forecast
 
 
@@ -74,8 +75,8 @@ class StepCache(Accelerator):
     """Base of the step caches: a gate (the subclass), a forecaster and a skip policy."""
 
     _: dataclasses.KW_ONLY
-    forecast: Forecaster = Reuse()
-    policy: SkipPolicy = SkipPolicy()
+    forecast: Forecaster = dataclasses.field(default_factory=Reuse)
+    policy: SkipPolicy = dataclasses.field(default_factory=SkipPolicy)
 
     level: ClassVar = Level.STEP_CACHE
     changes: ClassVar = frozenset({Change.STEP_ORDER})
@@ -172,7 +173,7 @@ class CachePass:
                 self._decide(self._cache.signal(values[stream], block, args, kwargs))
         if place < lead:
             output = block(*args, **kwargs)
-            if place == lead - 1:
+            if place == lead - 1 and self._lead is not None:
                 stream = port.outputs[chain.latent_stream or 0] or 0
                 self._decide(outputs_of(port, output)[stream] - self._lead)
             return output

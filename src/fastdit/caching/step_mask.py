@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..accelerator import register
-from ..errors import InvalidConfig
-from ..run import StepContext
+from fastdit.accelerator import register
+from fastdit.errors import InvalidConfig
+from fastdit.run import StepContext
+
 from .step_cache import GateState, StepCache, Verdict
 
 

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..accelerator import Need, register
-from ..errors import InvalidConfig, UnsupportedModel
-from ..models.signals import modulated_signal
-from ..run import StepContext
+from fastdit.accelerator import Need, register
+from fastdit.errors import InvalidConfig, UnsupportedModel
+from fastdit.models.signals import modulated_signal
+from fastdit.run import StepContext
+
 from .coefficients import Coefficients, for_model, named
 from .step_cache import GateState, StepCache, Verdict, finite, relative_change
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from ..layout import TokenLayout
+    from fastdit.layout import TokenLayout
 
 
 class Family(Protocol):
@@ -26,7 +26,7 @@ class Family(Protocol):
         """Give the rows and columns of image tokens for a size in pixels."""
 
     def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
-        """Say which argument of a call a mixed-resolution schedule can't honour, and what to do; None if all is well."""
+        """Say which argument of a call a mixed-resolution schedule can't honour, and what to do; None if none is."""
 
     def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """Turn tokens [B, rows * columns, C] into a latent frame [B, channels, height, width]."""

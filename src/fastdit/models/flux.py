@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layout import TokenLayout
+from fastdit.layout import TokenLayout
 
 
 class FluxFamily:
@@ -108,7 +108,8 @@ class _PerImageTable:
         # A shared table is indexed [None, :, None, :] or [None, None, :, :]; the leading None is our batch.
         if not isinstance(key, tuple) or key[0] is not None:
             raise TypeError(f"a rotary table of a batch was indexed with {key!r}, which it can't answer")
-        return self._table[(slice(None), *key[1:])]
+        places = (slice(None), *key[1:])
+        return self._table[places]
 
 
 FLUX = FluxFamily()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidConfig
+from fastdit.errors import InvalidConfig
 
 _GRID = np.linspace(0.0, 1.0, 1000)
 _FLOOR = 1e-10
@@ -61,7 +61,7 @@ def _density(shift: float, start: float = 0.0, end: float = 1.0) -> Array:
     def cumulative(time: float) -> float:
         return shift * time / (1.0 + (shift - 1.0) * time)
 
-    inside = (_GRID >= start) & (_GRID <= end)
+    inside = (start <= _GRID) & (end >= _GRID)
     mass = max(cumulative(end) - cumulative(start), _FLOOR)
     return np.where(inside, shift / (1.0 + (shift - 1.0) * _GRID) ** 2, 0.0) / mass
 
@@ -98,9 +98,7 @@ def solve(
     start = [3.0] * len(steps)
     bounds = [_SHIFT_BOUNDS] * len(steps)
     if restart is None:
-        solution = minimize(
-            _distance, [*start, 2.0], args=(steps, ends, base_shift), bounds=[*bounds, _RESTART_BOUNDS]
-        )
+        solution = minimize(_distance, [*start, 2.0], args=(steps, ends, base_shift), bounds=[*bounds, _RESTART_BOUNDS])
         *shifts, restart = (float(value) for value in solution.x)
     else:
         fixed = float(restart)

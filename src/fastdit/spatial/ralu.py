@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..accelerator import Break, Change, Need, Schedule, SchedulePlan, ScheduleRun, StagePlan, register
-from ..errors import InvalidConfig
-from ..layout import TokenLayout
-from ..models.family import Family
+from fastdit.accelerator import Break, Change, Need, Schedule, SchedulePlan, ScheduleRun, StagePlan, register
+from fastdit.errors import InvalidConfig
+from fastdit.layout import TokenLayout
+from fastdit.models.family import Family
+
 from . import edges, matching, renoise
 
 
@@ -159,9 +160,7 @@ class _RALURun(ScheduleRun):
         self._layout = TokenLayout(self._rows, self._columns, coarse=True)
         return self._family.pack(pooled), self._layout
 
-    def transition(
-        self, stage: int, latents: torch.Tensor, denoised: torch.Tensor
-    ) -> tuple[torch.Tensor, TokenLayout]:
+    def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         if stage == 0:
             latents, self._layout = self._layout.refine(latents, self._select(denoised))
             kept = latents.shape[1] - 4 * self._layout.refined.shape[1]  # type: ignore[union-attr]
@@ -193,7 +192,8 @@ class _RALURun(ScheduleRun):
     def _noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         from diffusers.utils.torch_utils import randn_tensor
 
-        return randn_tensor(tuple(shape), generator=self._generator, device=device, dtype=torch.float32)
+        noise: torch.Tensor = randn_tensor(tuple(shape), generator=self._generator, device=device, dtype=torch.float32)
+        return noise
 
 
 def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:

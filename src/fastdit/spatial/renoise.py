@@ -30,7 +30,8 @@ def correlate(noise: torch.Tensor, groups: slice, restart: float, *, exact: bool
     """
     correlation = 1.0 / restart**2
     result = noise * math.sqrt(1.0 - correlation) if exact else noise.clone()
-    siblings = noise[:, groups].unflatten(1, (-1, 4))
+    batch, _, channels = noise.shape
+    siblings = noise[:, groups].reshape(batch, -1, 4, channels)
     mixed = siblings + (math.sqrt(max(1.0 - 4.0 * correlation, 0.0)) - 1.0) * siblings.mean(dim=2, keepdim=True)
     result[:, groups] = mixed.flatten(1, 2)
     return result

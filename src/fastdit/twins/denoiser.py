@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..caching.step_cache import BranchState, CachePass, StepCache
-from ..errors import IncompatibleStack, NoActiveRun
-from ..flops import FlopMeter
-from ..models.family import Family
-from ..run import Clock, Run, StepContext, StepRecord
-from ..structure import same_object_twin, structural_twin, tensors_of
-from ..wiring import Wiring, observe, wiring_key, with_handler
+from fastdit.caching.step_cache import BranchState, CachePass, StepCache
+from fastdit.errors import IncompatibleStack, NoActiveRun
+from fastdit.flops import FlopMeter
+from fastdit.models.family import Family
+from fastdit.run import Clock, Run, StepContext, StepRecord
+from fastdit.structure import same_object_twin, structural_twin, tensors_of
+from fastdit.wiring import Wiring, observe, wiring_key, with_handler
+
 from .making import overriding, twin_class
 
 
@@ -194,8 +195,6 @@ def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
     return tensors_of(next(iter(arguments.values())))[0].device
-
-
 
 
 def _block_count(module: nn.Module) -> int:

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..run import Run
+from fastdit.run import Run
+
 from .making import overriding, twin_class
 
 #: Attributes about the shared weights' placement and adapters: one truth for the pipeline and its twin.
@@ -46,7 +47,7 @@ def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ..
         members[name] = _shared(session, name)
     for name in lifted:
         members[name] = _lifting(session, cls, name)
-    twin_cls = twin_class(cls, members)
+    twin_cls: Any = twin_class(cls, members)
     twin = twin_cls.__new__(twin_cls)
     hidden = {*pipeline.components, *_SHARED}
     twin.__dict__.update({key: value for key, value in pipeline.__dict__.items() if key not in hidden})

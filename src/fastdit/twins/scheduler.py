@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedModel
-from ..run import Run
+from fastdit.errors import UnsupportedModel
+from fastdit.run import Run
+
 from .making import overriding, twin_class
 
 
