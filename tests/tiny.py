@@ -58,7 +58,7 @@ def seed_weights(module: nn.Module, seed: int, gain: float = 1.0) -> None:
                 parameter.copy_(noise * 0.5)
             elif parameter.ndim >= 2:
                 parameter.copy_(noise * gain / math.sqrt(parameter[0].numel()))
-            elif name.endswith("weight") or name.endswith("gamma"):
+            elif name.endswith(("weight", "gamma")):
                 parameter.copy_(1.0 + 0.1 * noise)
             else:
                 parameter.copy_(0.1 * noise)
@@ -203,9 +203,7 @@ def flux(
 def flux_negative(call: Kwargs, scale: float = 2.0) -> Kwargs:
     """What turns a FLUX call into one with true classifier-free guidance: two branches a step."""
     negative = {
-        "negative_prompt_embeds": torch.randn(
-            call["prompt_embeds"].shape, generator=torch.Generator().manual_seed(23)
-        ),
+        "negative_prompt_embeds": torch.randn(call["prompt_embeds"].shape, generator=torch.Generator().manual_seed(23)),
         "negative_pooled_prompt_embeds": torch.randn(
             call["pooled_prompt_embeds"].shape, generator=torch.Generator().manual_seed(24)
         ),
@@ -472,7 +470,12 @@ def main_blocks(transformer: nn.Module) -> list[nn.Module]:
     """The blocks of the main stack in running order."""
     names = next(
         names
-        for names in (("transformer_blocks", "single_transformer_blocks"), ("transformer_blocks",), ("blocks",), ("layers",))
+        for names in (
+            ("transformer_blocks", "single_transformer_blocks"),
+            ("transformer_blocks",),
+            ("blocks",),
+            ("layers",),
+        )
         if all(hasattr(transformer, name) for name in names)
     )
     return [block for name in names for block in getattr(transformer, name)]
@@ -496,3 +499,31 @@ def counted_blocks(transformer: nn.Module) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def recorded_calls(pipe: DiffusionPipeline, call: Kwargs) -> list[tuple[tuple[Any, ...], Kwargs]]:
+    """The arguments of every transformer call that one plain run makes, to be replayed in a loop of one's own."""
+    calls: list[tuple[tuple[Any, ...], Kwargs]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+        calls.append((args, kwargs))
+
+    handle = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run(pipe, call)
+    finally:
+        handle.remove()
+    return calls
+
+
+def lora(transformer: nn.Module, *, seed: int = 0, rank: int = 2, strength: float = 0.2) -> dict[str, Tensor]:
+    """A LoRA state dict over a FLUX transformer's queries and single-block feed-forwards."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("attn.to_q", "proj_mlp")):
+            down = torch.randn(rank, module.in_features, generator=generator)
+            up = torch.randn(module.out_features, rank, generator=generator)
+            state[f"transformer.{name}.lora_A.weight"] = down
+            state[f"transformer.{name}.lora_B.weight"] = strength * up
+    return state

@@ -1,8 +1,8 @@
 """First-block cache in a straight line, for one branch of FLUX.
 
-    h = block_0(x), f = h - x
-    mean|f - f_c| / mean|f_c| < threshold:   y = h + R         f_c, R: of the last step that ran all blocks
-    else:                                    run the rest, f_c = f, R = y - h
+h = block_0(x), f = h - x
+mean|f - f_c| / mean|f_c| < threshold:   y = h + R         f_c, R: of the last step that ran all blocks
+else:                                    run the rest, f_c = f, R = y - h
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """TeaCache (arXiv 2411.19108) in a straight line, for one branch of FLUX.
 
-    d_t = mean|m_t - m_{t-1}| / mean|m_{t-1}|     m: the first block's modulated input, of the step before, run or not
-    acc += P(d_t)                                 P: degree four, highest power first
-    first step, last step or acc >= threshold:    run the blocks, keep y - x, acc = 0
-    else:                                         y = x + what was kept
+d_t = mean|m_t - m_{t-1}| / mean|m_{t-1}|     m: the first block's modulated input, of the step before, run or not
+acc += P(d_t)                                 P: degree four, highest power first
+first step, last step or acc >= threshold:    run the blocks, keep y - x, acc = 0
+else:                                         y = x + what was kept
 """
 
 from __future__ import annotations

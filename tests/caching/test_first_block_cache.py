@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from fastdit import FirstBlockCache, InvalidConfig, SkipPolicy, accelerate
 from reference_first_block_cache import FirstBlockReference
 from reference_flux import denoise
+
+import tiny
+from fastdit import FirstBlockCache, InvalidConfig, SkipPolicy, accelerate
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

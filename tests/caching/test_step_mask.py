@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from fastdit import InvalidConfig, Reuse, StepMask, Taylor, accelerate
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_flux import denoise
 from reference_step_mask import StepMaskReference
 from torch import Tensor, nn
+
+import tiny
+from fastdit import InvalidConfig, Reuse, StepMask, Taylor, accelerate
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from fastdit import RALU, InvalidConfig, Reuse, SkipPolicy, StepMask, TeaCache, Taylor, UnsupportedModel, accelerate
 from reference_flux import denoise
 from reference_teacache import TeaCacheReference
+
+import tiny
+from fastdit import RALU, InvalidConfig, Reuse, SkipPolicy, StepMask, Taylor, TeaCache, UnsupportedModel, accelerate
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -173,9 +174,7 @@ def test_the_order_of_the_list_does_not_matter() -> None:
 
 def test_with_ralu_and_true_guidance_each_branch_starts_each_stage_anew() -> None:
     pipe, call = tiny.flux(size=128, steps=9)
-    fast = accelerate(
-        pipe, [RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3), TeaCache(1e6, coefficients=IDENTITY)]
-    )
+    fast = accelerate(pipe, [RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3), TeaCache(1e6, coefficients=IDENTITY)])
     tiny.run(fast, tiny.flux_negative(call))
     for branch in (0, 1):
         assert [i for i, done in enumerate(computed(fast, branch)) if done] == [0, 3, 6, 8]
@@ -183,9 +182,7 @@ def test_with_ralu_and_true_guidance_each_branch_starts_each_stage_anew() -> Non
 
 def test_an_explicit_mask_with_ralu_computes_the_first_step_of_each_stage_anyway() -> None:
     pipe, call = tiny.flux(size=128, steps=9)
-    fast = accelerate(
-        pipe, [RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3), StepMask((1, 0, 0, 0, 0, 0, 0, 0, 1))]
-    )
+    fast = accelerate(pipe, [RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3), StepMask((1, 0, 0, 0, 0, 0, 0, 0, 1))])
     tiny.run(fast, call)
     assert [i for i, done in enumerate(computed(fast)) if done] == [0, 3, 6, 8]
 
@@ -208,7 +205,7 @@ def test_unusable_coefficients_are_refused(coefficients: Any) -> None:
 
 def test_a_model_that_nobody_calibrated_is_refused_and_never_given_another_model_s_numbers() -> None:
     pipe, _ = tiny.qwen_image()
-    with pytest.raises((InvalidConfig, UnsupportedModel), match="oefficients|signal"):
+    with pytest.raises((InvalidConfig, UnsupportedModel), match=r"oefficients|signal"):
         accelerate(pipe, [TeaCache(0.25)])
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fastdit.layout import TokenLayout
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastdit.layout import TokenLayout
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import reference_ralu
+
 import tiny
 from fastdit import RALU, accelerate
 from fastdit.spatial.matching import solve
@@ -78,7 +79,9 @@ def test_the_plan_equals_the_reference_schedule(preset: str) -> None:
         assert stage.sigmas == pytest.approx(sigmas, abs=2e-4)
 
 
-@pytest.mark.parametrize(("preset", "tokens"), [("4x", (1024, 1945, 4096)), ("5x", (1024, 1636, 4096)), ("7x", (1024, 1330, 4096))])
+@pytest.mark.parametrize(
+    ("preset", "tokens"), [("4x", (1024, 1945, 4096)), ("5x", (1024, 1636, 4096)), ("7x", (1024, 1330, 4096))]
+)
 def test_the_plan_counts_the_papers_tokens_at_1024_pixels(preset: str, tokens: tuple[int, ...]) -> None:
     pipe, _ = tiny.flux()
     plan = accelerate(pipe, [RALU(preset)]).fastdit.plan(1024, 1024)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import tiny
 from fastdit import RALU, InvalidConfig, UnsupportedModel, accelerate
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
@@ -53,9 +54,7 @@ def test_noise_is_fresh_in_each_call_that_shares_a_generator(built: tiny.Built) 
     pipe, call = built
     fast = accelerate(pipe, [SHORT])
     generator = torch.Generator().manual_seed(0)
-    assert not torch.equal(
-        tiny.run(fast, call, generator=generator), tiny.run(fast, call, generator=generator)
-    )
+    assert not torch.equal(tiny.run(fast, call, generator=generator), tiny.run(fast, call, generator=generator))
 
 
 def test_fixed_latents_still_leave_the_switches_to_the_generator(built: tiny.Built) -> None:

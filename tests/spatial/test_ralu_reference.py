@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import reference_ralu
-import tiny
 import torch
+from reference_ralu import Generators
+
+import tiny
 from fastdit import RALU, accelerate
 from fastdit.spatial.matching import solve
-from reference_ralu import Generators
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from fastdit import RALU, accelerate
 from torch import Tensor
+
+import tiny
+from fastdit import RALU, accelerate
 
 ENDS = (0.3, 0.45)
 CLEAN = 0.7
