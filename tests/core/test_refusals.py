@@ -126,7 +126,7 @@ def test_a_second_thread_is_refused_and_the_first_call_finishes_untouched(stack:
     thread.start()
     try:
         assert inside.wait(20)
-        with pytest.raises(ConcurrentCall, match="twin|accelerate"):
+        with pytest.raises(ConcurrentCall, match=r"twin|accelerate"):
             tiny.run(fast, call)
         with pytest.raises(ConcurrentCall):
             tiny.run(fast, call)

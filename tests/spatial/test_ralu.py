@@ -296,7 +296,7 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 
 
 def test_the_message_for_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(InvalidConfig, match="4x.*5x.*7x"):
+    with pytest.raises(InvalidConfig, match=r"4x.*5x.*7x"):
         RALU("3x")
 
 

@@ -1,7 +1,8 @@
 """Monte Carlo: after each switch the latents follow the flow's own marginal, seen from outside, through the pipeline.
 
-The transformer's output layer is set to zero, so a step moves nothing; a callback puts exact draws of x_e given the clean
-latents x_1 (mean e * x_1, deviation 1 - e) before the last step of a stage, and reads what the switch made of them.
+The transformer's output layer is set to zero, so a step moves nothing; a callback puts exact draws of x_e given the
+clean latents x_1 (mean e * x_1, deviation 1 - e) before the last step of a stage, and reads what the switch made of
+them.
 """
 
 from __future__ import annotations
