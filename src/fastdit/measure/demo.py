@@ -1,0 +1,61 @@
+"""What `fastdit demo` measures: the embedded pipeline on fixed prompts, plain and accelerated, in turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdit.caching.teacache import TeaCache
+from fastdit.mini import load_mini
+from fastdit.mini.judge import load_judge
+from fastdit.mini.prompts import held_out
+from fastdit.spatial.ralu import RALU
+from fastdit.stack import Stack
+
+from .experiment import Configuration, Experiment, Progress, plain
+from .report import write_report
+from .results import Results
+
+FULL_STEPS = 50  # the baseline of the RALU paper
+SHORT_STEPS = 28  # what FLUX is commonly run with
+
+REPORT, RESULTS = "report.html", "results.json"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much a demo measures: prompts (one round each), and rounds of the search for the equal-time rival."""
+
+    prompts: int
+    rival_rounds: int
+
+
+EXTENTS = {"full": Extent(prompts=32, rival_rounds=3), "quick": Extent(prompts=6, rival_rounds=1)}
+
+
+def accelerated_configurations() -> list[Configuration]:
+    """The stacks of the demo."""
+    return [
+        Configuration("TeaCache", Stack([TeaCache(0.25)]), {"num_inference_steps": FULL_STEPS}),
+        Configuration("RALU 4x", Stack([RALU("4x")])),
+        Configuration("RALU 4x + TeaCache", Stack([RALU("4x"), TeaCache(0.25)])),
+        Configuration("RALU 7x + TeaCache", Stack([RALU("7x"), TeaCache(0.25)])),
+    ]
+
+
+def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progress | None = None) -> Results:
+    """Measure, and write pictures, results.json and report.html into `directory`."""
+    pipeline = load_mini()
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = held_out(extent.prompts, seed, background=True)
+    experiment = Experiment(pipeline, prompts, seed=seed, judge=load_judge(), progress=progress)
+    accelerated = accelerated_configurations()
+    rival = experiment.rival(experiment.fastest(accelerated), rounds=extent.rival_rounds)
+    full = plain(FULL_STEPS)
+    counts = sorted({SHORT_STEPS, rival} - {FULL_STEPS}, reverse=True)
+    configurations = [full, *map(plain, counts), *accelerated]
+    directory.mkdir(parents=True, exist_ok=True)
+    results, _ = experiment.run(configurations, title="fastdit demo", baseline=full.name, directory=directory)
+    results.save(directory / RESULTS)
+    write_report(results, directory)
+    return results

@@ -1,0 +1,153 @@
+"""One offline HTML page of a measurement: pictures, the speed/quality plot, the steps' timelines, the table."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .charts import Point, speed_quality
+from .results import ConfigurationResult, Results
+from .statistics import CONFIDENCE
+from .table import header, rows, verdict
+
+#: What a step can be, in the legend's order.
+ACTIONS = ("computed", "partial", "reused", "forecast")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One step of a timeline: what was done, how many tokens it had relative to the most, and its story."""
+
+    action: str
+    height: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Band:
+    """The steps of one stage."""
+
+    tokens: int | None
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One configuration's steps; `share` is how many it took relative to the most."""
+
+    name: str
+    summary: str
+    share: float
+    bands: tuple[Band, ...]
+
+
+def write_report(results: Results, directory: Path) -> Path:
+    """Write `directory`/report.html with the pictures that lie there embedded; give its path."""
+    path = directory / "report.html"
+    path.write_text(render_report(results, directory), encoding="utf-8")
+    return path
+
+
+def render_report(results: Results, directory: Path) -> str:
+    """The page as text; it refers to nothing outside itself."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fastdit.measure"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    lines = timelines(results.configurations)
+    done = {cell.action for line in lines for band in line.bands for cell in band.cells}
+    shown = min((len(entry.images) for entry in results.configurations), default=0)
+    page: str = environment.get_template("report.html.j2").render(
+        results=results,
+        summary=summary(results),
+        prompts=results.prompts[:shown],
+        gallery=[
+            (entry.name, [_data_uri(directory / name) for name in entry.images]) for entry in results.configurations
+        ]
+        if shown
+        else [],
+        plot=_plot(results),
+        timelines=lines,
+        actions=[action for action in ACTIONS if action in done],
+        confidence=CONFIDENCE,
+        header=header(results),
+        rows=rows(results),
+    )
+    return page
+
+
+def summary(results: Results) -> list[str]:
+    """What came out, in sentences: the fastest stack, its speed-up, and how it fares against its equal-time rival."""
+    accelerated = [entry for entry in results.configurations if entry.stack is not None]
+    if not accelerated:
+        return []
+    fastest = min(accelerated, key=lambda entry: entry.median_seconds)
+    sentences = [f"{fastest.name} is {results.speed_up(fastest.name):.2f} times as fast as {results.baseline}."]
+    rival = results.rival(fastest.name)
+    advantage = None if rival is None else results.advantage(fastest.name, rival, "judge")
+    if rival is not None and advantage is not None:
+        ours, theirs = (results[name].metrics["judge"].interval for name in (fastest.name, rival))
+        outcome = {"wins": "better", "loses": "worse", "ties": "no measurable difference", "": ""}[verdict(advantage)]
+        sentences.append(
+            f"The judge gives it {ours:.3f}, and {theirs:.3f} to plain {rival}, which take as long: "
+            f"{advantage:+.3f}, {outcome}."
+        )
+    return sentences
+
+
+def timelines(configurations: Sequence[ConfigurationResult]) -> list[Timeline]:
+    """The first recorded run of every configuration."""
+    recorded = [(entry, entry.records[0]["steps"]) for entry in configurations if entry.records]
+    most_steps = max((len(steps) for _, steps in recorded), default=0)
+    most_tokens = max((step["tokens"] or 0 for _, steps in recorded for step in steps), default=0)
+    return [_timeline(entry, steps, most_steps, most_tokens) for entry, steps in recorded]
+
+
+def _timeline(
+    entry: ConfigurationResult, steps: Sequence[Mapping[str, Any]], most_steps: int, most_tokens: int
+) -> Timeline:
+    bands = []
+    for _, stage in groupby(steps, key=lambda step: step["stage"]):
+        members = list(stage)
+        cells = tuple(Cell(step["action"], _height(step, most_tokens), _story(step)) for step in members)
+        bands.append(Band(members[0]["tokens"], cells))
+    run = sum(step["blocks_run"] for step in steps) / max(sum(step["blocks"] for step in steps), 1)
+    summary = f"{len(steps)} steps, {run:.0%} of their blocks run, {entry.median_seconds:.2f} s"
+    return Timeline(entry.name, summary, len(steps) / most_steps, tuple(bands))
+
+
+def _height(step: Mapping[str, Any], most_tokens: int) -> float:
+    return step["tokens"] / most_tokens if step["tokens"] else 1.0
+
+
+def _story(step: Mapping[str, Any]) -> str:
+    noise = "" if step["sigma"] is None else f", noise {step['sigma']:.3f}"
+    reason = f" ({step['reason']})" if step["reason"] else ""
+    return (
+        f"step {step['step'] + 1}{noise}, {step['tokens']} tokens: {step['action']}{reason}, "
+        f"{1000 * step['seconds']:.1f} ms, {step['flops'] / 1e9:.2f} GFLOPs"
+    )
+
+
+def _plot(results: Results) -> str | None:
+    scored = [entry for entry in results.configurations if "judge" in entry.metrics]
+    if not scored:
+        return None
+    points = [
+        Point(entry.name, results.speed_up(entry.name), entry.metrics["judge"].interval, entry.stack is None)
+        for entry in scored
+    ]
+    return speed_quality(points, quality="judge score")
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -1,0 +1,173 @@
+"""Results of a measurement as one JSON file: schema-versioned, raw samples kept, readable without this library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from fastdit.errors import FastditError
+
+from .environment import Environment
+from .statistics import Interval, mean_difference, ratio_of_medians
+
+SCHEMA_VERSION = 1
+
+_EQUAL_TIME = 0.03  # medians of the same work differ by this much from run to run on a busy machine
+
+
+class ResultsError(FastditError, ValueError):
+    """The data is no set of results that this version can read."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity with its interval and the raw samples under it (none where it belongs to a whole set)."""
+
+    interval: Interval
+    samples: tuple[float, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Metric:
+        _check_keys(cls, data)
+        return cls(Interval(**data["interval"]), tuple(data["samples"]))
+
+
+@dataclass(frozen=True)
+class ConfigurationResult:
+    """All that was measured of one configuration; `seconds` and `flops` hold one value a round, in rounds' order.
+
+    `stack` is the accelerators' own JSON, None for the untouched pipeline. `records` holds the run records of the
+    first rounds, `images` the names of the pictures saved beside the file.
+    """
+
+    name: str
+    stack: Any
+    call: dict[str, Any]
+    seconds: tuple[float, ...]
+    flops: tuple[int, ...]
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    records: tuple[dict[str, Any], ...] = ()
+    images: tuple[str, ...] = ()
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ConfigurationResult:
+        _check_keys(cls, data)
+        lists = {name: tuple(data[name]) for name in ("seconds", "flops", "records", "images")}
+        metrics = {name: Metric.from_json(metric) for name, metric in data["metrics"].items()}
+        return cls(name=data["name"], stack=data["stack"], call=data["call"], metrics=metrics, **lists)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One measurement: where it ran, how, and what came out; speed-ups are against the configuration `baseline`."""
+
+    title: str
+    baseline: str
+    environment: Environment
+    settings: dict[str, Any]
+    prompts: tuple[str, ...]
+    images_per_round: int
+    configurations: tuple[ConfigurationResult, ...]
+    created: str
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        names = [configuration.name for configuration in self.configurations]
+        if len(set(names)) != len(names) or self.baseline not in names:
+            raise ResultsError(f"configurations need distinct names, {self.baseline!r} among them; got {names}")
+
+    def __getitem__(self, name: str) -> ConfigurationResult:
+        return next(configuration for configuration in self.configurations if configuration.name == name)
+
+    def speed_up(self, name: str) -> Interval:
+        """How many times faster than the baseline: ratio of median seconds, rounds paired."""
+        return ratio_of_medians(self[self.baseline].seconds, self[name].seconds)
+
+    def rival(self, name: str) -> str | None:
+        """The fastest plain configuration that gets at least the time of an accelerated one, if any does."""
+        if self[name].stack is None:
+            return None
+        goal = self[name].median_seconds * (1 - _EQUAL_TIME)
+        slower = [entry for entry in self.configurations if entry.stack is None and entry.median_seconds >= goal]
+        return min(slower, key=lambda entry: entry.median_seconds).name if slower else None
+
+    def advantage(self, name: str, rival: str, metric: str) -> Interval | None:
+        """How much higher a metric is than the rival's, paired by prompt; None where either lacks its samples."""
+        pair = [self[one].metrics[metric].samples for one in (name, rival) if metric in self[one].metrics]
+        return mean_difference(*pair) if len(pair) == 2 and all(pair) else None
+
+    def flops_ratio(self, name: str) -> float:
+        """How many times fewer denoiser FLOPs than the baseline, on average over the rounds."""
+        return fmean(self[self.baseline].flops) / fmean(self[name].flops)
+
+    def with_metric(self, metric: str, values: Mapping[str, Metric]) -> Results:
+        """These results with one more metric of the named configurations."""
+        configurations = tuple(
+            replace(entry, metrics={**entry.metrics, metric: values[entry.name]}) if entry.name in values else entry
+            for entry in self.configurations
+        )
+        return replace(self, configurations=configurations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""
+        data = asdict(self)
+        names = [configuration.name for configuration in self.configurations]
+        data["derived"] = {
+            name: {
+                "median_seconds": self[name].median_seconds,
+                "speed_up": asdict(self.speed_up(name)),
+                "flops_ratio": self.flops_ratio(name),
+            }
+            for name in names
+        }
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Results:
+        found = data.get("schema_version") if isinstance(data, Mapping) else None
+        if found != SCHEMA_VERSION:
+            raise ResultsError(
+                f"results of schema version {found!r} can't be read; this version reads {SCHEMA_VERSION}"
+            )
+        kept = {name: value for name, value in data.items() if name != "derived"}
+        _check_keys(cls, kept)
+        _check_keys(Environment, kept["environment"])
+        return cls(
+            **kept
+            | {
+                "environment": Environment(**kept["environment"]),
+                "prompts": tuple(kept["prompts"]),
+                "configurations": tuple(ConfigurationResult.from_json(entry) for entry in kept["configurations"]),
+            }
+        )
+
+    def dumps(self) -> str:
+        """The results as JSON text; a number that JSON can't hold (NaN, infinity) is refused."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.dumps() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def metric_names(configurations: Sequence[ConfigurationResult]) -> list[str]:
+    """Every metric that any configuration has, in the order of first appearance."""
+    return list(dict.fromkeys(name for configuration in configurations for name in configuration.metrics))
+
+
+def _check_keys(cls: type[Any], data: Mapping[str, Any]) -> None:
+    expected = {entry.name for entry in fields(cls)}
+    if set(data) != expected:
+        missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
+        raise ResultsError(f"{cls.__name__}: missing {missing}, unknown {unknown}")
