@@ -21,6 +21,16 @@ settings.register_profile(
 settings.load_profile("fastdit")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors; these come out of released versions of the libraries that are tested with, not out of ours."""
+    # diffusers' DPM solver hands a tensor to numpy 2 in a way that torch does not know yet.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    )
+    # peft tells that a second LoRA is the second one.
+    config.addinivalue_line("filterwarnings", "ignore:Already found a `peft_config` attribute:UserWarning")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and a busy machine loses much by them."""

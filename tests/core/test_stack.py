@@ -73,21 +73,18 @@ def test_an_unknown_type_in_a_file_is_refused(name: Any, tmp_path: Path) -> None
         Stack.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, 1.5, True])
+@pytest.mark.parametrize("version", [0, 2, 99, "1", None, 1.5, True, [1]])
 def test_an_unknown_version_is_refused(version: Any, tmp_path: Path) -> None:
     path, data = saved(tmp_path)
-    (key,) = [key for key in data if "version" in key]
-    if data[key] == version and type(data[key]) is type(version):
-        pytest.skip("the current version")
-    data[key] = version
+    data["fastdit_stack"] = version
     path.write_text(json.dumps(data))
-    with pytest.raises(InvalidConfig, match="version"):
+    with pytest.raises(InvalidConfig):
         Stack.from_pretrained(tmp_path)
 
 
 def test_a_missing_version_is_refused(tmp_path: Path) -> None:
     path, data = saved(tmp_path)
-    path.write_text(json.dumps({key: value for key, value in data.items() if "version" not in key}))
+    path.write_text(json.dumps({key: value for key, value in data.items() if key != "fastdit_stack"}))
     with pytest.raises(InvalidConfig):
         Stack.from_pretrained(tmp_path)
 
@@ -97,7 +94,7 @@ def test_an_extra_field_is_refused_wherever_it_is(tmp_path: Path) -> None:
     for place in (data, parts(data)[0], parts(data)[1]["forecast"], parts(data)[1]["policy"]):
         place["surprise"] = 1
         path.write_text(json.dumps(data))
-        with pytest.raises(InvalidConfig, match="surprise"):
+        with pytest.raises(InvalidConfig):
             Stack.from_pretrained(tmp_path)
         del place["surprise"]
     path.write_text(json.dumps(data))
@@ -129,7 +126,20 @@ def test_a_field_with_a_wrong_value_is_refused(index: int, field: str, value: An
         Stack.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"RALU"', '{"version": 1}', "\x80\x04K\x01."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '"RALU"',
+        '{"fastdit_stack": 1}',
+        '{"fastdit_stack": 1, "accelerators": {}}',
+        "\x80\x04K\x01.",
+    ],
+)
 def test_a_file_that_is_no_stack_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "stack.json").write_text(text)
     with pytest.raises(InvalidConfig):

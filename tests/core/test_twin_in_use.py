@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def test_a_lora_can_be_scaled_switched_and_unloaded_again(through: str) -> None:
     plain = tiny.run(pipe, call)
     fast = accelerate(pipe, [])
     handle = fast if through == "twin" else pipe
-    handle.load_lora_weights(tiny.lora(pipe.transformer, seed=1), adapter_name="one")
-    handle.load_lora_weights(tiny.lora(pipe.transformer, seed=2), adapter_name="two")
+    one, two = tiny.lora(pipe.transformer, seed=1), tiny.lora(pipe.transformer, seed=2)
+    handle.load_lora_weights(one, adapter_name="one")
+    handle.load_lora_weights(two, adapter_name="two")
     handle.set_adapters(["one", "two"], [0.7, 0.4])
     assert handle.get_active_adapters() == ["one", "two"]
     assert torch.equal(tiny.run(fast, call), tiny.run(pipe, call))
@@ -190,7 +191,18 @@ def test_group_offload_of_the_transformer_works(stack: str, level: str) -> None:
     assert torch.equal(tiny.run(accelerate(pipe, STACKS[stack]), call), expected)
 
 
+@pytest.fixture
+def attention_registry() -> Iterator[None]:
+    """Setting a backend on one model also makes it the process's default in diffusers; put that back."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry._active_backend = before
+
+
 @EACH
+@pytest.mark.usefixtures("attention_registry")
 @pytest.mark.parametrize("through", ["twin", "pipeline"])
 def test_attention_backends_and_slicing_are_set_through_either(stack: str, through: str) -> None:
     pipe, call = build()
@@ -205,7 +217,8 @@ def test_attention_backends_and_slicing_are_set_through_either(stack: str, throu
     assert backends == {"_native_math"}
     torch.testing.assert_close(tiny.run(fast, call), expected, rtol=0, atol=1e-4)
     handle.transformer.reset_attention_backend()
-    assert torch.equal(tiny.run(fast, call), expected)
+    assert all(block.attn.processor._attention_backend is None for block in pipe.transformer.transformer_blocks)
+    torch.testing.assert_close(tiny.run(fast, call), expected, rtol=0, atol=1e-4)
 
 
 def test_vae_options_and_its_replacement_are_seen() -> None:
@@ -244,7 +257,7 @@ def test_one_generator_or_a_list(stack: str, seeds: tuple[int, ...], generators:
 
 @pytest.mark.parametrize("images", [2, 3])
 def test_several_images_a_prompt(images: int) -> None:
-    pipe, call = build(batch=2)
+    pipe, call = build(batch=2, text=True)
     fast = accelerate(pipe, [])
     found = tiny.run(fast, call, num_images_per_prompt=images)
     assert torch.equal(found, tiny.run(pipe, call, num_images_per_prompt=images))
@@ -477,10 +490,10 @@ def test_sizes_in_turn_give_what_fresh_twins_give(stack: str) -> None:
 
 
 def test_batches_and_step_counts_in_turn_give_what_fresh_twins_give() -> None:
-    pipe, call = build(batch=2)
+    pipe, call = build(batch=2, text=True)
     stack = [TeaCache(0.7, coefficients=(0, 0, 0, 1, 0))]
     fast = accelerate(pipe, stack)
-    for changes in ({}, {"num_images_per_prompt": 3}, {"num_inference_steps": 9}, {"num_inference_steps": 1}, {}):
+    for changes in ({}, {"num_images_per_prompt": 3}, {"num_inference_steps": 9}, {"num_inference_steps": 3}, {}):
         assert torch.equal(tiny.run(fast, call, **changes), tiny.run(accelerate(pipe, stack), call, **changes))
 
 

@@ -94,6 +94,7 @@ def test_the_pipeline_may_be_called_in_the_middle_of_its_twin_s_run(stack: str) 
 @pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_every_pipeline_is_untouched_by_a_cached_run(name: str) -> None:
     pipe, call = tiny.PIPELINES[name]()
+    call = {**call, "output_type": "latent"}  # decoding changes the video autoencoders themselves
     plain = settle(pipe, call)
     before = fingerprint(pipe)
     tiny.run(accelerate(pipe, [FirstBlockCache(1e6)]), call)
@@ -165,7 +166,7 @@ def test_a_twin_goes_when_it_is_dropped_and_the_pipeline_stays() -> None:
     plain = tiny.run(pipe, call)
     fast = accelerate(pipe, STACKS["ralu and teacache"])
     tiny.run(fast, call)
-    watched = weakref.ref(fast), weakref.ref(fast.transformer), weakref.ref(fast.scheduler)
+    watched = weakref.ref(fast), weakref.ref(fast.transformer), weakref.ref(fast.fastdit)
     del fast
     gc.collect()
     assert [reference() for reference in watched] == [None] * 3

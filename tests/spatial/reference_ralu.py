@@ -11,8 +11,11 @@ It follows the paper (arXiv 2507.08422) and shares nothing with the package. Wha
    token, in the order of the kept tokens, then the children that already were there in their order. After that the
    tokens are put into raster order.
 
-Ties between equal edge scores at the boundary are not decided here: `edge_selection` refuses them, so a test has to
-choose a seed that has none.
+With fidelity "paper", (batch, coarse tokens) of noise are drawn before 2: a millionth of it breaks ties between equal
+edge scores. With "exact" ties go to the earlier token in raster order and nothing is drawn.
+
+How grey values become integers is not decided here: `edge_selection` refuses a choice that depends on it, so a test
+has to take a seed where it does not.
 """
 
 from __future__ import annotations
@@ -103,14 +106,16 @@ def edge_scores(picture: Tensor, rows: int, columns: int, *, fidelity: str, roun
     return [int(score) for score in blocks.sum(axis=(1, 3)).reshape(-1)]
 
 
-def edge_selection(picture: Tensor, rows: int, columns: int, k: int, *, fidelity: str) -> list[int]:
-    """The k tokens with the most edges, in raster order; refuses an ambiguous choice."""
+def edge_selection(
+    picture: Tensor, rows: int, columns: int, k: int, *, fidelity: str, tie_breaker: Tensor | None
+) -> list[int]:
+    """The k tokens with the most edges, in raster order; refuses a choice that hangs on how greys are rounded."""
     choices = []
     for rounding in ("nearest", "down"):
-        scores = edge_scores(picture, rows, columns, fidelity=fidelity, rounding=rounding)
-        order = sorted(range(len(scores)), key=lambda token: -scores[token])
-        if scores[order[k - 1]] == scores[order[k]]:
-            raise ValueError(f"equal edge scores at the boundary: {sorted(scores, reverse=True)}, k = {k}")
+        scores: list[float] = list(edge_scores(picture, rows, columns, fidelity=fidelity, rounding=rounding))
+        if tie_breaker is not None:
+            scores = [score + 1e-6 * float(noise) for score, noise in zip(scores, tie_breaker, strict=True)]
+        order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
         choices.append(sorted(order[:k]))
     if choices[0] != choices[1]:
         raise ValueError("the choice depends on how grey values are rounded")
@@ -194,11 +199,15 @@ def ralu(
     # 1 -> 2: the tokens with the most edges become four.
     k = int(ratio * len(coarse))
     selected, kept = [], []
+    ties = None
+    if fidelity == "paper":
+        ties = randn_tensor((batch, len(coarse)), generator=generator, dtype=torch.float32)
     for image in range(batch):
         picture_latents = unpack(clean[image][None], rows, columns)
         picture_latents = picture_latents / vae.config.scaling_factor + vae.config.shift_factor
         picture = vae.decode(picture_latents, return_dict=False)[0][0]
-        selected.append(edge_selection(picture, rows, columns, k, fidelity=fidelity))
+        tie_breaker = None if ties is None else ties[image]
+        selected.append(edge_selection(picture, rows, columns, k, fidelity=fidelity, tie_breaker=tie_breaker))
         kept.append([token for token in range(len(coarse)) if token not in selected[image]])
     mixed_count = len(coarse) - k + 4 * k
     white = randn_tensor((batch, mixed_count, channels * 4), generator=generator, dtype=torch.float32)
