@@ -22,7 +22,7 @@ settings.load_profile("fastdit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors; these come out of released versions of the libraries that are tested with, not out of ours."""
+    """Warnings are errors; these come out of released versions of the libraries, not out of ours."""
     # diffusers' DPM solver hands a tensor to numpy 2 in a way that torch does not know yet.
     config.addinivalue_line(
         "filterwarnings", "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
