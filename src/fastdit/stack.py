@@ -327,8 +327,6 @@ class Acceleration:
             yield outcome
         finally:
             self.active, self._scheduler = None, None
-            for denoiser, _ in self._denoisers.values():
-                denoiser.forget_run()
             self.last_run = run.finish(completed=outcome["completed"])
         if outcome["completed"]:
             self._report_idle(self.last_run)
@@ -336,7 +334,7 @@ class Acceleration:
     def _report_idle(self, record: RunRecord) -> None:
         """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
         cache = self.stack.step_cache
-        if cache is None or cache.neutral or record.skipped:
+        if cache is None or cache.neutral or record.skipped or not record.steps:
             return
         message = (
             f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; raise its "

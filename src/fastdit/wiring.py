@@ -129,26 +129,68 @@ def outputs_of(port: BlockPort, output: Any) -> dict[int, torch.Tensor]:
     return {place: item for place, item in enumerate(output) if isinstance(item, torch.Tensor)}
 
 
-@dataclass
-class _Call:
+@dataclass(frozen=True)
+class BlockCall:
+    """One observed call of a block: what went in, what came out."""
+
     name: str
     index: int
-    arguments: dict[Port, Any]
+    block: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     output: Any
+    versions: tuple[int, ...]
+
+    @property
+    def arguments(self) -> dict[Port, Any]:
+        named: dict[Port, Any] = dict(enumerate(self.args))
+        named.update(self.kwargs)
+        return named
+
+    def again(self, handler: BlockHandler) -> None:
+        """Put the call to a handler; where it runs the block, the block answers what it answered before."""
+        handler.call(self.name, self.index, _Answered(self.block, self.output), self.args, self.kwargs)
+
+
+class _Answered:
+    """A block that has run: calling it gives the output that it gave, everything else is the block's own."""
+
+    __slots__ = ("_block", "_output")
+
+    def __init__(self, block: Any, output: Any) -> None:
+        self._block, self._output = block, output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._block)
 
 
 class _Recorder:
     """Runs every block and keeps its inputs and outputs."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[BlockCall] = []
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments: dict[Port, Any] = dict(enumerate(args))
-        arguments.update(kwargs)
+        versions = tuple(version_of(tensor) for tensor in tensors_of([args, kwargs]))
         output = block(*args, **kwargs)
-        self.calls.append(_Call(name, index, arguments, output))
+        self.calls.append(BlockCall(name, index, block, args, kwargs, output, versions))
         return output
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one observed forward gave: the wiring, the forward's own output, and its block calls."""
+
+    wiring: Wiring
+    output: Any
+    calls: tuple[BlockCall, ...]
 
 
 class _Replayer:
@@ -172,21 +214,22 @@ class _Replayer:
         return returned(port, {out: v for out, v in zip(port.outputs, values, strict=True) if out is not None})
 
 
-def observe(module: nn.Module, kwargs: dict[str, Any]) -> Wiring:
-    """Learn and prove the wiring of `module` for the arguments of one call.
+def observe(module: nn.Module, kwargs: dict[str, Any], children: Mapping[str, Any] | None = None) -> Observation:
+    """Run one plain forward of `module`, learn its wiring and prove it.
 
-    Costs one forward and two more without their blocks. Raises `UnsupportedModel`, naming what was seen, where no
+    Costs two forwards without their blocks besides the forward itself, whose output is given with the wiring. Raises `UnsupportedModel`, naming what was seen, where no
     block list is purely carried or the replay does not reproduce the plain output.
     """
     recorder = _Recorder()
     with torch.no_grad():
-        plain = with_handler(module, recorder)(**kwargs)
+        plain = with_handler(module, recorder, children)(**kwargs)
+        _refuse_in_place(module, recorder.calls)
         chains, ends = _chains(recorder.calls)
         if not chains:
             raise UnsupportedModel(_explain(module, recorder.calls, kwargs))
         wiring = Wiring(tuple(chains), 0)
         replayer = _Replayer(wiring, ends)
-        replayed = with_handler(module, replayer)(**kwargs)
+        replayed = with_handler(module, replayer, children)(**kwargs)
         if not _equal(plain, replayed):
             raise UnsupportedModel(
                 f"{type(module).__name__}: skipping the blocks of {_names(wiring)} and injecting their recorded "
@@ -194,8 +237,9 @@ def observe(module: nn.Module, kwargs: dict[str, Any]) -> Wiring:
                 "blocks; use the accelerators that don't skip blocks, or describe the model in fastdit.models"
             )
         probe = _Replayer(wiring, ends)
-        with_handler(module, probe)(**_other_latents(module, kwargs))
-    return _with_entry(module, wiring, replayer.entered, probe.entered)
+        with_handler(module, probe, children)(**_other_latents(module, kwargs))
+    wiring = _with_entry(module, wiring, replayer.entered, probe.entered)
+    return Observation(wiring, plain, tuple(recorder.calls))
 
 
 def wiring_key(kwargs: Mapping[str, Any]) -> str:
@@ -211,15 +255,30 @@ def wiring_key(kwargs: Mapping[str, Any]) -> str:
     return repr(sorted((name, kind(value)) for name, value in kwargs.items() if value is not None))
 
 
-def _chains(calls: list[_Call]) -> tuple[list[Chain], dict[int, list[torch.Tensor | None]]]:
+def version_of(tensor: torch.Tensor) -> int:
+    """Count in-place writes to a tensor; tensors made in inference mode don't count theirs."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _refuse_in_place(module: nn.Module, calls: list[BlockCall]) -> None:
+    for call in calls:
+        after = tuple(version_of(tensor) for tensor in tensors_of([call.args, call.kwargs]))
+        if after != call.versions:
+            raise UnsupportedModel(
+                f"{type(module).__name__}: something writes into the inputs of {call.name}.{call.index} in place, so "
+                "what the blocks add can't be known; use kernels that don't, or a stack without a step cache"
+            )
+
+
+def _chains(calls: list[BlockCall]) -> tuple[list[Chain], dict[int, list[torch.Tensor | None]]]:
     """Group consecutive calls that are joined by identical tensors into chains."""
-    groups: list[list[_Call]] = []
+    groups: list[list[BlockCall]] = []
     for call in calls:
         if groups and _links(groups[-1][-1], call):
             groups[-1].append(call)
         else:
             groups.append([call])
-    found: list[tuple[Chain, _Call]] = []
+    found: list[tuple[Chain, BlockCall]] = []
     for group in groups:
         whole = _chain(group)
         parts = [group] if whole is not None else [list(part) for _, part in groupby(group, lambda call: call.name)]
@@ -231,7 +290,7 @@ def _chains(calls: list[_Call]) -> tuple[list[Chain], dict[int, list[torch.Tenso
     return [chain for chain, _ in found], ends
 
 
-def _links(first: _Call, second: _Call) -> list[tuple[int, Port]]:
+def _links(first: BlockCall, second: BlockCall) -> list[tuple[int, Port]]:
     """List the (output place, argument) pairs in which `second` receives an output tensor of `first` itself."""
     items = [first.output] if isinstance(first.output, torch.Tensor) else list(first.output)
     return [
@@ -243,7 +302,7 @@ def _links(first: _Call, second: _Call) -> list[tuple[int, Port]]:
     ]
 
 
-def _chain(group: list[_Call]) -> Chain | None:
+def _chain(group: list[BlockCall]) -> Chain | None:
     """Follow the streams through a group of linked calls; None where the calls don't share one pattern."""
     if len(group) < 2:
         return None
@@ -326,7 +385,7 @@ def _names(wiring: Wiring) -> str:
     return ", ".join(sorted({port.name for chain in wiring.chains for port in chain.blocks}))
 
 
-def _explain(module: nn.Module, calls: list[_Call], kwargs: Mapping[str, Any]) -> str:
+def _explain(module: nn.Module, calls: list[BlockCall], kwargs: Mapping[str, Any]) -> str:
     given = sorted(name for name, value in kwargs.items() if value is not None)
     lists = sorted({call.name for call in calls})
     if not calls:

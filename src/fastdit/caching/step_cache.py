@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need, register
 from fastdit.errors import FastditWarning, IncompatibleStack, InvalidConfig
 from fastdit.run import Run, StepContext
-from fastdit.wiring import BlockPort, Chain, Wiring, outputs_of, read_port, returned
+from fastdit.wiring import BlockCall, BlockPort, Chain, Wiring, outputs_of, read_port, returned, version_of
 
 from .forecast import Features, Forecaster, History, Reuse, is_forecast
 
@@ -116,11 +117,6 @@ def finite(change: torch.Tensor) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Count in-place writes to a tensor; tensors made in inference mode don't count theirs."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 @dataclasses.dataclass
 class BranchState:
     """All that a step cache keeps for one denoiser, branch and stage."""
@@ -137,9 +133,10 @@ class CachePass:
         self._cache, self._wiring, self._run = cache, wiring, run
         self._where = wiring.where()
 
-    def begin(self, context: StepContext, state: BranchState) -> None:
-        """Start a forward."""
+    def begin(self, context: StepContext, state: BranchState, observed: Sequence[BlockCall] = ()) -> None:
+        """Start a forward; `observed` holds its block calls where it has already run to be observed."""
         self._context, self._state = context, state
+        self._observed = bool(observed)
         self._verdict: Verdict | None = None
         self._features: Features = []
         self._start: list[Any] = []
@@ -151,6 +148,8 @@ class CachePass:
         self.action = "computed"
         self.reason = "no block was called"
         self.tokens: int | None = None
+        for call in observed:
+            call.again(self)
 
     def _release(self) -> None:
         self._features, self._start, self._prediction, self._lead, self._end = [], [], [], None, None
@@ -179,7 +178,7 @@ class CachePass:
             return output
         if place == lead:
             self._start = values
-            self._versions = [_version(value) for value in values]
+            self._versions = [version_of(value) for value in values]
         return self._inside(chain, port, values, block, args, kwargs)
 
     def end(self) -> None:
@@ -221,7 +220,7 @@ class CachePass:
     def _keep(self, chain: Chain, port: BlockPort, outputs: dict[int, torch.Tensor]) -> None:
         """Keep the residual of a chain. Raises if a block wrote into the tensors that entered it."""
         for start, version, out in zip(self._start, self._versions, port.outputs, strict=True):
-            if _version(start) != version:
+            if version_of(start) != version:
                 raise IncompatibleStack(
                     f"a block before {port.name}.{port.index} writes into its input in place, so the residual of the "
                     "blocks can't be known; use kernels that don't, or a stack without a step cache"
@@ -234,6 +233,8 @@ class CachePass:
     def _decide(self, signal: Any) -> None:
         state, context = self._state, self._context
         forced = self._cache.policy.forced(context, state.consecutive)
+        if self._observed:
+            forced = forced or "observed for the first time"
         if not state.history.differences:
             forced = forced or ("first step of a stage" if context.stage_step == 0 else "no history")
         elif state.gate.signal is not None and signal is not None and state.gate.signal.shape != signal.shape:

@@ -49,12 +49,7 @@ class Denoiser:
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
-        self._stack: tuple[Any, ...] | None = None
         self._signature = inspect.signature(type(module).forward)
-
-    def forget_run(self) -> None:
-        """Drop everything that was made for the run that ended."""
-        self._stack = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one forward in the open run and record it."""
@@ -104,22 +99,16 @@ class Denoiser:
         if self._cache is None:
             output, passed = structural_twin(self.module, children)(**arguments), None
         else:
-            passed = self._pass(run, arguments)
-            passed.begin(context, run.state((self.name, context.branch), BranchState))
-            output = with_handler(self.module, passed, children)(**arguments)
+            key = wiring_key(arguments)
+            seen = None if key in self._wirings else observe(self.module, arguments, children)
+            if seen is not None:
+                self._wirings[key] = seen.wiring
+            passed = CachePass(self._cache, self._wirings[key], run)
+            state = run.state((self.name, context.branch), BranchState)
+            passed.begin(context, state, seen.calls if seen is not None else ())
+            output = seen.output if seen is not None else with_handler(self.module, passed, children)(**arguments)
             passed.end()
         return (hook.post_forward(self.module, output) if hook is not None else output), passed
-
-    def _pass(self, run: Run, arguments: dict[str, Any]) -> CachePass:
-        """Get the cache's handler for this kind of call, observing the model at its first use."""
-        assert self._cache is not None
-        key = wiring_key(arguments)
-        if key not in self._wirings:
-            self._wirings[key] = observe(self.module, arguments)
-        if self._stack is None or self._stack[0] != key:
-            self._stack = (key, CachePass(self._cache, self._wirings[key], run))
-        handler: CachePass = self._stack[1]
-        return handler
 
     def _record(
         self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: CachePass | None
