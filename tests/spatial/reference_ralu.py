@@ -20,6 +20,7 @@ has to take a seed where it does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,8 +154,12 @@ def ralu(
     generator: Generators,
     guidance_scale: float = 3.5,
     latents: Tensor | None = None,
+    forward: Callable[..., Tensor] | None = None,
 ) -> Result:
-    """Denoise one batch; `sigmas` are the stages' noise levels, as `stage_sigmas` makes them."""
+    """Denoise one batch; `sigmas` are the stages' noise levels, as `stage_sigmas` makes them.
+
+    `forward` stands in for the transformer: it gets its arguments, and the number of the image and of the step besides.
+    """
     batch = prompt_embeds.shape[0]
     channels = transformer.config.in_channels // 4
     c = 1.0 / z**2
@@ -163,16 +168,18 @@ def ralu(
 
     def velocity(x: Tensor, image: int, positions: list[tuple[float, float]], sigma: float) -> Tensor:
         timestep = torch.tensor([sigma], dtype=torch.float32) * 1000.0
-        return transformer(
-            hidden_states=x[None],
-            timestep=timestep / 1000,
-            guidance=guidance,
-            pooled_projections=pooled_prompt_embeds[image : image + 1],
-            encoder_hidden_states=prompt_embeds[image : image + 1],
-            txt_ids=text_ids,
-            img_ids=ids(positions),
-            return_dict=False,
-        )[0][0]
+        arguments = {
+            "hidden_states": x[None],
+            "timestep": timestep / 1000,
+            "guidance": guidance,
+            "pooled_projections": pooled_prompt_embeds[image : image + 1],
+            "encoder_hidden_states": prompt_embeds[image : image + 1],
+            "txt_ids": text_ids,
+            "img_ids": ids(positions),
+        }
+        if forward is not None:
+            return forward(image=image, step=len(trajectory), **arguments)[0]
+        return transformer(**arguments, return_dict=False)[0][0]
 
     # The user's noise at full size, halved.
     rows, columns = height // 16, width // 16
