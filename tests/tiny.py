@@ -7,9 +7,12 @@ takes embeddings; `flux(text=True)` has real CLIP and T5 encoders with tokenizer
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,9 +135,35 @@ def tiny_autoencoder(*, latent_channels: int = 4, seed: int = 1) -> AutoencoderT
     return vae
 
 
+def _clip_tokenizer(vocab: dict[str, int]) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    except TypeError:  # transformers before 5 reads files
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
+            (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+            return CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=77)
+
+
+def _t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
+    from transformers import T5TokenizerFast
+
+    try:
+        return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=64)
+    except (TypeError, ValueError):  # transformers before 5 takes a ready tokenizer
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=64)
+
+
 def _text_parts() -> Kwargs:
     """CLIP and T5 encoders with tokenizers made of single characters."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
     clip_vocab = {token: i for i, token in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
@@ -163,9 +192,9 @@ def _text_parts() -> Kwargs:
     seed_weights(t5, 12)
     return {
         "text_encoder": clip,
-        "tokenizer": CLIPTokenizer(vocab=clip_vocab, merges=[], model_max_length=77),
+        "tokenizer": _clip_tokenizer(clip_vocab),
         "text_encoder_2": t5,
-        "tokenizer_2": T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=64),
+        "tokenizer_2": _t5_tokenizer(pieces),
     }
 
 
