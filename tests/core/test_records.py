@@ -111,6 +111,17 @@ def test_a_hook_of_the_user_s_may_change_the_transformer_s_output() -> None:
     assert torch.equal(tiny.run(accelerate(pipe, [FirstBlockCache(0.0)]), call), plain)
 
 
+@pytest.mark.parametrize("stack", [[], [FirstBlockCache(0.0)], [CACHE]], ids=["empty", "neutral", "cache"])
+def test_blocks_that_the_model_itself_leaves_out_are_not_counted_as_run(stack: list[Any]) -> None:
+    pipe, call = tiny.sd3(steps=6)
+    options = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
+    fast = accelerate(pipe, stack)
+    tiny.run(fast, call, **options)
+    with tiny.counted_blocks(pipe.transformer) as counts:
+        tiny.run(fast, call, **options)
+    assert sum(step.blocks_run for step in fast.fastdit.last_run.steps) == sum(counts)
+
+
 def test_seconds_are_positive_and_sum_to_less_than_the_call() -> None:
     pipe, call = build()
     fast = accelerate(pipe, [CACHE])
