@@ -46,7 +46,10 @@ def snapshot(thing: Any) -> tuple[Any, ...]:
     for name, value in sorted(vars(thing).items()):
         content = tuple(value) if isinstance(value, (dict, list)) else None
         values.append((name, id(value), content))
-    classes = tuple((cls, tuple(sorted(vars(cls)))) for cls in type(thing).__mro__ if cls is not object)
+    # __slotnames__ is what Python itself keeps of a class whose instance was copied once.
+    classes = tuple(
+        (cls, tuple(sorted(set(vars(cls)) - {"__slotnames__"}))) for cls in type(thing).__mro__ if cls is not object
+    )
     return type(thing), tuple(values), classes
 
 
