@@ -8,6 +8,7 @@ object that is made for one run and dies with it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -109,6 +110,16 @@ def decode(data: Any, where: str = "stack") -> Any:
         raise InvalidConfig(f"{where}: {name} can't be built from {sorted(arguments)}: {error}") from error
 
 
+def is_number(value: Any) -> bool:
+    """Whether a configuration's value is a finite real number (True and False are not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a configuration's value is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
     """Base of every accelerator: a level and three sets of declared effects."""
@@ -128,11 +139,12 @@ class Accelerator:
 
     def describe(self) -> str:
         """Give the configuration in one line for plans and tables."""
-        shown = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != (f.default_factory() if callable(f.default_factory) else f.default)
-        ]
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if value != default or not (value is None or dataclasses.is_dataclass(value)):
+                shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
 

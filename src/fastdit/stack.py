@@ -14,7 +14,18 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from .accelerator import VIOLATIONS, Accelerator, Level, Need, Schedule, SchedulePlan, StagePlan, decode, encode
+from .accelerator import (
+    VIOLATIONS,
+    Accelerator,
+    Level,
+    Need,
+    Schedule,
+    SchedulePlan,
+    StagePlan,
+    decode,
+    encode,
+    is_count,
+)
 from .caching.step_cache import StepCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .models.family import Family, family_of
@@ -94,6 +105,8 @@ class Stack(Sequence[Accelerator]):
             for accelerator in self:
                 if Need.TOKEN_POSITIONS in accelerator.needs:
                     _require_family(pipeline, accelerator)
+                if Need.BLOCK_LISTS in accelerator.needs:
+                    _require_block_lists(transformers, accelerator)
                 for transformer in transformers.values():
                     accelerator.check(pipeline, transformer)
 
@@ -116,7 +129,7 @@ class Stack(Sequence[Accelerator]):
         """Rebuild a stack. Raises `InvalidConfig` for another version, an unknown type or an unknown field."""
         if not isinstance(data, Mapping) or set(data) != {"fastdit_stack", "accelerators"}:
             raise InvalidConfig("a stack's JSON has exactly the keys 'fastdit_stack' and 'accelerators'")
-        if data["fastdit_stack"] != VERSION:
+        if type(data["fastdit_stack"]) is not int or data["fastdit_stack"] != VERSION:
             raise InvalidConfig(
                 f"this stack was written in version {data['fastdit_stack']!r} and this fastdit reads {VERSION}; write "
                 "it again with a matching release"
@@ -133,7 +146,12 @@ class Stack(Sequence[Accelerator]):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Stack:
         """Read what `save_pretrained` wrote."""
-        return cls.from_json(json.loads((Path(directory) / _FILE).read_text(encoding="utf-8")))
+        path = Path(directory) / _FILE
+        try:
+            data = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InvalidConfig(f"{path} is not JSON: {error}; write it with Stack.save_pretrained") from error
+        return cls.from_json(data)
 
 
 @dataclass(frozen=True)
@@ -265,8 +283,10 @@ class Acceleration:
         Each step calls the module once for every branch, in the order of `branches`, or under
         `module.cache_context(name)` where the class has it.
         """
-        if num_inference_steps < 1 or not branches:
-            raise InvalidConfig("a run has at least one step and one branch")
+        if not is_count(num_inference_steps, 1):
+            raise InvalidConfig(f"a run has a whole number of steps, at least 1, got {num_inference_steps!r}")
+        if isinstance(branches, str) or not branches or len(set(branches)) != len(branches):
+            raise InvalidConfig(f"branches are one or more different names in a tuple, got {branches!r}")
         if isinstance(self.base, _pipeline_type()):
             raise InvalidConfig("a pipeline opens its own runs: call it")
         with self._exclusive():
@@ -387,6 +407,15 @@ def _denoisers_of(base: Any) -> dict[str, nn.Module]:
             "accelerates diffusion transformers"
         )
     return modules
+
+
+def _require_block_lists(transformers: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
+    for name, module in transformers.items():
+        if not any(isinstance(child, nn.ModuleList) and len(child) for child in module.children()):
+            raise UnsupportedModel(
+                f"{accelerator.describe()} skips blocks, and {name} ({type(module).__name__}) has no nn.ModuleList of "
+                "blocks among its children; use accelerators that need no blocks"
+            )
 
 
 def _require_family(base: Any, accelerator: Accelerator) -> Family:

@@ -217,8 +217,9 @@ class _Replayer:
 def observe(module: nn.Module, kwargs: dict[str, Any], children: Mapping[str, Any] | None = None) -> Observation:
     """Run one plain forward of `module`, learn its wiring and prove it.
 
-    Costs two forwards without their blocks besides the forward itself, whose output is given with the wiring. Raises `UnsupportedModel`, naming what was seen, where no
-    block list is purely carried or the replay does not reproduce the plain output.
+    Costs two forwards without their blocks besides the forward itself, whose output is given with the wiring. Raises
+    `UnsupportedModel`, naming what was seen, where no block list is purely carried or the replay does not reproduce
+    the plain output.
     """
     recorder = _Recorder()
     with torch.no_grad():

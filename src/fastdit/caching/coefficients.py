@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastdit.accelerator import register
+from fastdit.accelerator import is_number, register
 from fastdit.errors import InvalidConfig
 
 
@@ -27,11 +27,14 @@ class Coefficients:
     provenance: str = "given by the user"
 
     def __post_init__(self) -> None:
+        if not self.values or not all(is_number(value) for value in self.values):
+            raise InvalidConfig(f"a polynomial is one or more finite numbers, highest power first, got {self.values!r}")
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         if self.signal_range is not None:
-            object.__setattr__(self, "signal_range", tuple(float(value) for value in self.signal_range))
-        if not self.values:
-            raise InvalidConfig("a polynomial needs at least one coefficient, highest power first")
+            numbers = [float(value) for value in self.signal_range if is_number(value)]
+            if len(self.signal_range) != 2 or len(numbers) != 2 or numbers[0] > numbers[1]:
+                raise InvalidConfig(f"signal_range is a rising pair of finite numbers, got {self.signal_range!r}")
+            object.__setattr__(self, "signal_range", tuple(numbers))
 
     def __call__(self, change: float) -> float:
         """Evaluate max(P(change), 0) with the change clamped into the calibrated range."""
@@ -49,7 +52,10 @@ class Coefficients:
     @classmethod
     def load(cls, path: str | Path) -> Coefficients:
         """Read what `save` wrote. Raises `InvalidConfig` for anything else."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            data = json.loads(Path(path).read_bytes())
+        except ValueError as error:
+            raise InvalidConfig(f"{path} is not JSON: {error}; write it with Coefficients.save") from error
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
             raise InvalidConfig(f"{path} does not hold TeaCache coefficients: expected the fields {sorted(names)}")

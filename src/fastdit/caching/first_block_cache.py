@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from fastdit.accelerator import register
+from fastdit.accelerator import is_number, register
 from fastdit.errors import InvalidConfig
 from fastdit.run import StepContext
 
@@ -30,8 +30,11 @@ class FirstBlockCache(StepCache):
     leading_blocks: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0.0:
-            raise InvalidConfig(f"FirstBlockCache's threshold is a relative change of at least 0, got {self.threshold}")
+        super().__post_init__()
+        if not is_number(self.threshold) or self.threshold < 0.0:
+            raise InvalidConfig(
+                f"FirstBlockCache's threshold is a relative change of at least 0, got {self.threshold!r}"
+            )
 
     @property
     def neutral(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastdit.accelerator import register
+from fastdit.accelerator import is_count, register
 from fastdit.errors import InvalidConfig
 
 Features = list[torch.Tensor]
@@ -77,7 +77,7 @@ class Taylor(Forecaster):
     order: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.order, int) or not 0 <= self.order <= 4:
+        if not is_count(self.order) or self.order > 4:
             raise InvalidConfig(f"Taylor's order is a whole number from 0 to 4, got {self.order!r}")
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastdit.accelerator import Accelerator, Break, Change, Level, Need, register
+from fastdit.accelerator import Accelerator, Break, Change, Level, Need, is_count, register
 from fastdit.errors import FastditWarning, IncompatibleStack, InvalidConfig
 from fastdit.run import Run, StepContext
 from fastdit.wiring import BlockCall, BlockPort, Chain, Wiring, outputs_of, read_port, returned, version_of
@@ -38,9 +38,9 @@ class SkipPolicy:
     max_consecutive: int | None = None
 
     def __post_init__(self) -> None:
-        if self.first < 0 or self.last < 0:
-            raise InvalidConfig(f"SkipPolicy counts steps: first and last must not be negative, got {self}")
-        if self.max_consecutive is not None and self.max_consecutive < 1:
+        if not is_count(self.first) or not is_count(self.last):
+            raise InvalidConfig(f"SkipPolicy counts steps: first and last are whole numbers from 0, got {self}")
+        if self.max_consecutive is not None and not is_count(self.max_consecutive, 1):
             raise InvalidConfig(f"max_consecutive must be at least 1 or None, got {self.max_consecutive!r}")
 
     def forced(self, context: StepContext, consecutive: int) -> str | None:
@@ -59,6 +59,8 @@ class GateState:
     """What a gate remembers between the steps of one branch and stage; gates use the fields they need."""
 
     signal: torch.Tensor | None = None
+    change: torch.Tensor | None = None
+    end: torch.Tensor | None = None
     accumulated: float = 0.0
 
 
@@ -83,6 +85,12 @@ class StepCache(Accelerator):
     changes: ClassVar = frozenset({Change.STEP_ORDER})
     needs: ClassVar = frozenset({Need.BLOCK_LISTS})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.BATCH_INVARIANCE})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.forecast, Forecaster):
+            raise InvalidConfig(f"forecast is a forecaster such as Reuse() or Taylor(1), got {self.forecast!r}")
+        if not isinstance(self.policy, SkipPolicy):
+            raise InvalidConfig(f"policy is a SkipPolicy, got {self.policy!r}")
 
     #: How many blocks run before the gate sees its signal.
     leading_blocks: ClassVar[int] = 0

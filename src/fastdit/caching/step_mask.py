@@ -9,7 +9,7 @@ from fastdit.accelerator import register
 from fastdit.errors import InvalidConfig
 from fastdit.run import StepContext
 
-from .step_cache import GateState, StepCache, Verdict
+from .step_cache import GateState, SkipPolicy, StepCache, Verdict
 
 
 @register
@@ -21,9 +21,12 @@ class StepMask(StepCache):
     """
 
     mask: tuple[bool, ...] = ()
+    _: dataclasses.KW_ONLY
+    policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(first=0, last=0))
 
     def __post_init__(self) -> None:
-        if not self.mask or any(entry not in (0, 1) for entry in self.mask):
+        super().__post_init__()
+        if not isinstance(self.mask, (tuple, list)) or not self.mask or any(entry not in (0, 1) for entry in self.mask):
             raise InvalidConfig(f"StepMask needs a sequence of booleans, one a step, got {self.mask!r}")
         object.__setattr__(self, "mask", tuple(bool(entry) for entry in self.mask))
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastdit.accelerator import Need, register
+from fastdit.accelerator import Need, is_number, register
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.models.signals import modulated_signal
 from fastdit.run import StepContext
@@ -38,12 +38,15 @@ class TeaCache(StepCache):
     needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.MODULATED_SIGNAL})
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0.0:
+        super().__post_init__()
+        if not is_number(self.threshold) or self.threshold < 0.0:
             raise InvalidConfig(f"TeaCache's threshold is an accumulated change of at least 0, got {self.threshold!r}")
         if isinstance(self.coefficients, str):
             named(self.coefficients)
         elif isinstance(self.coefficients, (tuple, list)):
             object.__setattr__(self, "coefficients", Coefficients(tuple(self.coefficients)))
+        elif self.coefficients is not None and not isinstance(self.coefficients, Coefficients):
+            raise InvalidConfig(f"coefficients are a Coefficients, a tuple, a name or None, got {self.coefficients!r}")
 
     @property
     def neutral(self) -> bool:

@@ -18,7 +18,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastdit.accelerator import Break, Change, Need, Schedule, SchedulePlan, ScheduleRun, StagePlan, register
+from fastdit.accelerator import (
+    Break,
+    Change,
+    Need,
+    Schedule,
+    SchedulePlan,
+    ScheduleRun,
+    StagePlan,
+    is_count,
+    is_number,
+    register,
+)
 from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
@@ -45,12 +56,13 @@ PRESETS = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in three stages.
 
-    `preset` names a published setting; `steps` (one count a stage), `ends` (the times at which stages 1 and 2 end,
-    0 = noise, 1 = data) and `ratio` (the share of coarse tokens refined in stage 2) override it or, with
-    `preset=None`, replace it. `restart` fixes Z (at least 2; larger restarts closer to noise) and is solved otherwise.
-    `base_shift` is the timestep shift that the model was trained for.
+    Either `preset` names a published setting, or `steps` (one count a stage), `ends` (the times at which stages 1 and
+    2 end, 0 = noise, 1 = data) and `ratio` (the share of coarse tokens refined in stage 2) are all given. `restart`
+    fixes Z (at least 2; larger restarts closer to noise) and is solved otherwise. `base_shift` is the timestep shift
+    that the model was trained for.
 
-    Raises `InvalidConfig` for an unknown preset and for values out of range.
+    Raises `InvalidConfig` for an unknown preset, for a preset mixed with values of one's own, and for values out of
+    range.
     """
 
     preset: str | None = None
@@ -78,17 +90,19 @@ class RALU(Schedule):
             raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
         if self.preset is None and any(value is None for value in custom):
             raise InvalidConfig("RALU without a preset needs all of steps=(a, b, c), ends=(e1, e2) and ratio")
+        if self.preset is not None and any(value is not None for value in custom):
+            raise InvalidConfig(
+                f"RALU was given the preset {self.preset!r} and values of its own; keep the preset, or give steps, "
+                "ends and ratio without it"
+            )
         _validate(self.settings, self.restart, self.base_shift, self.fidelity)
 
     @property
     def settings(self) -> _Preset:
         """The steps, ends and ratio in force."""
-        base = PRESETS[self.preset] if self.preset is not None else None
-        return _Preset(
-            self.steps if self.steps is not None or base is None else base.steps,  # type: ignore[arg-type]
-            self.ends if self.ends is not None or base is None else base.ends,  # type: ignore[arg-type]
-            self.ratio if self.ratio is not None or base is None else base.ratio,  # type: ignore[arg-type]
-        )
+        if self.steps is not None and self.ends is not None and self.ratio is not None:
+            return _Preset(self.steps, self.ends, self.ratio)
+        return PRESETS[self.preset or "4x"]
 
     def refined_count(self, rows: int, columns: int) -> int:
         """How many coarse tokens of a `rows` x `columns` fine grid are split in stage 2."""
@@ -210,15 +224,19 @@ def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
 
 
 def _validate(settings: _Preset, restart: float | None, base_shift: float, fidelity: str) -> None:
-    if len(settings.steps) != 3 or any(not isinstance(n, int) or n < 1 for n in settings.steps):
+    if len(settings.steps) != 3 or not all(is_count(n, 1) for n in settings.steps):
         raise InvalidConfig(f"RALU needs three step counts of at least 1, got steps={settings.steps!r}")
-    if len(settings.ends) != 2 or not 0.0 < settings.ends[0] < settings.ends[1] < 1.0:
+    if (
+        len(settings.ends) != 2
+        or not all(map(is_number, settings.ends))
+        or not 0.0 < settings.ends[0] < settings.ends[1] < 1.0
+    ):
         raise InvalidConfig(f"RALU needs two rising end times between 0 and 1, got ends={settings.ends!r}")
-    if not 0.0 < settings.ratio < 1.0:
+    if not is_number(settings.ratio) or not 0.0 < settings.ratio < 1.0:
         raise InvalidConfig(f"RALU refines a share of tokens between 0 and 1 (exclusive), got ratio={settings.ratio!r}")
-    if restart is not None and restart < 2.0:
+    if restart is not None and not (is_number(restart) and restart >= 2.0):
         raise InvalidConfig(f"restart must be at least 2 for the noise's covariance to exist, got {restart!r}")
-    if base_shift <= 0.0:
+    if not is_number(base_shift) or base_shift <= 0.0:
         raise InvalidConfig(f"base_shift must be positive, got {base_shift!r}")
     if fidelity not in ("exact", "paper"):
         raise InvalidConfig(f'fidelity is "exact" or "paper", got {fidelity!r}')
