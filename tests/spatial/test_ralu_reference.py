@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import reference_ralu
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_ralu import Generators
 
 import tiny
@@ -125,3 +127,31 @@ def test_few_or_nearly_all_tokens_refined_equal_the_reference(ratio: float) -> N
     built = tiny.flux(size=128, steps=6)
     result = compare(built, accelerator, ends=(0.25, 0.5), z=3.0, ratio=ratio)
     assert len(result.selected[0]) == int(ratio * 16)
+
+
+@settings(max_examples=12)
+@given(
+    steps=st.tuples(*[st.integers(1, 3)] * 3),
+    sides=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    ends=st.tuples(st.floats(0.1, 0.5), st.floats(0.05, 0.4)),
+    ratio=st.floats(0.05, 0.95),
+    restart=st.floats(2.0, 8.0),
+    fidelity=st.sampled_from(["exact", "paper"]),
+    batch=st.integers(1, 3),
+    guidance=st.booleans(),
+)
+def test_any_schedule_on_any_size_equals_the_reference(
+    steps: tuple[int, int, int],
+    sides: tuple[int, int],
+    ends: tuple[float, float],
+    ratio: float,
+    restart: float,
+    fidelity: str,
+    batch: int,
+    guidance: bool,
+) -> None:
+    ends = (ends[0], ends[0] + ends[1])
+    accelerator = RALU(steps=steps, ends=ends, ratio=ratio, restart=restart, fidelity=fidelity)
+    size = (32 * sides[0], 32 * sides[1])
+    built = tiny.flux(size=size, steps=sum(steps), batch=batch, guidance=guidance)
+    compare(built, accelerator, ends=ends, z=restart, ratio=ratio, fidelity=fidelity, listed=batch > 1)
