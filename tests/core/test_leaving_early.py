@@ -145,6 +145,15 @@ def test_bad_arguments_leave_the_twin_as_it_was(
 # ------------------------------------------------------------------------------------------------- nothing lives on
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Keep the interpreter's many old objects out of the collector's sight: looking through them takes seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def hidden_tensors() -> int:
     """Live tensors, parameters apart, of a batch of five: streams of width 32 and packed latents of width 16."""
     gc.collect()
@@ -163,6 +172,7 @@ def batch_of_five() -> tiny.Built:
 
 
 @EACH
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("way", ["to its end", "exception", "keyboard", "interrupt", "block"])
 def test_no_cached_tensor_is_alive_after_a_run_whatever_its_end(stack: str, way: str) -> None:
     pipe, call = batch_of_five()
