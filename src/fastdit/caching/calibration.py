@@ -1,0 +1,85 @@
+"""Calibration: fit TeaCache's polynomial on a model's own runs.
+
+Over runs in which every step is computed, the relative change of the first block's modulated input and that of the
+block stack's output are recorded from step to step; P is the degree-4 least-squares fit from the one to the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdit.errors import InvalidConfig, UnsupportedModel
+from fastdit.models.signals import modulated_signal
+from fastdit.run import StepContext
+from fastdit.stack import accelerate
+
+from .coefficients import Coefficients
+from .step_cache import GateState, StepCache, Verdict, finite, relative_change
+
+_DEGREE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder(StepCache):
+    """Computes every step and writes down how much signal and output changed."""
+
+    pairs: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def neutral(self) -> bool:
+        return True
+
+    def signal(self, chain_input: torch.Tensor, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = modulated_signal(block)
+        if function is None:
+            raise UnsupportedModel(
+                f"{type(block).__name__} has no described modulated input; describe it in fastdit.models.signals"
+            )
+        return function(block, chain_input, args, kwargs)
+
+    def judge(self, state: GateState, signal: Any, context: StepContext, forced: str | None) -> Verdict:
+        state.change = relative_change(signal, state.signal) if state.signal is not None else None
+        state.signal = signal
+        return Verdict(True, "calibration")
+
+    def learn(self, state: GateState, end: torch.Tensor, context: StepContext) -> None:
+        if state.change is not None and state.end is not None:
+            changes = finite(state.change), finite(relative_change(end, state.end))
+            if changes[0] is not None and changes[1] is not None:
+                self.pairs.append((changes[0], changes[1]))
+        state.end = end
+
+
+def calibrate_teacache(
+    pipeline: Any, prompts: Sequence[str], *, num_inference_steps: int | Sequence[int] = 28, **call: Any
+) -> Coefficients:
+    """Fit the polynomial for this pipeline on `prompts` (50 or more are advisable) at one or several step counts.
+
+    `call` goes to the pipeline (height, width, guidance_scale ...). The result carries its range and how it was made;
+    `save` writes it as JSON. Raises `InvalidConfig` where the runs gave too few points for a fit.
+    """
+    counts = [num_inference_steps] if isinstance(num_inference_steps, int) else list(num_inference_steps)
+    recorder = _Recorder()
+    twin = accelerate(pipeline, [recorder])
+    for count in counts:
+        for prompt in prompts:
+            twin(prompt=prompt, num_inference_steps=count, **{"output_type": "latent", **call})
+    if len(recorder.pairs) <= _DEGREE:
+        raise InvalidConfig(
+            f"{len(recorder.pairs)} step-to-step changes can't fix a polynomial of degree {_DEGREE}; give more prompts "
+            "or more steps"
+        )
+    signal, output = np.array(recorder.pairs).T
+    values = np.polyfit(signal, output, _DEGREE)
+    residual = output - np.polyval(values, signal)
+    explained = 1.0 - residual.var() / output.var()
+    provenance = (
+        f"calibrated on {type(pipeline).__name__}: {len(prompts)} prompts at {counts} steps, {len(signal)} points, "
+        f"R squared {explained:.3f}"
+    )
+    return Coefficients(tuple(float(value) for value in values), (float(signal.min()), float(signal.max())), provenance)
