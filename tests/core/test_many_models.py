@@ -665,6 +665,15 @@ def test_a_neutral_cache_is_bit_equal_on_inputs_that_change_or_the_model_is_refu
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True))
 
 
+def test_a_threshold_of_zero_computes_even_where_nothing_changes() -> None:
+    made, inputs = HAND_MADE["Stacked"]()
+    twin = accelerate(made, [FirstBlockCache(0.0)])
+    with twin.fastdit.run(num_inference_steps=3):
+        found = [first(twin(**inputs)) for _ in range(3)]
+    assert [step.action for step in twin.fastdit.last_run.steps] == ["computed"] * 3
+    assert all(torch.equal(output, found[0]) for output in found)
+
+
 def test_the_table_has_no_doubles() -> None:
     assert not set(MODELS) & set(HAND_MADE)
     assert all(one is not other for one, other in itertools.combinations(MODELS.values(), 2))

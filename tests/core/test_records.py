@@ -122,6 +122,19 @@ def test_blocks_that_the_model_itself_leaves_out_are_not_counted_as_run(stack: l
     assert sum(step.blocks_run for step in fast.fastdit.last_run.steps) == sum(counts)
 
 
+def test_calls_that_a_pipeline_does_not_name_are_branches_of_their_own() -> None:
+    pipe, call = tiny.sd3(steps=6)
+    options = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
+    fast = accelerate(pipe, [FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=0))])
+    tiny.run(fast, call, **options)
+    tiny.run(fast, call, **options)
+    ran: dict[str, list[bool]] = {}
+    for step in fast.fastdit.last_run.steps:
+        ran.setdefault(step.branch, []).append(step.action == "computed")
+    # The guided call runs in every step, the one without the layers from the second on.
+    assert list(ran.values()) == [[True, *[False] * 5], [True, *[False] * 4]]
+
+
 def test_seconds_are_positive_and_sum_to_less_than_the_call() -> None:
     pipe, call = build()
     fast = accelerate(pipe, [CACHE])
