@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .structure import map_tensors
+from .structure import map_tensors, meta_twin
 
 
 @dataclass(frozen=True)
@@ -21,21 +20,11 @@ class FlopCount:
     blocks: Mapping[str, int]
 
 
-def on_meta(module: nn.Module) -> nn.Module:
-    """Copy a module without its weights: every parameter and buffer becomes a meta tensor of the same shape."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo)
-
-
 def count(module: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
     """Count one forward of `module` for arguments of these shapes; tensors may be real or on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    twin = on_meta(module)
+    twin = meta_twin(module)
     args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to("meta"))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -51,10 +40,10 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
 
 
 class FlopMeter:
-    """Counts the forwards of one module lazily, once for each set of shapes."""
+    """Counts the forwards of one module as it is now, lazily, once for each set of shapes; it keeps no weights."""
 
-    def __init__(self, module: Callable[[], nn.Module]) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module) -> None:
+        self._module = meta_twin(module)
         self._specs: dict[str, Any] = {}
         self._counts: dict[str, FlopCount] = {}
 
@@ -67,11 +56,18 @@ class FlopMeter:
 
     def flops(self, key: str, skipped: tuple[str, ...]) -> int:
         """Give the FLOPs of a remembered call without the blocks that were skipped in it."""
+        counted = self._count(key)
+        return counted.total - sum(counted.blocks[name] for name in skipped)
+
+    def blocks(self, key: str) -> int:
+        """Say how many blocks the model itself calls in a remembered call."""
+        return sum(flops > 0 for flops in self._count(key).blocks.values())
+
+    def _count(self, key: str) -> FlopCount:
         if key not in self._counts:
             kwargs = map_tensors(self._specs[key], _Shape.meta, kind=_Shape)
-            self._counts[key] = count(self._module(), **kwargs)
-        counted = self._counts[key]
-        return counted.total - sum(counted.blocks[name] for name in skipped)
+            self._counts[key] = count(self._module, **kwargs)
+        return self._counts[key]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from .accelerator import SchedulePlan, ScheduleRun
 from .errors import InvalidConfig
@@ -40,11 +41,19 @@ class StepRecord:
     action: str
     reason: str
     seconds: float
-    blocks_run: int
-    blocks: int
     skipped: tuple[str, ...] = field(repr=False)
     _meter: FlopMeter = field(repr=False, compare=False)
     _key: str = field(repr=False, compare=False)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model calls in a forward of this kind."""
+        return self._meter.blocks(self._key)
+
+    @property
+    def blocks_run(self) -> int:
+        """How many blocks this forward really ran."""
+        return self.blocks - len(self.skipped)
 
     @property
     def flops(self) -> int:
@@ -56,11 +65,10 @@ class StepRecord:
         """FLOPs of the same forward with every block run."""
         return self._meter.flops(self._key, ())
 
-    def to_json(self, *, flops: bool = True) -> dict[str, Any]:
-        """Give the record as plain data."""
+    def to_json(self) -> dict[str, Any]:
+        """Give the record as plain data, FLOPs included."""
         names = ("step", "stage", "branch", "sigma", "tokens", "batch", "action", "reason", "seconds")
-        data = {name: getattr(self, name) for name in (*names, "blocks_run", "blocks")}
-        return {**data, "flops": self.flops} if flops else data
+        return {name: getattr(self, name) for name in (*names, "blocks_run", "blocks", "flops")}
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ class Run:
         self._named_branch: str | None = None
         self._calls: dict[str, list[str]] = {}
         self._states: dict[tuple[Any, ...], Any] = {}
+        self._meters: dict[str, FlopMeter] = {}
         self._pending: list[tuple[Clock, Callable[[float], StepRecord]]] = []
         self._started = time.perf_counter()
 
@@ -220,6 +229,12 @@ class Run:
         if key not in self._states:
             self._states[key] = make()
         return self._states[key]
+
+    def meter(self, denoiser: str, module: nn.Module) -> FlopMeter:
+        """Get the run's own counter for a denoiser, made as the module is at its first forward in the run."""
+        if denoiser not in self._meters:
+            self._meters[denoiser] = FlopMeter(module)
+        return self._meters[denoiser]
 
     def note(self, clock: Clock, make: Callable[[float], StepRecord]) -> None:
         """Add a record whose time is read at the end, so that no step waits for the device."""

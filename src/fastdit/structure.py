@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,17 +15,46 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _BEHAVIOUR = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 
 
-def structural_twin(module: _Module, children: Mapping[str, Any]) -> _Module:
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def structural_twin(module: _Module, children: Mapping[str, Any], *, hooks: bool = True) -> _Module:
     """Copy a module's own `__dict__` and replace some children; weights and the other children are the same objects.
 
     Neither the module nor its class is written to. Hooks of offloading libraries that sit on the module object are
-    left out: they belong to the object that the user holds.
+    left out: they belong to the object that the user holds. The user's forward hooks are left out without `hooks`.
     """
     twin = type(module).__new__(type(module))
     attributes = {name: value for name, value in module.__dict__.items() if name not in _BEHAVIOUR}
     attributes["_modules"] = {**module._modules, **children}
     attributes["_compiled_call_impl"] = None
+    if not hooks:
+        attributes.update({name: OrderedDict() for name in _HOOKS})
     twin.__dict__.update(attributes)
+    return twin
+
+
+def meta_twin(module: _Module) -> _Module:
+    """Copy a module, children included, without weights and without hooks: every tensor becomes a meta tensor.
+
+    Attributes that hold no tensors (configurations, attention processors) are shared.
+    """
+
+    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+        copied = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+
+    children = {name: meta_twin(child) for name, child in module._modules.items() if child is not None}
+    twin = structural_twin(module, children, hooks=False)
+    for name, value in twin.__dict__.items():
+        if name != "_modules" and tensors_of(value):
+            twin.__dict__[name] = map_tensors(value, without_data)
     return twin
 
 

@@ -99,14 +99,16 @@ class BlockStack(nn.ModuleList):
         return self.__dict__["_proxies"][index]
 
 
-def with_handler(module: nn.Module, handler: BlockHandler, children: Mapping[str, Any] | None = None) -> nn.Module:
+def with_handler(
+    module: nn.Module, handler: BlockHandler, children: Mapping[str, Any] | None = None, *, hooks: bool = True
+) -> nn.Module:
     """Give a structural twin of `module` whose direct block lists call `handler`."""
     stacks = {
         name: BlockStack(child, name, handler)
         for name, child in module.named_children()
         if isinstance(child, nn.ModuleList) and len(child)
     }
-    return structural_twin(module, {**stacks, **(children or {})})
+    return structural_twin(module, {**stacks, **(children or {})}, hooks=hooks)
 
 
 def read_port(port: Port, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -222,25 +224,35 @@ def observe(module: nn.Module, kwargs: dict[str, Any], children: Mapping[str, An
     the plain output.
     """
     recorder = _Recorder()
+    observed = with_handler(module, recorder, children)
+    inner: list[tuple[dict[str, Any], Any]] = []
+
+    def forward(**arguments: Any) -> Any:
+        # What the user's hooks make of arguments and output is theirs; the proof is about the forward between them.
+        inner.append((arguments, type(module).forward(observed, **arguments)))
+        return inner[0][1]
+
+    observed.__dict__["forward"] = forward
     with torch.no_grad():
-        plain = with_handler(module, recorder, children)(**kwargs)
+        output = observed(**kwargs)
+        arguments, plain = inner[0]
         _refuse_in_place(module, recorder.calls)
         chains, ends = _chains(recorder.calls)
         if not chains:
             raise UnsupportedModel(_explain(module, recorder.calls, kwargs))
         wiring = Wiring(tuple(chains), 0)
-        replayer = _Replayer(wiring, ends)
-        replayed = with_handler(module, replayer, children)(**kwargs)
+        # The replays get latents of their own: what writes in place must not reach the caller's.
+        replayer, probe = _Replayer(wiring, ends), _Replayer(wiring, ends)
+        replayed = with_handler(module, replayer, children, hooks=False)(**_scaled_latents(module, arguments, 1.0))
         if not _equal(plain, replayed):
             raise UnsupportedModel(
                 f"{type(module).__name__}: skipping the blocks of {_names(wiring)} and injecting their recorded "
                 "outputs does not reproduce the plain output, so something besides the carried streams leaves the "
                 "blocks; use the accelerators that don't skip blocks, or describe the model in fastdit.models"
             )
-        probe = _Replayer(wiring, ends)
-        with_handler(module, probe, children)(**_other_latents(module, kwargs))
+        with_handler(module, probe, children, hooks=False)(**_scaled_latents(module, arguments, 2.0))
     wiring = _with_entry(module, wiring, replayer.entered, probe.entered)
-    return Observation(wiring, plain, tuple(recorder.calls))
+    return Observation(wiring, output, tuple(recorder.calls))
 
 
 def wiring_key(kwargs: Mapping[str, Any]) -> str:
@@ -371,10 +383,10 @@ def _with_entry(
     )
 
 
-def _other_latents(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Double the first parameter of the forward, which is where every diffusers transformer takes its latents."""
+def _scaled_latents(module: nn.Module, kwargs: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Scale the first parameter of the forward, which is where every diffusers transformer takes its latents."""
     first = next(name for name in inspect.signature(type(module).forward).parameters if name != "self")
-    return {**kwargs, first: map_tensors(kwargs[first], lambda tensor: tensor * 2)}
+    return {**kwargs, first: map_tensors(kwargs[first], lambda tensor: tensor * factor)}
 
 
 def _equal(first: Any, second: Any) -> bool:

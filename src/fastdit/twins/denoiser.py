@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 
 from fastdit.caching.step_cache import BranchState, CachePass, StepCache
 from fastdit.errors import IncompatibleStack, NoActiveRun
-from fastdit.flops import FlopMeter
 from fastdit.models.family import Family
 from fastdit.run import Clock, Run, StepContext, StepRecord
 from fastdit.structure import same_object_twin, structural_twin, tensors_of
@@ -44,7 +43,6 @@ class Denoiser:
         refuse_foreign_behaviour(module, name)
         self.module = module
         self.name = name
-        self.meter = FlopMeter(lambda: self.module)
         self.session = session
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._family = family
@@ -61,6 +59,8 @@ class Denoiser:
                 f"{self.name} is accelerated and was called outside a run, where its caches have no clock; call the "
                 "pipeline, or wrap your loop in `with twin.fastdit.run(num_inference_steps=...)`"
             )
+        if not self.session.idle_is_plain:
+            refuse_foreign_behaviour(self.module, self.name)
         context = run.enter(self.name)
         arguments = _named(self._signature, args, kwargs)
         children: dict[str, Any] = {}
@@ -118,15 +118,15 @@ class Denoiser:
         batch = latents.shape[0] if isinstance(first, torch.Tensor) else len(first)
         tokens = passed.tokens if passed is not None else latents.shape[1] if latents.dim() == 3 else None
         skipped = tuple(passed.skipped) if passed is not None else ()
-        blocks = _block_count(self.module)
         action = passed.action if passed is not None else "computed"
         reason = passed.reason if passed is not None else "no cache"
-        sigma, key, meter = run.sigma(context.step), self.meter.key(arguments), self.meter
+        sigma, meter = run.sigma(context.step), run.meter(self.name, self.module)
+        key = meter.key(arguments)
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(
                 context.step, context.stage, context.branch, None if sigma is None else float(sigma), tokens, batch,
-                action, reason, seconds, blocks - len(skipped), blocks, skipped, meter, key,
+                action, reason, seconds, skipped, meter, key,
             )  # fmt: skip
 
         run.note(clock, make)
@@ -140,12 +140,17 @@ def denoiser_twin(denoiser: Denoiser, controller: Any) -> nn.Module:
     @contextmanager
     def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         run = denoiser.session.active
-        if run is None:
-            with cls.cache_context(self, name, *args, **kwargs):  # type: ignore[attr-defined]
-                yield
-        else:
-            with run.branch(name):
-                yield
+        with ExitStack() as contexts:
+            if run is not None:
+                contexts.enter_context(run.branch(name))
+            if run is None or module.is_cache_enabled:
+                contexts.enter_context(cls.cache_context(self, name, *args, **kwargs))  # type: ignore[attr-defined]
+            yield
+
+    def _reset_stateful_cache(self: Any, recurse: bool = True) -> None:
+        # The class's own would write an empty registry to the user's module, where no cache of diffusers is enabled.
+        if module.is_cache_enabled:
+            cls._reset_stateful_cache(self, recurse)  # type: ignore[attr-defined]
 
     members: dict[str, Any] = {
         "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: denoiser(*args, **kwargs)),
@@ -153,8 +158,7 @@ def denoiser_twin(denoiser: Denoiser, controller: Any) -> nn.Module:
     }
     if hasattr(cls, "cache_context"):
         members["cache_context"] = cache_context
-        # diffusers resets its own caches after a call by writing a registry to the module; there are none here.
-        members["_reset_stateful_cache"] = lambda self, recurse=True: None
+        members["_reset_stateful_cache"] = _reset_stateful_cache
     return same_object_twin(module, twin_class(cls, members))
 
 
@@ -184,7 +188,3 @@ def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
     return tensors_of(next(iter(arguments.values())))[0].device
-
-
-def _block_count(module: nn.Module) -> int:
-    return sum(len(child) for child in module.children() if isinstance(child, nn.ModuleList))
