@@ -70,7 +70,11 @@ def test_compiled_blocks_are_used_and_skipped() -> None:
     pipe, call = build()
     expected = tiny.run(accelerate(pipe, [CACHE]), call)
     pipe.transformer.compile_repeated_blocks(backend="eager")
-    assert torch.equal(tiny.run(accelerate(pipe, []), call), tiny.run(pipe, call))
+    try:
+        plain = tiny.run(pipe, call)
+    except torch._dynamo.exc.TorchDynamoException:
+        pytest.skip("this version of diffusers can't be compiled by this version of torch")
+    assert torch.equal(tiny.run(accelerate(pipe, []), call), plain)
     cached = accelerate(pipe, [CACHE])
     torch.testing.assert_close(tiny.run(cached, call), expected, rtol=0, atol=1e-4)
     assert actions(cached) == SKIPPING
