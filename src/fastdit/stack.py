@@ -402,9 +402,10 @@ def _denoisers_of(base: Any) -> dict[str, nn.Module]:
     found = {name: getattr(base, name, None) for name in _DENOISERS}
     modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
+        components = ", ".join(cast(Any, base).components)
         raise UnsupportedModel(
-            f"{type(base).__name__} has no transformer (its components are {', '.join(base.components)}); fastdit "
-            "accelerates diffusion transformers"
+            f"{type(base).__name__} has no transformer (its components are {components}); fastdit accelerates "
+            "diffusion transformers"
         )
     return modules
 

@@ -168,7 +168,7 @@ class _Answered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._block)
 

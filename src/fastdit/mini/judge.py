@@ -8,6 +8,7 @@ place), times the probability that the picture is intact. Its features serve for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, _WIDTHS[0], 6, stride=4, padding=1), _Residual(_WIDTHS[0])]
-        for narrow, wide in zip(_WIDTHS, _WIDTHS[1:], strict=False):
+        for narrow, wide in pairwise(_WIDTHS):
             layers += [nn.Conv2d(narrow, wide, 2, stride=2), _Residual(wide), _Residual(wide)]
         self.body = nn.Sequential(*layers, nn.GroupNorm(8, _WIDTHS[-1]), nn.GELU())
         self.heads = nn.Linear(_WIDTHS[-1] * 5, sum(PARTS.values()))

@@ -22,7 +22,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 _SIDE = 32
 
 
-class MiniFluxPipeline(FluxPipeline):
+class MiniFluxPipeline(FluxPipeline):  # type: ignore[misc]
     """FluxPipeline whose calls default to the embedded model's size, prompt length, guidance and 50 steps."""
 
     @torch.no_grad()

@@ -20,9 +20,5 @@ MODULATED_SIGNALS: dict[str, Signal] = {"FluxTransformerBlock": _adaptive_norm}
 
 def modulated_signal(block: Any) -> Signal | None:
     """Find the signal for a block (or a proxy of one) by its class."""
-    return next((MODULATED_SIGNALS[cls.__name__] for cls in _classes(block) if cls.__name__ in MODULATED_SIGNALS), None)
-
-
-def _classes(block: Any) -> tuple[type, ...]:
-    # A stand-in for a block answers to its class.
-    return block.__class__.__mro__
+    names = [cls.__name__ for cls in block.__class__.__mro__]  # a stand-in for a block answers to its class
+    return next((MODULATED_SIGNALS[name] for name in names if name in MODULATED_SIGNALS), None)

@@ -62,7 +62,7 @@ class Picture:
 
 
 def random_scene(random: np.random.Generator, *, held_out: bool = False) -> Scene:
-    """A scene of the training set (or of the held-out set): three single objects to one pair, words dropped at random."""
+    """Draw a scene of the training or the held-out set: three single objects to one pair, words dropped at random."""
     for _ in range(1000):
         background = str(random.choice(BACKGROUNDS)) if random.random() < 0.9 else None
         if random.random() < 0.25:
@@ -92,7 +92,9 @@ def draw(picture: Picture, size: int) -> FloatArray:
         pixels = placement.size * size * _SPRITE_PADDING
         sprite, shadow = next((level for level in pyramid if level[0].shape[0] >= pixels), pyramid[-1])
         scale = pixels / sprite.shape[0]
-        matrix = cv2.getRotationMatrix2D(((sprite.shape[1] - 1) / 2, (sprite.shape[0] - 1) / 2), placement.degrees, scale)
+        matrix = cv2.getRotationMatrix2D(
+            ((sprite.shape[1] - 1) / 2, (sprite.shape[0] - 1) / 2), placement.degrees, scale
+        )
         matrix[:, 2] += (
             placement.center_x * size - sprite.shape[1] / 2,
             placement.center_y * size - sprite.shape[0] / 2,
@@ -146,7 +148,8 @@ def _background(picture: Picture, size: int) -> FloatArray:
     ramp = np.cos(picture.light_direction) * axis[None, :] + np.sin(picture.light_direction) * axis[:, None]
     light = 1 + picture.light_strength * ramp
     color = np.asarray(_BACKGROUND_RGB[picture.background], np.float32) / 255
-    return (light[..., None] * color).astype(np.float32)
+    background: FloatArray = (light[..., None] * color).astype(np.float32)
+    return background
 
 
 @cache

@@ -1,0 +1,49 @@
+"""FLOPs of plain and RALU runs, counted on the meta device, beside the paper's own accounting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common import save
+from fastdit.measure.flops import RunFlops, Stage
+from fastdit.spatial.ralu import PRESETS, RALU
+
+TERA = 1e12
+
+
+def main(
+    model: Annotated[str, typer.Option(help="An architecture of fastdit.measure.architectures.")] = "flux-dev",
+    pixels: int = 1024,
+    text_tokens: int = 512,
+    plain_steps: int = 50,
+    out: Path | None = Path("benchmarks/results/flops.json"),
+) -> None:
+    """Print TFLOPs with attention (the denoiser) and by the paper's accounting (linear layers, all parts)."""
+    counter = RunFlops(model, height=pixels, width=pixels, text_tokens=text_tokens)
+    side = pixels // counter.architecture.patch_pixels
+    runs = {f"plain, {plain_steps} steps": [Stage(plain_steps, counter.image_tokens)]}
+    for preset in PRESETS:
+        plan = RALU(preset).plan(side, side, None)
+        runs[f"RALU {preset}"] = [Stage(stage.steps, stage.tokens or 0) for stage in plan.stages]
+    rows = {
+        name: {"transformer": counter.transformer(stages).total / TERA, "published": counter.published(stages) / TERA}
+        for name, stages in runs.items()
+    }
+    table = Table(title=f"{model}, {pixels} px, {text_tokens} text tokens: TFLOPs (ratio to plain)")
+    for heading in ("run", "denoiser, attention included", "as the paper counts"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    first = next(iter(rows.values()))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[key]:.1f} ({first[key] / row[key]:.2f}x)" for key in row))
+    Console().print(table)
+    if out is not None:
+        save(out, {"model": model, "pixels": pixels, "text_tokens": text_tokens, "tflops": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)

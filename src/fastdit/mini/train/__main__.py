@@ -1,0 +1,77 @@
+"""The recipe in one command: `python -m fastdit.mini.train all --directory DIR`, or one stage of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train the embedded pipeline and its judge, stage by stage.", add_completion=False)
+
+Directory = Annotated[Path, typer.Option(help="Where the parts are written and read.")]
+Minutes = Annotated[float, typer.Option(help="Time to train this stage.")]
+
+
+@app.command()
+def autoencoder(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 8.0) -> None:
+    """Train the autoencoder."""
+    from fastdit.mini.train.autoencoder import train_autoencoder
+
+    train_autoencoder(directory, minutes)
+
+
+@app.command()
+def text(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 1.7) -> None:
+    """Train the text encoders."""
+    from fastdit.mini.train.text import train
+
+    train(directory, minutes)
+
+
+@app.command()
+def transformer(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 50.0) -> None:
+    """Train the denoiser; needs the autoencoder and the text encoders."""
+    from fastdit.mini.train.transformer import train
+
+    train(directory, minutes)
+
+
+@app.command()
+def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 4.0) -> None:
+    """Train the judge; needs the autoencoder."""
+    from fastdit.mini.train.judge import train
+
+    train(directory, minutes)
+
+
+@app.command(name="all")
+def everything(directory: Directory = Path("fastdit-mini"), scale: float = 1.0) -> None:
+    """Train every stage; `scale` multiplies the times."""
+    autoencoder(directory, 8.0 * scale)
+    text(directory, 1.7 * scale)
+    transformer(directory, 50.0 * scale)
+    judge(directory, 4.0 * scale)
+
+
+@app.command()
+def install(directory: Directory = Path("fastdit-mini")) -> None:
+    """Put trained parts into the package."""
+    target = Path(__file__).parents[1] / "weights"
+    target.mkdir(exist_ok=True)
+    for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "transformer", "scheduler"):
+        shutil.copytree(directory / name, target / name, dirs_exist_ok=True)
+    shutil.copy(directory / "judge.safetensors", target / "judge.safetensors")
+
+
+@app.command()
+def evaluate(prompts: int = 200, pictures: int = 1000) -> None:
+    """Judge the installed model: accuracy at 50 steps, and how quality falls with fewer steps."""
+    from fastdit.mini.train.evaluation import evaluate as run
+
+    run(prompts, pictures)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,79 @@
+"""Results survive a round trip; what isn't theirs is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fastdit.measure.environment import Environment
+from fastdit.measure.results import SCHEMA_VERSION, Metric, Results, ResultsError
+from fastdit.measure.statistics import Interval
+from fastdit.measure.table import header, markdown, rich_table, rows, verdict
+from tests.measure.samples import make_results
+
+
+def test_results_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
+    results = make_results()
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+
+
+def test_the_file_tells_other_readers_the_speed_ups(tmp_path: Path) -> None:
+    derived = json.loads(make_results().dumps())["derived"]
+    assert derived["RALU 4x"]["speed_up"]["estimate"] == pytest.approx(4.3, rel=0.1)
+
+
+@pytest.mark.parametrize("version", [None, 0, SCHEMA_VERSION + 1, str(SCHEMA_VERSION)])
+def test_another_schema_version_is_refused(version: object) -> None:
+    data = make_results().to_json() | {"schema_version": version}
+    with pytest.raises(ResultsError, match="schema version"):
+        Results.from_json(data)
+
+
+def test_missing_and_unknown_fields_are_named() -> None:
+    data = make_results().to_json()
+    data["surprise"] = data.pop("prompts")
+    with pytest.raises(ResultsError, match=r"missing \['prompts'\], unknown \['surprise'\]"):
+        Results.from_json(data)
+
+
+def test_numbers_that_json_has_not_are_refused() -> None:
+    broken = make_results().with_metric("judge", {"50 steps": Metric(Interval(math.nan, 0, 1))})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        broken.dumps()
+
+
+def test_a_baseline_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(ResultsError, match="baseline"):
+        dataclasses.replace(make_results(), baseline="51 steps")
+
+
+def test_the_rival_is_the_fastest_plain_run_that_gets_as_much_time() -> None:
+    results = make_results()
+    assert [results.rival(entry.name) for entry in results.configurations] == [None, None, None, "28 steps", "11 steps"]
+
+
+def test_the_environment_names_the_software_but_no_machine() -> None:
+    import platform
+
+    environment = Environment.capture()
+    assert environment.cpu and environment.threads >= 1
+    assert platform.node() not in str(environment)
+
+
+def test_losing_is_only_said_of_a_whole_interval() -> None:
+    assert verdict(Interval(0.1, 0.05, 0.15)) == "wins"
+    assert verdict(Interval(-0.1, -0.15, -0.05)) == "loses"
+    assert verdict(Interval(-0.1, -0.25, 0.05)) == "ties"
+    assert verdict(None) == ""
+
+
+def test_every_row_of_the_table_has_a_cell_for_every_column() -> None:
+    results = make_results()
+    assert {len(row.cells) for row in rows(results)} == {len(header(results))}
+    assert markdown(results).count("\n") == len(results.configurations) + 1
+    assert rich_table(results, narrow=True).row_count == len(results.configurations)

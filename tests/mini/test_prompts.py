@@ -1,0 +1,50 @@
+"""The mini model's language: every scene can be said and read back, and evaluation prompts were never trained on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, PLACES, RELATIONS, Scene, held_out, parse, vocabulary
+
+singles = st.builds(
+    Scene,
+    st.sampled_from(OBJECTS).map(lambda name: (name,)),
+    background=st.sampled_from([None, *BACKGROUNDS]),
+    size=st.sampled_from([None, "small"]),
+    place=st.sampled_from([None, *PLACES]),
+)
+pairs = st.builds(
+    Scene,
+    st.lists(st.sampled_from(OBJECTS), min_size=2, max_size=2, unique=True).map(tuple),
+    background=st.sampled_from([None, *BACKGROUNDS]),
+    relation=st.sampled_from(RELATIONS),
+)
+
+
+@given(st.one_of(singles, pairs))
+def test_a_scene_survives_being_said_and_read(scene: Scene) -> None:
+    assert parse(scene.prompt()) == scene
+    assert set(scene.prompt().split()) <= set(vocabulary())
+
+
+@pytest.mark.parametrize("prompt", ["", "a unicorn", "an apple on a purple", "an apple apple", "apple"])
+def test_words_of_another_language_are_refused(prompt: str) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        parse(prompt)
+
+
+def test_evaluation_prompts_are_fixed_and_were_kept_out_of_training() -> None:
+    prompts = held_out(200, 3)
+    assert prompts == held_out(200, 3) != held_out(200, 4)
+    assert all(parse(prompt).held_out for prompt in prompts)
+    assert sum(parse(prompt).kind == "pair" for prompt in prompts) == 50
+
+
+def test_importing_the_mini_model_s_language_imports_no_torch() -> None:
+    code = "import sys, fastdit.mini, fastdit.mini.prompts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
