@@ -1,0 +1,101 @@
+"""Write docs/results.md from the committed results: no number in it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fastdit
+from fastdit.measure.environment import Environment
+from fastdit.measure.results import Results
+from fastdit.measure.table import markdown
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+EVALUATION = Path(fastdit.__file__).parent / "mini" / "evaluation.json"
+
+
+def machine(data: Mapping[str, Any]) -> str:
+    return f"Machine: {Environment(**data['environment'])}."
+
+
+def interval(data: Mapping[str, float], digits: int) -> str:
+    return f"{data['estimate']:.{digits}f} [{data['low']:.{digits}f}, {data['high']:.{digits}f}]"
+
+
+def overhead(data: Mapping[str, Any]) -> list[str]:
+    return [
+        "## What an empty stack costs",
+        f"Twin over plain, paired, {len(data['seconds']['twin'])} rounds of {data['steps']} steps at {data['tokens']} "
+        f"tokens: **{interval(data['ratio'], 4)}** (bar {data['bar']}).",
+        machine(data),
+    ]
+
+
+def flops(data: Mapping[str, Any]) -> list[str]:
+    lines = ["| run | denoiser, attention included | as the paper counts |", "|---|--:|--:|"]
+    first = next(iter(data["tflops"].values()))
+    for name, row in data["tflops"].items():
+        cells = (f"{row[key]:.1f} ({first[key] / row[key]:.2f}x)" for key in ("transformer", "published"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    title = f"## TFLOPs of {data['model']} at {data['pixels']} px, {data['text_tokens']} text tokens"
+    return [title, "Counted on the meta device.", "\n".join(lines)]
+
+
+def efficiency(data: Mapping[str, Any]) -> list[str]:
+    ratio = data["flops"]["plain"] / data["flops"][data["preset"]]
+    return [
+        "## RALU's saving on the clock",
+        f"A random FLUX of {data['parameters'] / 1e6:.0f} M parameters, 1024 image tokens, {data['dtype']}: RALU "
+        f"{data['preset']} is **{interval(data['speed_up'], 2)}** times faster than {data['steps']} plain steps, "
+        f"{ratio:.2f} times by FLOPs; {data['share']:.3f} of the saving arrives (bar {data['bar']}).",
+        machine(data),
+    ]
+
+
+def quality(results: Results) -> list[str]:
+    lines = ["| configuration | Frechet distance |", "|---|--:|"]
+    lines += [f"| {entry.name} | {entry.metrics['frechet'].interval:.2f} |" for entry in results.configurations]
+    return [
+        "## Quality at equal time on the embedded pipeline",
+        f"{len(results.prompts)} held-out prompts, {results.images_per_round} a call, calls in turns. The judge's soft "
+        "score (0 to 1) is compared with plain sampling of fewer steps that takes as long.",
+        markdown(results),
+        "Frechet distance in the judge's features to 50 plain steps on other seeds, with its jackknife interval:",
+        "\n".join(lines),
+        f"Machine: {results.environment}.",
+    ]
+
+
+def evaluation(data: Mapping[str, Any]) -> list[str]:
+    names = ["soft", "single_objects", "pairs", "background", "place", "intact", "relative_sharpness", "frechet"]
+    lines = [f"| steps | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|--:|{'--:|' * len(names)}"]
+    rows = {**data["steps"], "50 at 128 px": data["half_size_50"], "real renders": data["judge_on_renders"]["256"]}
+    for steps, row in rows.items():
+        cells = (interval(row[name], 3) if name in row else "-" for name in names)
+        lines.append(f"| {steps} | {' | '.join(cells)} |")
+    return [
+        "## The embedded pipeline itself",
+        f"{data['prompts']} held-out prompts at 256 px, by the judge; Frechet distances over {data['pictures']} "
+        "pictures at 50, 7 and 5 steps.",
+        "\n".join(lines),
+    ]
+
+
+def main() -> None:
+    """Write the page from whatever results are there."""
+    parts = ["# Results", "Written by `benchmarks/report.py` from the JSON files in `benchmarks/results/`."]
+    for name, section in (("flops", flops), ("overhead", overhead), ("efficiency", efficiency)):
+        if (path := RESULTS / f"{name}.json").exists():
+            parts += section(json.loads(path.read_text(encoding="utf-8")))
+    if (path := RESULTS / "quality.json").exists():
+        parts += quality(Results.load(path))
+    if EVALUATION.exists():
+        parts += evaluation(json.loads(EVALUATION.read_text(encoding="utf-8")))
+    (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
