@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +44,26 @@ class FlopMeter:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = meta_twin(module)
-        self._specs: dict[str, Any] = {}
-        self._counts: dict[str, FlopCount] = {}
+        self._specs: dict[Hashable, Any] = {}
+        self._counts: dict[Hashable, FlopCount] = {}
 
-    def key(self, kwargs: Mapping[str, Any]) -> str:
+    def key(self, kwargs: Mapping[str, Any]) -> Hashable:
         """Remember the shapes (not the tensors) of a call and give the key under which they are counted."""
-        spec = map_tensors(dict(kwargs), lambda tensor: _Shape(tuple(tensor.shape), tensor.dtype))
-        key = repr(sorted(spec.items(), key=lambda item: item[0]))
-        self._specs.setdefault(key, spec)
+        key = tuple((name, _kind(value)) for name, value in kwargs.items())
+        if key not in self._specs:
+            self._specs[key] = map_tensors(dict(kwargs), _Shape.of)
         return key
 
-    def flops(self, key: str, skipped: tuple[str, ...]) -> int:
+    def flops(self, key: Hashable, skipped: tuple[str, ...]) -> int:
         """Give the FLOPs of a remembered call without the blocks that were skipped in it."""
         counted = self._count(key)
         return counted.total - sum(counted.blocks[name] for name in skipped)
 
-    def blocks(self, key: str) -> int:
+    def blocks(self, key: Hashable) -> int:
         """Say how many blocks the model itself calls in a remembered call."""
         return sum(flops > 0 for flops in self._count(key).blocks.values())
 
-    def _count(self, key: str) -> FlopCount:
+    def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:
             kwargs = map_tensors(self._specs[key], _Shape.meta, kind=_Shape)
             self._counts[key] = count(self._module, **kwargs)
@@ -77,5 +77,18 @@ class _Shape:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Shape:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
     def meta(self) -> torch.Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _kind(value: Any) -> Hashable:
+    """Tell values apart that make a forward cost differently; this runs at every step."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return repr(map_tensors(value, _Shape.of))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from .accelerator import SchedulePlan, ScheduleRun
 from .errors import InvalidConfig
@@ -43,7 +42,7 @@ class StepRecord:
     seconds: float
     skipped: tuple[str, ...] = field(repr=False)
     _meter: FlopMeter = field(repr=False, compare=False)
-    _key: str = field(repr=False, compare=False)
+    _key: Hashable = field(repr=False, compare=False)
 
     @property
     def blocks(self) -> int:
@@ -155,6 +154,7 @@ class Run:
         self.schedule = schedule
         self.layout: TokenLayout | None = None
         self.stage_latents: torch.Tensor | None = None
+        self.stage_children: dict[str, dict[str, Any]] = {}
         self.step = 0
         self.stage = 0
         self.stage_step = 0
@@ -222,6 +222,7 @@ class Run:
         self.stage_step = 0
         self.layout = layout
         self.stage_latents = latents
+        self.stage_children.clear()
         self._states.clear()
 
     def state(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -230,10 +231,10 @@ class Run:
             self._states[key] = make()
         return self._states[key]
 
-    def meter(self, denoiser: str, module: nn.Module) -> FlopMeter:
-        """Get the run's own counter for a denoiser, made as the module is at its first forward in the run."""
+    def meter(self, denoiser: str, make: Callable[[], FlopMeter]) -> FlopMeter:
+        """Get the run's counter for a denoiser, taken as the module is at its first forward in the run."""
         if denoiser not in self._meters:
-            self._meters[denoiser] = FlopMeter(module)
+            self._meters[denoiser] = make()
         return self._meters[denoiser]
 
     def note(self, clock: Clock, make: Callable[[float], StepRecord]) -> None:
@@ -248,6 +249,7 @@ class Run:
     def finish(self, *, completed: bool) -> RunRecord:
         """Close the run: drop all state and give the record."""
         self._states.clear()
+        self.stage_children.clear()
         self.stage_latents = None
         steps = tuple(make(clock.seconds()) for clock, make in self._pending)
         self._pending.clear()

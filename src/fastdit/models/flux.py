@@ -92,10 +92,17 @@ class _PerImagePositions(nn.Module):
         self.__dict__["_image_ids"] = image_ids
 
     def forward(self, ids: torch.Tensor) -> tuple[_PerImageTable, ...]:
-        image_ids: torch.Tensor = self.__dict__["_image_ids"]
-        text_ids = ids[: ids.shape[0] - image_ids.shape[1]].to(image_ids.dtype)
-        tables = [self.__dict__["_embed"](torch.cat([text_ids, image])) for image in image_ids]
-        return tuple(_PerImageTable(torch.stack(parts)) for parts in zip(*tables, strict=True))
+        embed, image_ids = self.__dict__["_embed"], self.__dict__["_image_ids"]
+        batch, count, _ = image_ids.shape
+        if "_tables" not in self.__dict__:
+            # A place's row depends on that place alone, so the images' rows are made once a stage.
+            flat = embed(image_ids.flatten(0, 1))
+            self.__dict__["_tables"] = [table.unflatten(0, (batch, count)) for table in flat]
+        text = embed(ids[: ids.shape[0] - count])
+        return tuple(
+            _PerImageTable(torch.cat([words.expand(batch, -1, -1), image], dim=1))
+            for words, image in zip(text, self.__dict__["_tables"], strict=True)
+        )
 
 
 class _PerImageTable:

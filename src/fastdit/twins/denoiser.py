@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdit.caching.step_cache import BranchState, CachePass, StepCache
 from fastdit.errors import IncompatibleStack, NoActiveRun
+from fastdit.flops import FlopMeter
 from fastdit.models.family import Family
 from fastdit.run import Clock, Run, StepContext, StepRecord
 from fastdit.structure import same_object_twin, structural_twin, tensors_of
@@ -47,6 +48,7 @@ class Denoiser:
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
+        self._meter: tuple[tuple[int, ...], FlopMeter] | None = None
         self._signature = inspect.signature(type(module).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +89,10 @@ class Denoiser:
         elif run.step == 0:
             latents = run.stage_latents  # another branch of the first step
         placed = self._family.place({**arguments, first: latents}, run.layout)
-        return placed, self._family.child_overrides(self.module, run.layout, latents.device)
+        if self.name not in run.stage_children:
+            overrides = self._family.child_overrides(self.module, run.layout, latents.device)
+            run.stage_children[self.name] = overrides
+        return placed, run.stage_children[self.name]
 
     def _through_stack(
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
@@ -110,6 +115,13 @@ class Denoiser:
             passed.end()
         return (hook.post_forward(self.module, output) if hook is not None else output), passed
 
+    def _current_meter(self) -> FlopMeter:
+        """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
+        structure = tuple(id(module) for module in self.module.modules())
+        if self._meter is None or self._meter[0] != structure:
+            self._meter = (structure, FlopMeter(self.module))
+        return self._meter[1]
+
     def _record(
         self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: CachePass | None
     ) -> None:
@@ -120,7 +132,7 @@ class Denoiser:
         skipped = tuple(passed.skipped) if passed is not None else ()
         action = passed.action if passed is not None else "computed"
         reason = passed.reason if passed is not None else "no cache"
-        sigma, meter = run.sigma(context.step), run.meter(self.name, self.module)
+        sigma, meter = run.sigma(context.step), run.meter(self.name, self._current_meter)
         key = meter.key(arguments)
 
         def make(seconds: float) -> StepRecord:
