@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import save
-from fastdit.measure.flops import RunFlops, Stage
+from fastdit.measure.flops import RunFlops, Stage, stages_of
 from fastdit.spatial.ralu import PRESETS, RALU
 
 TERA = 1e12
@@ -28,8 +28,7 @@ def main(
     side = pixels // counter.architecture.patch_pixels
     runs = {f"plain, {plain_steps} steps": [Stage(plain_steps, counter.image_tokens)]}
     for preset in PRESETS:
-        plan = RALU(preset).plan(side, side, None)
-        runs[f"RALU {preset}"] = [Stage(stage.steps, stage.tokens or 0) for stage in plan.stages]
+        runs[f"RALU {preset}"] = stages_of(RALU(preset).plan(side, side, None))
     rows = {
         name: {"transformer": counter.transformer(stages).total / TERA, "published": counter.published(stages) / TERA}
         for name, stages in runs.items()

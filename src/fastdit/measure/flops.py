@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdit.accelerator import SchedulePlan
+
 from .architectures import ARCHITECTURES, Architecture
 
 _LINEAR_OPERATORS = frozenset({"aten.mm", "aten.addmm", "aten.convolution"})
@@ -44,6 +46,11 @@ class Stage:
 
     steps: int
     tokens: int
+
+
+def stages_of(plan: SchedulePlan) -> list[Stage]:
+    """The steps and tokens of a schedule's plan."""
+    return [Stage(stage.steps, stage.tokens) for stage in plan.stages if stage.tokens is not None]
 
 
 def count(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Flops:
