@@ -44,8 +44,10 @@ _Base = TypeVar("_Base")
 class Stack(Sequence[Accelerator]):
     """Accelerators that act together, ordered by level. Raises `IncompatibleStack` if two can't."""
 
-    def __init__(self, accelerators: Iterable[Accelerator] = ()) -> None:
-        given = tuple(accelerators)
+    def __init__(self, accelerators: Iterable[Accelerator] | Accelerator = ()) -> None:
+        if not isinstance(accelerators, (Accelerator, Iterable)):
+            raise InvalidConfig(f"a stack is made of accelerators, got {accelerators!r}; write [RALU('4x'), ...]")
+        given = (accelerators,) if isinstance(accelerators, Accelerator) else tuple(accelerators)
         for accelerator in given:
             if not isinstance(accelerator, Accelerator):
                 raise InvalidConfig(
@@ -365,7 +367,9 @@ class Acceleration:
         warnings.warn(message, NeverFired, stacklevel=5)
 
 
-def accelerate(pipeline: _Base, stack: Stack | Iterable[Accelerator] = (), *, strict: bool = False) -> _Base:
+def accelerate(
+    pipeline: _Base, stack: Stack | Iterable[Accelerator] | Accelerator = (), *, strict: bool = False
+) -> _Base:
     """Give a twin of a diffusers pipeline, or of a bare transformer, that runs a stack of accelerators.
 
     The twin is an instance of the same class with the same call and shares the weights; `pipeline` itself is not

@@ -3,25 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from PIL.Image import Image
 
+from fastdit import RALU, FirstBlockCache, Stack
+from fastdit.measure.experiment import Configuration, Experiment, plain
+from fastdit.measure.results import Results
 from fastdit.measure.synthetic import random_call, random_flux
 
+Measured = tuple[Results, dict[str, list[Image]], Path]
+
 PROMPTS = ("one", "two", "three", "four")
+CONFIGURATIONS = (
+    plain(8),
+    plain(3),
+    Configuration("first block", Stack([FirstBlockCache(0.9)]), {"num_inference_steps": 8}),
+    Configuration("RALU", Stack([RALU("4x")]), {"num_inference_steps": 4}),
+)
 
 
-class Pipeline:
-    """A random FLUX that takes prompts: each becomes the embeddings of its own seed."""
+class FixedJudge:
+    """Likes the second half of the prompts, whatever it sees."""
 
-    def __new__(cls) -> Any:
-        pipeline = random_flux()
+    def score(self, images: Sequence[Image], prompts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([float(PROMPTS.index(prompt) >= 2) for prompt in prompts])
 
-        def encode_prompt(prompt: Sequence[str], **_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            calls = [random_call(pipeline, image_tokens_per_side=4, seed=PROMPTS.index(text)) for text in prompt]
-            embeddings = torch.cat([call["prompt_embeds"] for call in calls])
-            return embeddings, torch.cat([call["pooled_prompt_embeds"] for call in calls]), torch.zeros(16, 3)
 
-        pipeline.encode_prompt = encode_prompt
-        return pipeline
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    pipeline = random_flux()
+
+    def encode(prompts: Sequence[str]) -> dict[str, Any]:
+        calls = [random_call(pipeline, image_tokens_per_side=4, seed=PROMPTS.index(prompt)) for prompt in prompts]
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        return calls[0] | {name: torch.cat([call[name] for call in calls]) for name in names}
+
+    return Experiment(pipeline, PROMPTS, batch=2, encode=encode, judge=FixedJudge())
+
+
+@pytest.fixture(scope="module")
+def measured(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    directory = tmp_path_factory.mktemp("measured")
+    results, images = experiment.run(CONFIGURATIONS, title="test", baseline="8 steps", directory=directory)
+    return results, images, directory
+
+
+def test_every_configuration_makes_every_picture_in_paired_rounds(measured: Measured) -> None:
+    results, images, directory = measured
+    assert {len(pictures) for pictures in images.values()} == {len(PROMPTS)}
+    assert {len(entry.seconds) for entry in results.configurations} == {len(PROMPTS) // 2}
+    assert all((directory / name).exists() for entry in results.configurations for name in entry.images)
+
+
+def test_pixels_are_compared_only_where_the_noise_is_the_same(measured: Measured) -> None:
+    compared = [entry.name for entry in measured[0].configurations if "psnr" in entry.metrics]
+    assert compared == ["8 steps", "3 steps", "first block"]
+
+
+def test_flops_follow_the_steps_of_plain_runs_and_fall_under_stacks(measured: Measured) -> None:
+    results = measured[0]
+    assert results.flops_ratio("3 steps") == pytest.approx(8 / 3)
+    assert results.flops_ratio("RALU") > 2
+    assert results.flops_ratio("first block") > 1
+
+
+def test_records_tell_stages_and_scores_follow_their_prompts(measured: Measured) -> None:
+    results = measured[0]
+    assert {step["stage"] for step in results["RALU"].records[0]["steps"]} == {0, 1, 2}
+    assert results["8 steps"].metrics["judge"].samples == (0.0, 0.0, 1.0, 1.0)
+    assert Results.from_json(results.to_json()) == results
+
+
+def test_a_round_repeats_its_pictures(experiment: Experiment) -> None:
+    first, second = (experiment.task(plain(2))(1) for _ in range(2))
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
+
+
+def test_the_fastest_configuration_and_its_rival_are_found(experiment: Experiment) -> None:
+    slow, fast = plain(12), plain(2)
+    assert experiment.fastest([slow, fast], rounds=1) == fast
+    assert 6 <= experiment.rival(slow, rounds=1) <= 24
+
+
+def test_prompts_that_do_not_fill_a_round_are_refused(experiment: Experiment) -> None:
+    with pytest.raises(ValueError, match="rounds of 3"):
+        Experiment(experiment.pipeline, PROMPTS, batch=3)

@@ -58,8 +58,9 @@ def plain(steps: int, name: str | None = None) -> Configuration:
 class Experiment:
     """One pipeline, one list of prompts, one seed each: every configuration makes the same pictures, in turns.
 
-    `call` holds the keyword arguments of all calls. `batch` prompts make one round; the prompt's place in the list
-    chooses its noise, so every configuration starts from the same.
+    `call` holds the keyword arguments of all calls, and `encode` turns a round's prompts into those that depend on
+    them (for pipelines that take embeddings). `batch` prompts make one round; the prompt's place in the list chooses
+    its noise, so every configuration starts from the same.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class Experiment:
         seed: int = 0,
         batch: int = 1,
         call: Mapping[str, Any] | None = None,
+        encode: Callable[[Sequence[str]], Mapping[str, Any]] = lambda prompts: {"prompt": list(prompts)},
         judge: Judge | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not prompts or len(prompts) % batch:
             raise ValueError(f"the prompts must fill whole rounds of {batch}; got {len(prompts)}")
         self.pipeline, self.prompts, self.seed, self.batch = pipeline, tuple(prompts), seed, batch
-        self.call, self.judge = dict(call or {}), judge
+        self.call, self.encode, self.judge = dict(call or {}), encode, judge
         self._progress = progress or (lambda phase, done, total: None)
         self._twins: dict[str, Any] = {}
 
@@ -110,7 +112,7 @@ class Experiment:
         total = rounds * len(tasks)
         for done, sample in enumerate(interleave(tasks, rounds=rounds, device=self.device), start=1):
             seconds.setdefault(sample.task, []).append(sample.seconds)
-            self._progress("warm-up", done, total)
+            self._progress("finding the fastest stack", done, total)
         return min(configurations, key=lambda configuration: np.median(seconds[configuration.name]))
 
     def run(
@@ -158,9 +160,8 @@ class Experiment:
         first = number * self.batch
         places = range(first, first + self.batch)
         generators = [torch.Generator("cpu").manual_seed(self.seed + place) for place in places]
-        prompts = list(self.prompts[first : first + self.batch])
-        call = {**self.call, **configuration.call}
-        images: list[Image] = pipeline(prompt=prompts, generator=generators, **call).images
+        call = {**self.encode(self.prompts[first : first + self.batch]), **self.call, **configuration.call}
+        images: list[Image] = pipeline(generator=generators, **call).images
         return images
 
     def _warm_up(self, configurations: Sequence[Configuration]) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL.Image import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 Array = npt.NDArray[np.float64]
 
@@ -19,8 +20,6 @@ PSNR_CEILING = 10 * math.log10(255**2 * 12)
 
 def psnr(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
     """Peak signal-to-noise ratio of each image to its reference, in dB, at most `PSNR_CEILING`."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     ours, theirs = _paired_batches(images, references)
     ratios = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return [float(value) for value in ratios.clamp(max=PSNR_CEILING)]
@@ -28,8 +27,6 @@ def psnr(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
 
 def ssim(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
     """Structural similarity of each image to its reference; 1 for equal ones."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     ours, theirs = _paired_batches(images, references)
     values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
     assert isinstance(values, torch.Tensor)

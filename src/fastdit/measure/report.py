@@ -9,6 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from .charts import Point, speed_quality
 from .results import ConfigurationResult, Results
 from .statistics import CONFIDENCE
@@ -54,8 +56,6 @@ def write_report(results: Results, directory: Path) -> Path:
 
 def render_report(results: Results, directory: Path) -> str:
     """The page as text; it refers to nothing outside itself."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     environment = Environment(
         loader=PackageLoader("fastdit.measure"),
         autoescape=True,

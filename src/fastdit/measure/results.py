@@ -82,7 +82,9 @@ class Results:
     def __post_init__(self) -> None:
         names = [configuration.name for configuration in self.configurations]
         if len(set(names)) != len(names) or self.baseline not in names:
-            raise ResultsError(f"configurations need distinct names, {self.baseline!r} among them; got {names}")
+            raise ResultsError(
+                f"configurations need distinct names, the baseline {self.baseline!r} among them; got {names}"
+            )
 
     def __getitem__(self, name: str) -> ConfigurationResult:
         return next(configuration for configuration in self.configurations if configuration.name == name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,8 +28,9 @@ class Row:
 
 def header(results: Results) -> tuple[str, ...]:
     """The columns' names."""
-    scored = ("judge", "judge vs plain at its time") if _scored(results) else ()
-    return ("configuration", "s/image", "speed-up", "fewer FLOPs", *scored, "sharpness", "PSNR dB", "SSIM")
+    scored = ("judge", "judge vs plain at its time") if _has(results, "judge") else ()
+    distance = ("Frechet distance",) if _has(results, "frechet") else ()
+    return ("configuration", "s/image", "speed-up", "fewer FLOPs", *scored, *distance, "sharpness", "PSNR dB", "SSIM")
 
 
 def rows(results: Results) -> list[Row]:
@@ -73,9 +73,11 @@ def _row(results: Results, configuration: ConfigurationResult) -> Row:
     cells = [name, f"{configuration.median_seconds / results.images_per_round:.3f}"]
     cells.append(f"{results.speed_up(name):.2f}" if name != results.baseline else "1 (baseline)")
     cells.append(f"{results.flops_ratio(name):.2f}")
-    if _scored(results):
+    if _has(results, "judge"):
         cells.append(_metric(configuration, "judge", ".3f"))
         cells.append(_ABSENT if advantage is None else f"{advantage:+.3f} vs {rival}")
+    if _has(results, "frechet"):
+        cells.append(_metric(configuration, "frechet", ".3f"))
     reference = results[results.baseline].metrics["sharpness"].interval.estimate
     sharp = configuration.metrics["sharpness"].interval.estimate
     cells.append(f"{sharp:.2f} ({sharp / reference:.0%})")
@@ -95,6 +97,5 @@ def _metric(configuration: ConfigurationResult, name: str, spec: str) -> str:
     return f"{configuration.metrics[name].interval:{spec}}" if name in configuration.metrics else _ABSENT
 
 
-def _scored(results: Results) -> bool:
-    configurations: Sequence[ConfigurationResult] = results.configurations
-    return any("judge" in configuration.metrics for configuration in configurations)
+def _has(results: Results, metric: str) -> bool:
+    return any(metric in configuration.metrics for configuration in results.configurations)

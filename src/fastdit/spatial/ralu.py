@@ -13,6 +13,7 @@ published behaviour in these points except for the noise's source.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -81,8 +82,8 @@ class RALU(Schedule):
     def __post_init__(self) -> None:
         for name in ("steps", "ends"):
             value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+            if isinstance(value, (list, tuple)):
+                object.__setattr__(self, name, tuple(_plain(item) for item in value))
         custom = (self.steps, self.ends, self.ratio)
         if self.preset is None and all(value is None for value in custom):
             object.__setattr__(self, "preset", "4x")
@@ -135,6 +136,11 @@ class RALU(Schedule):
             f"shifts {', '.join(f'{shift:.3f}' for shift in solved.shifts)}; restart Z {solved.restart:.3f}; "
             f"matching distance {solved.distance:.4f}"
         )
+        if self.refined_count(rows, columns) == 0:
+            notes.append(
+                f"a share of {self.settings.ratio} of {rows * columns // 4} coarse tokens is less than one, so stage 2 "
+                "refines nothing"
+            )
         starts = [0.0, *(matching.restart_time(end, solved.restart) for end in settings.ends)]
         stops = [*settings.ends, 1.0]
         coarse = rows * columns // 4
@@ -221,6 +227,11 @@ def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
         index = min((i for i in range(len(shares)) if shares[i] > 1), key=lambda i: exact[i] - shares[i])
         shares[index] -= 1
     return tuple(shares)
+
+
+def _plain(value: Any) -> Any:
+    """Turn a whole number of another library into Python's own; anything else is left for validation."""
+    return value if isinstance(value, (bool, float)) or not hasattr(value, "__index__") else operator.index(value)
 
 
 def _validate(settings: _Preset, restart: float | None, base_shift: float, fidelity: str) -> None:
