@@ -18,8 +18,8 @@ _PIXELS_PER_TOKEN = 16  # the autoencoder's factor of 8, and FLUX's patches of 2
 class FluxSize:
     """The dimensions of a random FLUX; the defaults are for tests."""
 
-    double_blocks: int = 1
-    single_blocks: int = 1
+    double_blocks: int = 2
+    single_blocks: int = 2
     heads: int = 2
     head_width: int = 16
 

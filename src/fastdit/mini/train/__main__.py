@@ -31,7 +31,7 @@ def text(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 1.7) ->
 
 
 @app.command()
-def transformer(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 50.0) -> None:
+def transformer(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 62.0) -> None:
     """Train the denoiser; needs the autoencoder and the text encoders."""
     from fastdit.mini.train.transformer import train
 
@@ -39,7 +39,7 @@ def transformer(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 
 
 
 @app.command()
-def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 4.0) -> None:
+def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 3.5) -> None:
     """Train the judge; needs the autoencoder."""
     from fastdit.mini.train.judge import train
 
@@ -51,8 +51,8 @@ def everything(directory: Directory = Path("fastdit-mini"), scale: float = 1.0) 
     """Train every stage; `scale` multiplies the times."""
     autoencoder(directory, 8.0 * scale)
     text(directory, 1.7 * scale)
-    transformer(directory, 50.0 * scale)
-    judge(directory, 4.0 * scale)
+    transformer(directory, 62.0 * scale)
+    judge(directory, 3.5 * scale)
 
 
 @app.command()

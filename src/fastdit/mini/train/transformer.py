@@ -27,7 +27,7 @@ from fastdit.models.flux import FLUX
 _EMPTY_SHARE = 0.1
 _GUIDED_SHARE = 0.4
 _GUIDANCE_RANGE = (1.0, 5.0)
-_GUIDANCE_START = 0.6
+_GUIDANCE_START = 0.71
 _RATE = 2e-3
 _AVERAGING = 0.999
 _CHECKPOINT_STEPS = 250
@@ -35,11 +35,11 @@ _CHECKPOINT_STEPS = 250
 
 @dataclass(frozen=True)
 class Size:
-    """A picture size in training: its share of the steps, its batch, and its store of encoded pictures."""
+    """A picture size in training: its share of the steps early and late, its batch, its store of encoded pictures."""
 
     pixels: int
     batch: int
-    share: float
+    shares: tuple[float, float]
     stored: int
     fresh: int
     shift: float
@@ -49,7 +49,8 @@ class Size:
         return self.pixels // 16
 
 
-SIZES = (Size(128, 64, 0.62, 12288, 12, 1.6), Size(256, 24, 0.38, 3072, 4, 2.4))
+SIZES = (Size(128, 64, (0.62, 0.30), 12288, 12, 1.6), Size(256, 24, (0.38, 0.70), 3072, 4, 2.4))
+_LATE = 0.48
 
 
 def build() -> FluxTransformer2DModel:
@@ -194,7 +195,8 @@ def train(directory: Path, minutes: float) -> None:
     stage = Stage("transformer", directory, minutes)
     seen, losses = [0] * len(SIZES), [0.0] * len(SIZES)
     while stage.progress < 1.0:
-        which = 0 if (stage.step * SIZES[0].share) % 1.0 < SIZES[0].share else 1
+        share = SIZES[0].shares[stage.progress > _LATE]
+        which = 0 if (stage.step * share) % 1.0 < share else 1
         store, size = stores[which], SIZES[which]
         store.add(size.fresh)
         loss = _loss(model, average, store, prompts, random, guided=stage.progress > _GUIDANCE_START)
