@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 #: Characters that the table needs to hold every cell on one line.
 WIDE = 150
 
-app = typer.Typer(
-    help="Accelerators for diffusers pipelines that compose, and an honest bench for them.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Accelerators for diffusers pipelines that compose, and an honest bench for them."""
+    # Transformers remarks on optional packages at import, which a command's output is no place for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @app.command()
@@ -47,6 +51,7 @@ def demo(
     errors = Console(stderr=True)
     try:
         from fastdit.measure.demo import EXTENTS, REPORT, RESULTS, run_demo
+        from fastdit.measure.statistics import CONFIDENCE
         from fastdit.measure.table import rich_table
     except ModuleNotFoundError as error:
         errors.print(f"The demo needs {error.name}: pip install 'fastdit\\[demo]'")
@@ -59,7 +64,9 @@ def demo(
         return
     console = Console()
     console.print(rich_table(results, narrow=console.width < WIDE))
-    console.print(f"Measured on {results.environment}; {len(results.prompts)} prompts, brackets hold 95 % intervals.")
+    console.print(
+        f"Measured on {results.environment}; {len(results.prompts)} prompts, brackets hold {CONFIDENCE:.0%} intervals."
+    )
     console.print(f"Report: {out / REPORT}   Numbers: {out / RESULTS}")
 
 
