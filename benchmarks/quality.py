@@ -27,15 +27,15 @@ from fastdit.stack import Stack
 def configurations() -> list[Configuration]:
     """The plain runs that every method must beat, and the methods."""
     stacks = {
-        "TeaCache .1": [TeaCache(0.1)],
         "TeaCache .2": [TeaCache(0.2)],
+        "TeaCache .4": [TeaCache(0.4)],
         "FirstBlockCache .1": [FirstBlockCache(0.1)],
         "RALU 4x": [RALU("4x")],
         "RALU 4x, paper": [RALU("4x", fidelity="paper")],
         "RALU 5x": [RALU("5x")],
         "RALU 7x": [RALU("7x")],
-        "RALU 4x + TeaCache .1": [RALU("4x"), TeaCache(0.1)],
-        "RALU 7x + TeaCache .1": [RALU("7x"), TeaCache(0.1)],
+        "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
+        "RALU 7x + TeaCache .2": [RALU("7x"), TeaCache(0.2)],
     }
     methods = [
         Configuration(
