@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,11 +12,14 @@ from .statistics import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
 Verdict = Literal["wins", "loses", "ties", ""]
 
+#: Writes an interval under a number's format.
+Show = Callable[[Interval, str], str]
+
 _ABSENT = "-"
+_NAME_WIDTH = 10  # characters that a configuration's name keeps in any terminal
 _STYLES: dict[Verdict, str] = {"wins": "green", "loses": "red", "ties": "dim", "": ""}
 
 
@@ -30,25 +35,27 @@ def header(results: Results) -> tuple[str, ...]:
     """The columns' names."""
     scored = ("judge", "judge vs plain at its time") if _has(results, "judge") else ()
     distance = ("Frechet distance",) if _has(results, "frechet") else ()
-    return ("configuration", "s/image", "speed-up", "fewer FLOPs", *scored, *distance, "sharpness", "PSNR dB", "SSIM")
+    return ("run", "s/image", "speed-up", "fewer FLOPs", *scored, *distance, "sharpness", "PSNR dB", "SSIM")
 
 
-def rows(results: Results) -> list[Row]:
-    """One row a configuration, in the results' order."""
-    return [_row(results, configuration) for configuration in results.configurations]
+def rows(results: Results, show: Show = format) -> list[Row]:
+    """One row a configuration, in the results' order; `show` writes an interval under a format."""
+    return [_row(results, configuration, show) for configuration in results.configurations]
 
 
 def rich_table(results: Results, *, narrow: bool = False) -> Table:
-    """The table for the terminal; a narrow one breaks its cells before the intervals."""
+    """The table for the terminal; a narrow one (80 columns) breaks its cells and shows half the intervals' widths."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=results.title, title_justify="left", pad_edge=False)
+    table = Table(title=results.title, title_justify="left", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header(results)):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows(results):
-        cells = [Text(cell, style=_STYLES[row.verdict] if " vs " in cell else "") for cell in row.cells]
-        table.add_row(*(_broken(cell) if narrow else cell for cell in cells))
+        title = re.sub(r"(?<=[-/])| ", "\n", name) if narrow else name
+        table.add_column(title, justify="right" if index else "left", min_width=None if index else _NAME_WIDTH)
+    for row in rows(results, _broken if narrow else format):
+        cells = [re.sub(r" (?=vs |\()", "\n", cell) if narrow else cell for cell in row.cells]
+        table.add_row(*(Text(cell, style=_STYLES[row.verdict] if "vs " in cell else "") for cell in cells))
     return table
 
 
@@ -66,18 +73,18 @@ def verdict(advantage: Interval | None) -> Verdict:
     return "wins" if advantage.low > 0 else "loses" if advantage.high < 0 else "ties"
 
 
-def _row(results: Results, configuration: ConfigurationResult) -> Row:
+def _row(results: Results, configuration: ConfigurationResult, show: Show) -> Row:
     name = configuration.name
     rival = results.rival(name)
     advantage = None if rival is None else results.advantage(name, rival, "judge")
     cells = [name, f"{configuration.median_seconds / results.images_per_round:.3f}"]
-    cells.append(f"{results.speed_up(name):.2f}" if name != results.baseline else "1 (baseline)")
+    cells.append(show(results.speed_up(name), ".2f") if name != results.baseline else "1")
     cells.append(f"{results.flops_ratio(name):.2f}")
     if _has(results, "judge"):
-        cells.append(_metric(configuration, "judge", ".3f"))
-        cells.append(_ABSENT if advantage is None else f"{advantage:+.3f} vs {rival}")
+        cells.append(_metric(configuration, "judge", show))
+        cells.append(_ABSENT if advantage is None else f"{show(advantage, '+.3f')} vs {rival}")
     if _has(results, "frechet"):
-        cells.append(_metric(configuration, "frechet", ".3f"))
+        cells.append(_metric(configuration, "frechet", show))
     reference = results[results.baseline].metrics["sharpness"].interval.estimate
     sharp = configuration.metrics["sharpness"].interval.estimate
     cells.append(f"{sharp:.2f} ({sharp / reference:.0%})")
@@ -87,14 +94,12 @@ def _row(results: Results, configuration: ConfigurationResult) -> Row:
     return Row(tuple(cells), verdict(advantage))
 
 
-def _broken(cell: Text) -> Text:
-    from rich.text import Text
-
-    return Text(cell.plain.replace(" [", "\n[").replace(" vs ", "\nvs "), style=cell.style)
+def _broken(interval: Interval, spec: str) -> str:
+    return f"{interval.estimate:{spec}}\n±{interval.spread:{spec.lstrip('+')}}"
 
 
-def _metric(configuration: ConfigurationResult, name: str, spec: str) -> str:
-    return f"{configuration.metrics[name].interval:{spec}}" if name in configuration.metrics else _ABSENT
+def _metric(configuration: ConfigurationResult, name: str, show: Show) -> str:
+    return show(configuration.metrics[name].interval, ".3f") if name in configuration.metrics else _ABSENT
 
 
 def _has(results: Results, metric: str) -> bool:
