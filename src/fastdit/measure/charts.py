@@ -159,6 +159,7 @@ def _obstacles(point: Point, horizontal: _Axis, vertical: _Axis) -> Iterable[_Bo
     x, y = horizontal.at(point.speed_up.estimate), vertical.at(point.quality.estimate)
     yield _Box(x - 8, y - 8, x + 8, y + 8)
     yield _Box(x - 2, vertical.at(point.quality.high), x + 2, vertical.at(point.quality.low))
+    yield _Box(horizontal.at(point.speed_up.low), y - 2, horizontal.at(point.speed_up.high), y + 2)
 
 
 def _line_obstacles(points: Sequence[Point], horizontal: _Axis, vertical: _Axis) -> Iterable[_Box]:

@@ -30,7 +30,7 @@ class Extent:
     rival_rounds: int
 
 
-EXTENTS = {"full": Extent(prompts=32, rival_rounds=3), "quick": Extent(prompts=6, rival_rounds=1)}
+EXTENTS = {"full": Extent(prompts=32, rival_rounds=7), "quick": Extent(prompts=6, rival_rounds=5)}
 
 
 def accelerated_configurations() -> list[Configuration]:

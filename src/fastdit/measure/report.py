@@ -98,7 +98,8 @@ def summary(results: Results) -> list[str]:
         ours, theirs = (results[name].metrics["judge"].interval for name in (fastest.name, rival))
         outcome = {"wins": "better", "loses": "worse", "ties": "no measurable difference", "": ""}[verdict(advantage)]
         sentences.append(
-            f"The judge gives it {ours:.3f}, and {theirs:.3f} to plain {rival}, which take as long: "
+            f"The judge gives it {ours:.3f}, and {theirs:.3f} to plain {rival}, which take "
+            f"{results[rival].median_seconds:.2f} s against its {fastest.median_seconds:.2f} s: "
             f"{advantage:+.3f}, {outcome}."
         )
     return sentences
