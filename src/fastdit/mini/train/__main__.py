@@ -31,11 +31,15 @@ def text(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 1.7) ->
 
 
 @app.command()
-def transformer(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 62.0) -> None:
+def transformer(
+    directory: Directory = Path("fastdit-mini"),
+    minutes: Minutes = 62.0,
+    go_on: Annotated[bool, typer.Option(help="Start from the denoiser that DIR already holds.")] = False,
+) -> None:
     """Train the denoiser; needs the autoencoder and the text encoders."""
     from fastdit.mini.train.transformer import train
 
-    train(directory, minutes)
+    train(directory, minutes, go_on=go_on)
 
 
 @app.command()

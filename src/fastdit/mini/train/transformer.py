@@ -26,7 +26,7 @@ from fastdit.models.flux import FLUX
 
 _EMPTY_SHARE = 0.1
 _GUIDED_SHARE = 0.4
-_GUIDANCE_RANGE = (1.0, 5.0)
+_GUIDANCE_RANGE = (1.0, 6.0)
 _GUIDANCE_START = 0.71
 _RATE = 2e-3
 _AVERAGING = 0.999
@@ -178,28 +178,34 @@ def optimizer_of(model: nn.Module) -> MuonWithAdamW:
     return MuonWithAdamW(model, hidden, lr=_RATE)
 
 
-def train(directory: Path, minutes: float) -> None:
-    """Train for some minutes and save the averaged weights, now and then and at the end."""
-    torch.manual_seed(2)
-    random = np.random.default_rng(2)
+def train(directory: Path, minutes: float, *, go_on: bool = False) -> None:
+    """Train for some minutes and save the averaged weights, now and then and at the end.
+
+    `go_on` starts from the saved weights, at the late mixture of sizes and guided throughout.
+    """
+    seed = 3 if go_on else 2
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
     vae = AutoencoderTiny.from_pretrained(directory / "vae").eval().to(memory_format=torch.channels_last)
     prompts = Prompts(directory)
-    stores = [Store(size, vae, seed) for seed, size in enumerate(SIZES)]
+    stores = [Store(size, vae, 10 * seed + which) for which, size in enumerate(SIZES)]
     for store in stores:
         for _ in range(store.size.stored // 4 // 64):
             store.add(64)
     build_scheduler().save_pretrained(directory / "scheduler")
     model = build()
+    if go_on:
+        model.load_state_dict(FluxTransformer2DModel.from_pretrained(directory / "transformer").state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = optimizer_of(model)
     stage = Stage("transformer", directory, minutes)
     seen, losses = [0] * len(SIZES), [0.0] * len(SIZES)
     while stage.progress < 1.0:
-        share = SIZES[0].shares[stage.progress > _LATE]
+        share = SIZES[0].shares[go_on or stage.progress > _LATE]
         which = 0 if (stage.step * share) % 1.0 < share else 1
         store, size = stores[which], SIZES[which]
         store.add(size.fresh)
-        loss = _loss(model, average, store, prompts, random, guided=stage.progress > _GUIDANCE_START)
+        loss = _loss(model, average, store, prompts, random, guided=go_on or stage.progress > _GUIDANCE_START)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(stage.lr_factor(warmup_steps=150, decay_share=0.35))
