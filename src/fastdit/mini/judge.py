@@ -61,9 +61,7 @@ class Judge(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Give the logits of every part and the features [B, 128] of pictures [B, 3, H, W] in [0, 1]."""
-        if pixels.shape[-1] != INPUT:
-            pixels = functional.interpolate(pixels, size=(INPUT, INPUT), mode="bilinear", antialias=True)
-        hidden_states = self.body(pixels * 2.0 - 1.0)
+        hidden_states = self.body(as_input(pixels) * 2.0 - 1.0)
         features = hidden_states.mean(dim=(2, 3))
         quarters = functional.adaptive_avg_pool2d(hidden_states, 2).flatten(1)
         logits = self.heads(torch.cat([features, quarters], dim=1)).split_with_sizes(list(PARTS.values()), dim=1)
@@ -139,6 +137,13 @@ def as_pixels(images: Any) -> torch.Tensor:
         return images.float()
     arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0 for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def as_input(pixels: torch.Tensor) -> torch.Tensor:
+    """Resize pictures [B, 3, H, W] to what the judge sees, [B, 3, 128, 128]."""
+    if pixels.shape[-2:] == (INPUT, INPUT):
+        return pixels
+    return functional.interpolate(pixels, size=(INPUT, INPUT), mode="bilinear", antialias=True)
 
 
 def load_judge() -> Judge:

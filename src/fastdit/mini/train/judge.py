@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from fastdit.mini.judge import INPUT, PARTS, Judge, wanted
+from fastdit.mini.judge import INPUT, PARTS, Judge, as_input, wanted
 from fastdit.mini.prompts import BACKGROUNDS, PLACES, SIZES
 from fastdit.mini.train.render import Picture, random_batch
 from fastdit.mini.train.stage import Stage
@@ -39,15 +39,19 @@ def labels(picture: Picture) -> dict[str, int]:
 
 
 def destroy(pixels: Pixels, other: Pixels, random: np.random.Generator) -> tuple[Pixels, float]:
-    """Damage a picture in one of eight ways; give it with the severity in [0, 1]."""
+    """Damage a picture in one of ten ways; give it with the severity in [0, 1].
+
+    Blur and warping are graded by their logarithm: a softness of half a pixel, or an outline bent by one, is what few
+    steps leave behind, and a linear scale would call it nothing.
+    """
     size = pixels.shape[0]
     severity = float(random.uniform(0.05, 1.0))
-    kind = int(random.integers(8))
+    kind = int(random.integers(10))
     damaged: npt.NDArray[Any]
     if kind == 0:
         damaged = pixels + random.normal(0.0, 0.4 * severity, pixels.shape)
     elif kind == 1:
-        damaged = cv2.GaussianBlur(pixels, (0, 0), 0.3 + 0.045 * size * severity)
+        damaged = cv2.GaussianBlur(pixels, (0, 0), 0.002 * size * 20.0**severity)
     elif kind == 2:
         small = max(6, int(size * (0.45 - 0.38 * severity)))
         damaged = cv2.resize(cv2.resize(pixels, (small, small), interpolation=cv2.INTER_AREA), (size, size))
@@ -59,11 +63,25 @@ def destroy(pixels: Pixels, other: Pixels, random: np.random.Generator) -> tuple
         damaged = _in_blocks(pixels, random, severity, lambda block, at: other[at])
     elif kind == 6:
         damaged = _in_blocks(pixels, random, severity, _tiled)
+    elif kind in (7, 8):
+        damaged = _warped(pixels, random, 0.002 * size * 20.0**severity)
     else:
         noise = cv2.resize(random.normal(0.0, 1.0, (size // 8, size // 8, 3)), (size, size)).astype(np.float32)
         damaged = pixels + 0.35 * severity * noise
     clipped: Pixels = np.clip(damaged, 0.0, 1.0).astype(np.float32)
     return clipped, severity
+
+
+def _warped(pixels: Pixels, random: np.random.Generator, amplitude: float) -> Pixels:
+    """Bend the picture by a smooth random field of some deviation in pixels, with bends of 1/16 to 1/5 of its side."""
+    size = pixels.shape[0]
+    bend = size * float(random.uniform(1 / 16, 1 / 5)) / 2.5
+    field = [cv2.GaussianBlur(random.normal(0.0, 1.0, (size, size)), (0, 0), bend) for _ in range(2)]
+    across, down = (amplitude * way / way.std() for way in field)
+    rows, columns = np.mgrid[:size, :size]
+    shifted = ((columns + across).astype(np.float32), (rows + down).astype(np.float32))
+    warped: Pixels = cv2.remap(pixels, *shifted, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return warped
 
 
 _Replace = Callable[[Pixels, tuple[slice, slice]], Pixels]
@@ -97,24 +115,22 @@ class _Pictures:
     def __init__(self, vae: AutoencoderTiny, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self._pool: list[tuple[Picture, Pixels]] = []
-        for _ in range(_POOL // 32):
-            drawn, pixels = random_batch(32, INPUT, self._random)
+        for index in range(_POOL // 32):
+            drawn, pixels = random_batch(32, INPUT * (1 + index % 2), self._random)
             target = torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2.0 - 1.0
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 decoded = vae.decode(vae.encode(target.contiguous()).latents).sample.float()
-            again = ((decoded.clamp(-1.0, 1.0) + 1.0) / 2.0).permute(0, 2, 3, 1).numpy()
-            self._pool.extend(zip(drawn, again, strict=True))
+            self._pool.extend(zip(drawn, _seen((decoded.clamp(-1.0, 1.0) + 1.0) / 2.0), strict=True))
 
     def batch(self) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Give pixels [B, 3, 128, 128], the labels of every part, and the severity of the damage [B]."""
         half = _BATCH // 2
         size = INPUT if self._random.random() < 0.7 else 2 * INPUT
         drawn, pixels = random_batch(half, size, self._random)
-        if size != INPUT:
-            pixels = np.stack([cv2.resize(p, (INPUT, INPUT), interpolation=cv2.INTER_AREA) for p in pixels])
+        rendered = _seen(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         chosen = [self._pool[int(i)] for i in self._random.integers(0, _POOL, _BATCH - half)]
         pictures = [*drawn, *(picture for picture, _ in chosen)]
-        images = [*pixels, *(image for _, image in chosen)]
+        images = [*rendered, *(image for _, image in chosen)]
         severity = np.zeros(_BATCH, np.float32)
         for index in range(_BATCH):
             if self._random.random() < _DESTROYED_SHARE:
@@ -123,6 +139,12 @@ class _Pictures:
         truth = [labels(picture) for picture in pictures]
         parts = {name: torch.tensor([row[name] for row in truth]) for name in PARTS if name != "intact"}
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), parts, torch.from_numpy(severity)
+
+
+def _seen(pixels: torch.Tensor) -> Pixels:
+    """Give pictures [B, 3, H, W] as the judge sees them, [B, 128, 128, 3]."""
+    seen: Pixels = as_input(pixels).permute(0, 2, 3, 1).numpy()
+    return seen
 
 
 def train(directory: Path, minutes: float) -> None:
