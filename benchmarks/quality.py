@@ -38,9 +38,7 @@ def configurations() -> list[Configuration]:
         "RALU 7x + TeaCache .2": [RALU("7x"), TeaCache(0.2)],
     }
     methods = [
-        Configuration(
-            name, Stack(stack), {} if any(isinstance(a, RALU) for a in stack) else {"num_inference_steps": 50}
-        )
+        Configuration(name, Stack(stack), {} if Stack(stack).schedule is not None else {"num_inference_steps": 50})
         for name, stack in stacks.items()
     ]
     return [*map(plain, (50, 28, 15, 12, 10, 8, 7, 6, 5)), *methods]

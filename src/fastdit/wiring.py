@@ -403,6 +403,11 @@ def _explain(module: nn.Module, calls: list[BlockCall], kwargs: Mapping[str, Any
     lists = sorted({call.name for call in calls})
     if not calls:
         seen = "it called no block of a direct nn.ModuleList"
+    elif len(calls) == len(lists):
+        return (
+            f"{type(module).__name__}: {', '.join(lists)} called one block each, and it takes two of one list to show "
+            "which stream passes from block to block; use a model with two blocks or more in one list"
+        )
     else:
         seen = f"no output of a block of {', '.join(lists)} reaches the next block unchanged"
     return (

@@ -100,7 +100,7 @@ def test_numbers_that_make_no_polynomial_are_refused(arguments: dict[str, Any]) 
 
 
 def test_calibration_fits_a_polynomial_over_the_changes_that_it_saw() -> None:
-    from fastdit.caching.calibration import calibrate_teacache
+    from fastdit.measure.calibration import calibrate_teacache
 
     pipe, call = tiny.flux(text=True, steps=8)
     options = {name: value for name, value in call.items() if name not in ("prompt", "num_inference_steps")}

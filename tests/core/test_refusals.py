@@ -360,3 +360,10 @@ def test_accelerators_are_frozen_and_compare_by_value(field: str) -> None:
     assert hash(one) == hash(other)
     with pytest.raises(AttributeError):
         setattr(one, field, 0.5)
+
+
+def test_a_model_of_single_blocks_is_told_that_a_chain_takes_two() -> None:
+    pipe, call = tiny.flux()
+    pipe.transformer = tiny.flux_transformer(layers=1, single_layers=1)
+    with pytest.raises(UnsupportedModel, match="single_transformer_blocks, transformer_blocks called one block each"):
+        tiny.run(accelerate(pipe, [FirstBlockCache(0.1)]), call)

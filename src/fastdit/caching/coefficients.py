@@ -90,6 +90,6 @@ def for_model(transformer: Any) -> Coefficients:
             return named(name)
     raise InvalidConfig(
         f"TeaCache has no coefficients for {type(transformer).__name__} loaded as {source or 'an unnamed model'}; "
-        "fit them with fastdit.caching.calibration.calibrate_teacache(pipe, prompts), or name a published set with "
+        "fit them with fastdit.measure.calibration.calibrate_teacache(pipe, prompts), or name a published set with "
         f"coefficients=... ({', '.join(_published())}) if this model is a fine-tune of that one"
     )

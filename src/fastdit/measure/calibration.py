@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdit.caching.coefficients import Coefficients
+from fastdit.caching.step_cache import GateState, StepCache, Verdict, finite, relative_change
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.models.signals import modulated_signal
 from fastdit.run import StepContext
 from fastdit.stack import accelerate
-
-from .coefficients import Coefficients
-from .step_cache import GateState, StepCache, Verdict, finite, relative_change
 
 _DEGREE = 4
 
