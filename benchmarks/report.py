@@ -70,15 +70,21 @@ def quality(results: Results) -> list[str]:
 def evaluation(data: Mapping[str, Any]) -> list[str]:
     names = ["soft", "single_objects", "pairs", "background", "place", "intact", "relative_sharpness", "frechet"]
     lines = [f"| steps | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|--:|{'--:|' * len(names)}"]
-    rows = {**data["steps"], "50 at 128 px": data["half_size_50"], "real renders": data["judge_on_renders"]["256"]}
+    rows = {**data["steps"], "50 at 128 px": data["half_size_50"], "real renders": data["judge_on_renders"]}
     for steps, row in rows.items():
         cells = (interval(row[name], 3) if name in row else "-" for name in names)
         lines.append(f"| {steps} | {' | '.join(cells)} |")
+    measures = ["soft", "relative_sharpness", "frechet"]
+    falls = ["| steps | soft | relative sharpness | frechet |", "|--:|--:|--:|--:|"]
+    for steps, fall in data["falls"].items():
+        falls.append(f"| {steps} | {' | '.join(interval(fall[name], 4) for name in measures)} |")
     return [
         "## The embedded pipeline itself",
-        f"{data['prompts']} held-out prompts at 256 px, by the judge; Frechet distances over {data['pictures']} "
-        "pictures at 50, 7 and 5 steps.",
+        f"{data['prompts']} held-out prompts at 256 px, by the judge; sharpness and Frechet distance (to real renders) "
+        f"over {data['pictures']} pictures at 50, 7 and 5 steps.",
         "\n".join(lines),
+        "What fewer plain steps lose, paired by picture (positive is worse):",
+        "\n".join(falls),
     ]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +15,90 @@ import torch
 from PIL.Image import Image, fromarray
 
 from fastdit.measure.images import frechet_distance, sharpness
-from fastdit.measure.statistics import Interval, jackknife, mean
+from fastdit.measure.statistics import Interval, jackknife, mean, mean_difference
 from fastdit.mini import load_mini
-from fastdit.mini.judge import load_judge
+from fastdit.mini.judge import Judge, load_judge
 from fastdit.mini.prompts import held_out, parse
 from fastdit.mini.train.render import draw, random_picture
 
 STEPS = (50, 28, 15, 10, 7, 5, 3)
+COMPARED = (50, 7, 5)
 FILE = Path(__file__).parents[1] / "evaluation.json"
 _BATCH = 16
 
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What is compared between step counts: a value a picture, and features a picture."""
+
+    soft: list[float]
+    sharpness: list[float]
+    features: Array
+
 
 def evaluate(prompts: int, pictures: int) -> None:
-    """Judge `prompts` held-out prompts at every step count, and the Frechet distance over `pictures` at 50, 7 and 5.
+    """Judge `prompts` held-out prompts at every step count, and compare 50, 7 and 5 steps over `pictures` pictures.
 
-    The model runs in bfloat16, the precision of its weights. Writes evaluation.json beside the weights.
+    Compared are the soft score, the sharpness and the Frechet distance to real renders, each as the paired difference
+    of two step counts on the same prompts and noise. The model runs in bfloat16, the precision of its weights. Writes
+    evaluation.json beside the weights.
     """
     pipeline = load_mini(torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
+    judge = load_judge()
     words = held_out(max(prompts, pictures), background=True)
     real = _real(words[:pictures])
-    report: dict[str, Any] = {"prompts": prompts, "pictures": pictures, "steps": {}}
+    target = judge.features(real).double().numpy()
+    report: dict[str, Any] = {"prompts": prompts, "pictures": pictures, "steps": {}, "falls": {}}
+    compared: dict[int, _Judged] = {}
     sharp = 0.0
     for steps in STEPS:
-        count = max(prompts, pictures) if steps in (50, 7, 5) else prompts
+        count = max(prompts, pictures) if steps in COMPARED else prompts
         images = _generate(pipeline, words[:count], steps, 256)
-        scores = _scores(images[:prompts], words[:prompts])
+        scores = _scores(judge, images[:prompts], words[:prompts])
         values = sharpness(images)
         sharp = sharp or float(np.mean(values))
         scores["relative_sharpness"] = mean([value / sharp for value in values])
-        scores["frechet"] = _frechet(images, real[:count])
+        if steps in COMPARED:
+            made = _Judged(judge.score(images, words[:count]).tolist(), values, judge.features(images).double().numpy())
+            compared[steps] = made
+            scores["frechet"] = jackknife(partial(_distance, made.features, target), pictures)
         report["steps"][str(steps)] = scores
-        print(steps, {name: format(value, ".3f") for name, value in scores.items()}, flush=True)
-    report["half_size_50"] = _scores(_generate(pipeline, words[:prompts], 50, 128), words[:prompts])
-    print("128 px", {name: format(value, ".3f") for name, value in report["half_size_50"].items()}, flush=True)
-    judged = [picture.resize((128, 128)) for picture in real]
-    report["judge_on_renders"] = {"256": _scores(real, words[:pictures]), "128": _scores(judged, words[:pictures])}
-    print("judge on renders", {n: format(v, ".3f") for n, v in report["judge_on_renders"]["256"].items()}, flush=True)
+        _print(str(steps), scores)
+    for more, fewer in pairwise(COMPARED):
+        name = f"{more} to {fewer}"
+        report["falls"][name] = _fall(compared[more], compared[fewer], target, sharp)
+        _print(name, report["falls"][name])
+    half = _generate(pipeline, words[:prompts], 50, 128)
+    report["half_size_50"] = _scores(judge, half, words[:prompts])
+    _print("128 px", report["half_size_50"])
+    report["judge_on_renders"] = _scores(judge, real, words[:pictures])
+    _print("real renders", report["judge_on_renders"])
     FILE.write_text(json.dumps(report, indent=1, default=vars) + "\n", encoding="utf-8")
+
+
+def _print(name: str, scores: dict[str, Interval]) -> None:
+    print(name, {part: str(value) for part, value in scores.items()}, flush=True)
+
+
+def _fall(more: _Judged, fewer: _Judged, target: Array, sharp: float) -> dict[str, Interval]:
+    """Give what the fewer steps lose, paired by picture: positive is worse, for every measure."""
+
+    def rise(rows: npt.NDArray[np.intp]) -> float:
+        return _distance(fewer.features, target, rows) - _distance(more.features, target, rows)
+
+    relative = [[value / sharp for value in side.sharpness] for side in (more, fewer)]
+    return {
+        "soft": mean_difference(more.soft, fewer.soft),
+        "relative_sharpness": mean_difference(*relative),
+        "frechet": jackknife(rise, len(target)),
+    }
+
+
+def _distance(features: Array, target: Array, rows: npt.NDArray[np.intp]) -> float:
+    return frechet_distance(features[rows], target[rows], regularisation=1e-3)
 
 
 def _generate(pipeline: Any, words: list[str], steps: int, size: int) -> list[Image]:
@@ -62,9 +111,8 @@ def _generate(pipeline: Any, words: list[str], steps: int, size: int) -> list[Im
     return images
 
 
-def _scores(images: list[Image], words: list[str]) -> dict[str, Interval]:
+def _scores(judge: Judge, images: list[Image], words: list[str]) -> dict[str, Interval]:
     """Give accuracies (single objects, pairs, background, place) and the soft score, each with its interval."""
-    judge = load_judge()
     parts = judge.parts(images, words)
     single = torch.tensor([parse(prompt).kind == "single" for prompt in words])
     scores = {
@@ -82,13 +130,3 @@ def _real(words: list[str]) -> list[Image]:
     random = np.random.default_rng(99)
     drawn = [draw(random_picture(parse(prompt), random), 256) for prompt in words]
     return [fromarray((pixels * 255.0).astype(np.uint8)) for pixels in drawn]
-
-
-def _frechet(images: list[Image], real: list[Image]) -> Interval:
-    judge = load_judge()
-    ours, theirs = judge.features(images).numpy(), judge.features(real).numpy()
-
-    def distance(rows: npt.NDArray[np.intp]) -> float:
-        return frechet_distance(ours[rows], theirs[rows], regularisation=1e-3)
-
-    return jackknife(distance, len(ours))
