@@ -27,7 +27,8 @@ def psnr(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
 
 def ssim(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
     """Structural similarity of each image to its reference; 1 for equal ones."""
-    ours, theirs = _paired_batches(images, references)
+    # In float32 with channels last, as pictures come, torch's convolution is several times faster than in float64.
+    ours, theirs = (batch.float() for batch in _paired_batches(images, references))
     values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
     assert isinstance(values, torch.Tensor)
     return [float(value) for value in values.reshape(-1)]
