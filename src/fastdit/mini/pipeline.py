@@ -31,7 +31,7 @@ class MiniFluxPipeline(FluxPipeline):  # type: ignore[misc]
         prompt: str | list[str] | None = None,
         *args: Any,
         num_inference_steps: int = 50,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 4.0,
         max_sequence_length: int = 16,
         **kwargs: Any,
     ) -> Any:

@@ -33,7 +33,7 @@ def text(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 1.7) ->
 @app.command()
 def transformer(
     directory: Directory = Path("fastdit-mini"),
-    minutes: Minutes = 62.0,
+    minutes: Minutes = 108.0,
     go_on: Annotated[bool, typer.Option(help="Start from the denoiser that DIR already holds.")] = False,
 ) -> None:
     """Train the denoiser; needs the autoencoder and the text encoders."""
@@ -43,7 +43,7 @@ def transformer(
 
 
 @app.command()
-def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 3.5) -> None:
+def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 7.0) -> None:
     """Train the judge; needs the autoencoder."""
     from fastdit.mini.train.judge import train
 
@@ -55,8 +55,8 @@ def everything(directory: Directory = Path("fastdit-mini"), scale: float = 1.0) 
     """Train every stage; `scale` multiplies the times."""
     autoencoder(directory, 8.0 * scale)
     text(directory, 1.7 * scale)
-    transformer(directory, 62.0 * scale)
-    judge(directory, 3.5 * scale)
+    transformer(directory, 108.0 * scale)
+    judge(directory, 7.0 * scale)
 
 
 @app.command()
