@@ -98,3 +98,13 @@ def test_the_judge_refuses_destroyed_pictures_and_wrong_prompts() -> None:
 def test_what_a_prompt_leaves_open_is_not_judged() -> None:
     assert "background" not in wanted(parse("a small apple on the left"))
     assert wanted(parse("an apple right of a ball")) == wanted(parse("a ball left of an apple"))
+
+
+def test_three_steps_are_worse_than_twelve_by_the_judge(mini: Any) -> None:
+    prompts = held_out(16, 5, kind="single", background=True)
+    scores = []
+    for steps in (12, 3):
+        made = mini(prompts, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="pt")
+        scores.append(load_judge().score(made.images, prompts))
+    assert (scores[0] - scores[1]).mean() > 0.02
+    assert (scores[0] > scores[1]).float().mean() > 0.6
