@@ -18,6 +18,7 @@ from .results import Results
 
 FULL_STEPS = 50  # the baseline of the RALU paper
 SHORT_STEPS = 28  # what FLUX is commonly run with
+FEW_STEPS = 15  # near the time of RALU "4x" and of TeaCache, so that these have a rival of their own
 
 REPORT, RESULTS = "report.html", "results.json"
 
@@ -30,7 +31,7 @@ class Extent:
     rival_rounds: int
 
 
-EXTENTS = {"full": Extent(prompts=32, rival_rounds=7), "quick": Extent(prompts=6, rival_rounds=5)}
+EXTENTS = {"full": Extent(prompts=18, rival_rounds=7), "quick": Extent(prompts=6, rival_rounds=5)}
 
 
 def accelerated_configurations() -> list[Configuration]:
@@ -52,7 +53,7 @@ def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progre
     accelerated = accelerated_configurations()
     rival = experiment.rival(experiment.fastest(accelerated), rounds=extent.rival_rounds)
     full = plain(FULL_STEPS)
-    counts = sorted({SHORT_STEPS, rival} - {FULL_STEPS}, reverse=True)
+    counts = sorted({SHORT_STEPS, FEW_STEPS, rival} - {FULL_STEPS}, reverse=True)
     configurations = [full, *map(plain, counts), *accelerated]
     directory.mkdir(parents=True, exist_ok=True)
     results, _ = experiment.run(configurations, title="fastdit demo", baseline=full.name, directory=directory)
