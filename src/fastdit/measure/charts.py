@@ -13,7 +13,7 @@ from .statistics import Interval
 WIDTH, HEIGHT = 920, 470
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 28, 24, 56
 _SPEED_TICKS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-_CHARACTER, _LINE = 6.7, 15  # a 12 px label's mean character width and line height
+_CHARACTER, _LINE = 7.6, 15  # a bold 12 px label's mean character width and line height
 _PLACES = (  # where a label may go: offset from its point, and text anchor; the first of the cheapest is taken
     (12, 4, "start"),
     (-12, 4, "end"),
