@@ -267,14 +267,15 @@ class Acceleration:
         """Run one call of the pipeline's class in a run of its own."""
         function = type(self.base).__call__
         bound = inspect.signature(function).bind(twin, *args, **kwargs)
-        given = dict(bound.arguments)
+        given = _named(bound)
         bound.apply_defaults()
+        arguments = _named(bound)
         with self._exclusive():
-            run = self._open(given, dict(bound.arguments))
+            run = self._open(given, arguments)
             with self._closing(run) as outcome:
                 self._scheduler = scheduler_twin(self.component("scheduler"), run) if self._has_scheduler else None
                 result = function(twin, *args, **kwargs)
-                result = _lifted_result(run, bound.arguments, result)
+                result = _lifted_result(run, arguments, result)
                 outcome["completed"] = not getattr(twin, "_interrupt", False)
         return result
 
@@ -443,6 +444,15 @@ def _schedule_plan(
     family = _require_family(pipeline, stack.schedule)
     height, width = family.size(pipeline, arguments)
     return stack.schedule.plan(*family.grid(pipeline, height, width), num_inference_steps)
+
+
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Give a call's arguments by name, those that a `**kwargs` took among them."""
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
 
 
 def _lifted_result(run: Run, arguments: Mapping[str, Any], result: Any) -> Any:

@@ -108,3 +108,11 @@ def test_three_steps_are_worse_than_twelve_by_the_judge(mini: Any) -> None:
         scores.append(load_judge().score(made.images, prompts))
     assert (scores[0] - scores[1]).mean() > 0.02
     assert (scores[0] > scores[1]).float().mean() > 0.6
+
+
+def test_a_seed_reaches_a_schedule_through_the_pipeline_s_own_keywords(mini: Any) -> None:
+    fast = fastdit.accelerate(mini, [fastdit.RALU("7x")])
+    first, second = (
+        fast(PROMPT, generator=torch.Generator().manual_seed(1), output_type="latent").images for _ in range(2)
+    )
+    assert torch.equal(first, second)
