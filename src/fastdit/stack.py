@@ -30,6 +30,7 @@ from .caching.step_cache import StepCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .models.family import Family, family_of
 from .run import Run, RunRecord
+from .structure import named_arguments
 from .twins.denoiser import Denoiser, denoiser_twin
 from .twins.pipeline import lift, pipeline_twin
 from .twins.scheduler import scheduler_twin
@@ -267,9 +268,9 @@ class Acceleration:
         """Run one call of the pipeline's class in a run of its own."""
         function = type(self.base).__call__
         bound = inspect.signature(function).bind(twin, *args, **kwargs)
-        given = _named(bound)
+        given = named_arguments(bound)
         bound.apply_defaults()
-        arguments = _named(bound)
+        arguments = named_arguments(bound)
         with self._exclusive():
             run = self._open(given, arguments)
             with self._closing(run) as outcome:
@@ -444,15 +445,6 @@ def _schedule_plan(
     family = _require_family(pipeline, stack.schedule)
     height, width = family.size(pipeline, arguments)
     return stack.schedule.plan(*family.grid(pipeline, height, width), num_inference_steps)
-
-
-def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Give a call's arguments by name, those that a `**kwargs` took among them."""
-    named = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named
 
 
 def _lifted_result(run: Run, arguments: Mapping[str, Any], result: Any) -> Any:

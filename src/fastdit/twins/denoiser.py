@@ -15,7 +15,7 @@ from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.flops import FlopMeter
 from fastdit.models.family import Family
 from fastdit.run import Clock, Run, StepContext, StepRecord
-from fastdit.structure import same_object_twin, structural_twin, tensors_of
+from fastdit.structure import named_arguments, same_object_twin, structural_twin, tensors_of
 from fastdit.wiring import Wiring, observe, wiring_key, with_handler
 
 from .making import overriding, twin_class
@@ -189,13 +189,8 @@ def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
 
 
 def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward, in the forward's order."""
-    bound = signature.bind(None, *args, **kwargs).arguments
-    named = dict(list(bound.items())[1:])
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD and parameter.name in named:
-            named.update(named.pop(parameter.name))
-    return named
+    """Name the arguments of a forward, without its `self`, in the forward's order."""
+    return dict(list(named_arguments(signature.bind(None, *args, **kwargs)).items())[1:])
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
