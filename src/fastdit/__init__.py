@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .caching.coefficients import Coefficients
+    from .caching.compositions import FORA, DBCache, TaylorSeer
+    from .caching.easycache import EasyCache
     from .caching.first_block_cache import FirstBlockCache
-    from .caching.forecast import Reuse, Taylor
-    from .caching.step_cache import SkipPolicy
-    from .caching.step_mask import StepMask
+    from .caching.forecast import DMD, FoCa, PublishedTaylor, Reuse, Taylor
+    from .caching.policy import SkipPolicy
+    from .caching.seacache import SeaCache
+    from .caching.step_mask import Interval, StepMask
     from .caching.teacache import TeaCache
     from .errors import (
         ConcurrentCall,
@@ -41,10 +44,19 @@ _HOMES = {
     "RALU": "spatial.ralu",
     "TeaCache": "caching.teacache",
     "FirstBlockCache": "caching.first_block_cache",
+    "EasyCache": "caching.easycache",
+    "SeaCache": "caching.seacache",
+    "Interval": "caching.step_mask",
     "StepMask": "caching.step_mask",
-    "SkipPolicy": "caching.step_cache",
+    "TaylorSeer": "caching.compositions",
+    "DBCache": "caching.compositions",
+    "FORA": "caching.compositions",
+    "SkipPolicy": "caching.policy",
     "Reuse": "caching.forecast",
     "Taylor": "caching.forecast",
+    "PublishedTaylor": "caching.forecast",
+    "FoCa": "caching.forecast",
+    "DMD": "caching.forecast",
     "Coefficients": "caching.coefficients",
     "load_mini": "mini",
     "FastditError": "errors",
@@ -58,22 +70,31 @@ _HOMES = {
 }
 
 __all__ = [
+    "DMD",
+    "FORA",
     "RALU",
     "Coefficients",
     "ConcurrentCall",
+    "DBCache",
+    "EasyCache",
     "FastditError",
     "FastditWarning",
     "FirstBlockCache",
+    "FoCa",
     "IncompatibleStack",
+    "Interval",
     "InvalidConfig",
     "NeverFired",
     "NoActiveRun",
     "Plan",
+    "PublishedTaylor",
     "Reuse",
+    "SeaCache",
     "SkipPolicy",
     "Stack",
     "StepMask",
     "Taylor",
+    "TaylorSeer",
     "TeaCache",
     "UnsupportedModel",
     "accelerate",

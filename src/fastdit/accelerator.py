@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -38,6 +39,8 @@ class Change(Enum):
     TIMESTEPS = "the timesteps of the run"
     STEP_ORDER = "which steps run the block stack"
     ARITHMETIC_ORDER = "the order of floating-point operations"
+    BATCH_ROWS = "which images of a batch run through a block together"
+    ACTIVATION_PRECISION = "the precision of activations, which it rounds to a few bits"
 
 
 class Need(Enum):
@@ -48,6 +51,10 @@ class Need(Enum):
     TOKEN_POSITIONS = "token positions that can be set"
     FIXED_TOKENS = "one token set for the whole run"
     OWN_TIMESTEPS = "the pipeline's own timesteps"
+    TOKEN_GRID = "the rows and columns of the image tokens"
+    SEPARABLE_ROWS = "blocks that treat the images of a batch one by one"
+    FIXED_ROWS = "the same images in every block call"
+    PRECISE_ACTIVATIONS = "activations whose rounding an extrapolation may amplify"
 
 
 class Break(Enum):
@@ -56,13 +63,32 @@ class Break(Enum):
     BIT_EXACTNESS = "outputs are no longer bit-equal to the plain pipeline's"
     BATCH_INVARIANCE = "an image may depend on its batch-mates"
     SEED_IMAGE = "a seed no longer gives the plain pipeline's image"
+    WHOLE_GRAPH = "the forward can't be compiled as one graph: a decision is read between its blocks"
 
 
 #: A need that is violated by a change. Conflicts are derived from this, never listed in pairs.
 VIOLATIONS: dict[Need, Change] = {
     Need.FIXED_TOKENS: Change.TOKEN_COUNT,
     Need.OWN_TIMESTEPS: Change.TIMESTEPS,
+    Need.FIXED_ROWS: Change.BATCH_ROWS,
+    Need.PRECISE_ACTIVATIONS: Change.ACTIVATION_PRECISION,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What one configuration changes, needs and breaks."""
+
+    changes: frozenset[Change] = frozenset()
+    needs: frozenset[Need] = frozenset()
+    breaks: frozenset[Break] = frozenset()
+
+    def adding(
+        self, *, changes: Iterable[Change] = (), needs: Iterable[Need] = (), breaks: Iterable[Break] = ()
+    ) -> Effects:
+        """Give these effects with more of them."""
+        return Effects(self.changes | {*changes}, self.needs | {*needs}, self.breaks | {*breaks})
+
 
 _REGISTRY: dict[str, type[Any]] = {}
 _Type = TypeVar("_Type", bound=type[Any])
@@ -122,12 +148,20 @@ def is_count(value: Any, least: int = 0) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """Base of every accelerator: a level and three sets of declared effects."""
+    """Base of every accelerator: a level and its declared effects.
+
+    A class declares `changes`, `needs` and `breaks`; `effects` gives those of one configuration, which may be more.
+    """
 
     level: ClassVar[Level]
     changes: ClassVar[frozenset[Change]] = frozenset()
     needs: ClassVar[frozenset[Need]] = frozenset()
     breaks: ClassVar[frozenset[Break]] = frozenset()
+
+    @property
+    def effects(self) -> Effects:
+        """What this configuration changes, needs and breaks."""
+        return Effects(self.changes, self.needs, self.breaks)
 
     @property
     def neutral(self) -> bool:
@@ -143,7 +177,7 @@ class Accelerator:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             default = field.default_factory() if callable(field.default_factory) else field.default
-            if value != default or not (value is None or dataclasses.is_dataclass(value)):
+            if value != default or not (field.kw_only or value is None):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 

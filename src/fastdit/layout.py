@@ -90,6 +90,14 @@ class TokenLayout:
         order = target.flatten(1).argsort(dim=1)
         return gather_tokens(latents, order.expand(latents.shape[0], -1))
 
+    def sources(self, following: TokenLayout) -> torch.Tensor:
+        """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens]."""
+        if following.kept is not None and following.refined is not None:
+            return torch.cat([following.kept, following.refined.repeat_interleave(4, dim=1)], dim=1)
+        batch, device = (self.kept.shape[0], self.kept.device) if self.kept is not None else (1, None)
+        numbers = torch.arange(self.tokens, device=device).expand(batch, -1)[..., None]
+        return self.to_raster(self.complete(numbers))[..., 0]
+
 
 def raster(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """List the (row, column) of a grid in raster order, float32 [rows * columns, 2]."""

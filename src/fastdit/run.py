@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -18,18 +18,26 @@ from .layout import TokenLayout
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where a forward stands: all that a gate may know besides its signal. Steps count forwards of one branch."""
+    """Where a forward stands: all that a gate may know besides its signal. Steps count forwards of one branch.
+
+    `skipped_timesteps` counts the scheduler's timesteps before the run's first (an img2img strength below 1).
+    """
 
     step: int
     total_steps: int
     stage: int
     stage_step: int
     branch: str
+    skipped_timesteps: int = 0
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known."""
+    """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
+
+    `action` is "computed", "reused", "forecast" or, where images or block lists differ, "partial". `saved` maps the
+    names of blocks ("" for the whole forward) to the share of their work that was not done.
+    """
 
     step: int
     stage: int
@@ -40,7 +48,7 @@ class StepRecord:
     action: str
     reason: str
     seconds: float
-    skipped: tuple[str, ...] = field(repr=False)
+    saved: Mapping[str, float] = field(repr=False)
     _meter: FlopMeter = field(repr=False, compare=False)
     _key: Hashable = field(repr=False, compare=False)
 
@@ -51,18 +59,19 @@ class StepRecord:
 
     @property
     def blocks_run(self) -> int:
-        """How many blocks this forward really ran."""
-        return self.blocks - len(self.skipped)
+        """How many blocks this forward really ran, for one image of the batch at least."""
+        whole = self.saved.get("") == 1.0
+        return 0 if whole else self.blocks - sum(share == 1.0 for name, share in self.saved.items() if name)
 
     @property
     def flops(self) -> int:
-        """FLOPs that this forward cost, the blocks it skipped left out (counted on first use)."""
-        return self._meter.flops(self._key, self.skipped)
+        """FLOPs that this forward cost, what it saved left out (counted on first use)."""
+        return self._meter.flops(self._key, self.saved)
 
     @property
     def full_flops(self) -> int:
         """FLOPs of the same forward with every block run."""
-        return self._meter.flops(self._key, ())
+        return self._meter.flops(self._key, {})
 
     def to_json(self) -> dict[str, Any]:
         """Give the record as plain data, FLOPs included."""
@@ -72,12 +81,16 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of a whole call: one entry a forward, in order. `completed` is False after an error or interrupt."""
+    """The record of a whole call: one entry a forward, in order. `completed` is False after an error or interrupt.
+
+    `doubts` counts signals that were not finite, `cache_bytes` is the most that the caches held at a time.
+    """
 
     steps: tuple[StepRecord, ...]
     seconds: float
     completed: bool
     doubts: int = 0
+    cache_bytes: int = 0
 
     @property
     def computed(self) -> int:
@@ -90,6 +103,11 @@ class RunRecord:
         return sum(record.action in ("reused", "forecast") for record in self.steps)
 
     @property
+    def partial(self) -> int:
+        """How many forwards ran some blocks, tokens or images and took the rest from a cache."""
+        return sum(record.action == "partial" for record in self.steps)
+
+    @property
     def flops(self) -> int:
         """FLOPs of the denoiser over the call."""
         return sum(record.flops for record in self.steps)
@@ -100,11 +118,26 @@ class RunRecord:
             "seconds": self.seconds,
             "completed": self.completed,
             "doubts": self.doubts,
+            "cache_bytes": self.cache_bytes,
             "computed": self.computed,
             "skipped": self.skipped,
+            "partial": self.partial,
             "flops": self.flops,
             "steps": [record.to_json() for record in self.steps],
         }
+
+
+class RunState(Protocol):
+    """What an accelerator keeps for a branch of a run."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """List every tensor that is kept."""
+
+    def lift(self, sources: torch.Tensor, tokens: int) -> None:
+        """Bring all that is kept to another layout: token i becomes a copy of token `sources[:, i]` of `tokens`."""
+
+
+_State = TypeVar("_State", bound=RunState)
 
 
 class Clock:
@@ -161,12 +194,15 @@ class Run:
         self.sigmas: Any = None
         self.stage_sigmas: list[torch.Tensor] = []
         self.doubts = 0
+        self.grid: TokenLayout | None = None
+        self._cache_bytes = 0
         self._checks = list(checks)
         self._first_index = 0
         self._branches = tuple(branches) if branches is not None else None
         self._named_branch: str | None = None
         self._calls: dict[str, list[str]] = {}
-        self._states: dict[tuple[Any, ...], Any] = {}
+        self._states: dict[tuple[Any, ...], RunState] = {}
+        self._carried: set[tuple[Any, ...]] = set()
         self._meters: dict[str, FlopMeter] = {}
         self._pending: list[tuple[Clock, Callable[[float], StepRecord]]] = []
         self._started = time.perf_counter()
@@ -200,7 +236,7 @@ class Run:
                 )
         self._calls.setdefault(denoiser, []).append(name)
         total = self.total_steps if self.total_steps is not None else self.step + 2
-        return StepContext(self.step, total, self.stage, self.stage_step, name)
+        return StepContext(self.step, total, self.stage, self.stage_step, name, self._first_index)
 
     def _branch_of(self, denoiser: str) -> str:
         if self._named_branch is not None:
@@ -217,19 +253,39 @@ class Run:
         self._calls.clear()
 
     def next_stage(self, latents: torch.Tensor, layout: TokenLayout) -> None:
-        """Enter the next stage; every cached history is void."""
+        """Enter the next stage; what is kept for a stage is void, or carried where its owner asked for that."""
+        before = self.layout
         self.stage += 1
         self.stage_step = 0
         self.layout = layout
         self.stage_latents = latents
         self.stage_children.clear()
-        self._states.clear()
+        carried = {key: state for key, state in self._states.items() if key in self._carried and before is not None}
+        for state in carried.values():
+            assert before is not None
+            state.lift(before.sources(layout), before.tokens)
+        self._states = carried
 
-    def state(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Get the state under `key`, made on first use and dropped at the next stage or at the run's end."""
+    def state(self, key: tuple[Any, ...], make: Callable[[], _State], *, carry: bool = False) -> _State:
+        """Get the state under `key`, made on first use and dropped at the run's end.
+
+        At the next stage it is dropped too, or with `carry` lifted to the new tokens.
+        """
         if key not in self._states:
             self._states[key] = make()
-        return self._states[key]
+            if carry:
+                self._carried.add(key)
+        return cast(_State, self._states[key])
+
+    def weigh(self) -> None:
+        """Note how much memory the caches hold, each storage counted once."""
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for state in self._states.values()
+            for tensor in state.tensors()
+            for storage in (tensor.untyped_storage(),)
+        }
+        self._cache_bytes = max(self._cache_bytes, sum(storages.values()))
 
     def meter(self, denoiser: str, make: Callable[[], FlopMeter]) -> FlopMeter:
         """Get the run's counter for a denoiser, taken as the module is at its first forward in the run."""
@@ -253,4 +309,4 @@ class Run:
         self.stage_latents = None
         steps = tuple(make(clock.seconds()) for clock, make in self._pending)
         self._pending.clear()
-        return RunRecord(steps, time.perf_counter() - self._started, completed, self.doubts)
+        return RunRecord(steps, time.perf_counter() - self._started, completed, self.doubts, self._cache_bytes)

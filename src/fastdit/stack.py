@@ -6,7 +6,7 @@ import inspect
 import json
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from .accelerator import (
 )
 from .caching.step_cache import StepCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
+from .layout import TokenLayout
 from .models.family import Family, family_of
 from .run import Run, RunRecord
 from .structure import named_arguments
@@ -93,8 +94,8 @@ class Stack(Sequence[Accelerator]):
                 )
         for one in self:
             for other in self:
-                for need in one.needs:
-                    if one is not other and VIOLATIONS.get(need) in other.changes:
+                for need in one.effects.needs:
+                    if one is not other and VIOLATIONS.get(need) in other.effects.changes:
                         raise IncompatibleStack(
                             f"{one.describe()} needs {need.value}, and {other.describe()} changes "
                             f"{VIOLATIONS[need].value}; drop one of them"
@@ -106,9 +107,9 @@ class Stack(Sequence[Accelerator]):
         if pipeline is not None:
             transformers = _denoisers_of(pipeline)
             for accelerator in self:
-                if Need.TOKEN_POSITIONS in accelerator.needs:
+                if accelerator.effects.needs & {Need.TOKEN_POSITIONS, Need.TOKEN_GRID}:
                     _require_family(pipeline, accelerator)
-                if Need.BLOCK_LISTS in accelerator.needs:
+                if Need.BLOCK_LISTS in accelerator.effects.needs:
                     _require_block_lists(transformers, accelerator)
                 for transformer in transformers.values():
                     accelerator.check(pipeline, transformer)
@@ -177,7 +178,9 @@ class Plan:
             lines.append(f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}")
         for accelerator in self.stack:
             lines.append(f"  {accelerator.level.value}: {accelerator.describe()}")
-            lines.extend(f"    {effect.value}" for effect in sorted(accelerator.breaks, key=lambda effect: effect.name))
+            lines.extend(
+                f"    {effect.value}" for effect in sorted(accelerator.effects.breaks, key=lambda effect: effect.name)
+            )
         if not self.stack:
             lines.append("  no accelerator: the plain pipeline, bit for bit")
         lines.extend(f"  note: {note}" for note in self.notes)
@@ -200,7 +203,7 @@ def make_plan(
     arguments = {**defaults, "height": height, "width": width}
     schedule_plan = _schedule_plan(stack, pipeline, arguments, num_inference_steps)
     if schedule_plan is not None:
-        return Plan(stack, schedule_plan.stages, schedule_plan.notes)
+        return Plan(stack, schedule_plan.stages, (*schedule_plan.notes, *_outlook(stack, schedule_plan.steps)))
     steps = num_inference_steps if num_inference_steps is not None else defaults.get("num_inference_steps")
     if steps is None:
         raise InvalidConfig("this pipeline has no default for num_inference_steps; give it to plan()")
@@ -209,7 +212,14 @@ def make_plan(
     if family is not None:
         rows, columns = family.grid(pipeline, *family.size(pipeline, arguments))
         tokens = rows * columns
-    return Plan(stack, (StagePlan(0, "whole frame", tokens, steps),), ("the pipeline's own timesteps",))
+    notes = ("the pipeline's own timesteps", *_outlook(stack, steps))
+    return Plan(stack, (StagePlan(0, "whole frame", tokens, steps),), notes)
+
+
+def _outlook(stack: Stack, steps: int) -> tuple[str, ...]:
+    """Remark on a cache that has too few steps to be of use."""
+    outlook = stack.step_cache.outlook(steps) if stack.step_cache is not None else None
+    return () if outlook is None else (outlook,)
 
 
 class Acceleration:
@@ -294,8 +304,7 @@ class Acceleration:
         if isinstance(self.base, _pipeline_type()):
             raise InvalidConfig("a pipeline opens its own runs: call it")
         with self._exclusive():
-            checks = [cache.check_run for cache in (self.stack.step_cache,) if cache is not None]
-            run = Run(total_steps=num_inference_steps, branches=branches, checks=checks)
+            run = Run(total_steps=num_inference_steps, branches=branches, checks=self._checks())
             with self._closing(run) as outcome:
                 yield run
                 outcome["completed"] = True
@@ -327,8 +336,27 @@ class Acceleration:
             plan = _schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
             assert plan is not None
             schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
-        checks = [cache.check_run for cache in (self.stack.step_cache,) if cache is not None]
-        return Run(plan=plan, schedule=schedule, checks=checks)
+        run = Run(plan=plan, schedule=schedule, checks=self._checks())
+        if self._family is not None:
+            size = self._family.size(self.base, arguments)
+            run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)
+        return run
+
+    def _checks(self) -> list[Callable[[int], None]]:
+        """List what is checked once a run's number of steps is known, before its first step."""
+        cache = self.stack.step_cache
+        return [] if cache is None else [cache.check_run, self._refuse_idleness]
+
+    def _refuse_idleness(self, total_steps: int) -> None:
+        """Warn (or raise under `strict`) before the first step where no step of the run can be skipped."""
+        cache = self.stack.step_cache
+        if cache is not None and not cache.neutral and cache.policy.skippable(total_steps) == 0:
+            self._never_fired(cast(str, cache.outlook(total_steps)))
+
+    def _never_fired(self, message: str) -> None:
+        if self.strict:
+            raise NeverFired(message)
+        warnings.warn(message, NeverFired, stacklevel=6)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -358,15 +386,13 @@ class Acceleration:
     def _report_idle(self, record: RunRecord) -> None:
         """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
         cache = self.stack.step_cache
-        if cache is None or cache.neutral or record.skipped or not record.steps:
+        if cache is None or cache.neutral or record.skipped or record.partial or not record.steps:
             return
-        message = (
-            f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; raise its "
-            "threshold, run more steps (few-step models have nothing to skip), or leave it out"
-        )
-        if self.strict:
-            raise NeverFired(message)
-        warnings.warn(message, NeverFired, stacklevel=5)
+        if cache.policy.skippable(1 + max(step.step for step in record.steps)):
+            self._never_fired(
+                f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; raise its "
+                "threshold, run more steps (few-step models have nothing to skip), or leave it out"
+            )
 
 
 def accelerate(

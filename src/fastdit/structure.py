@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -70,7 +71,9 @@ def same_object_twin(module: _Module, cls: type[_Module]) -> _Module:
     return twin
 
 
-def map_tensors(value: Any, function: Callable[[Any], Any], kind: type[Any] = torch.Tensor) -> Any:
+def map_tensors(
+    value: Any, function: Callable[[Any], Any], kind: type[Any] | tuple[type[Any], ...] = torch.Tensor
+) -> Any:
     """Apply `function` to every tensor (or other `kind`) in nested tuples, lists and dictionaries."""
     if isinstance(value, kind):
         return function(value)
@@ -87,6 +90,37 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(value, found.append)
     return found
+
+
+class PerImage:
+    """A value that is no tensor and holds something of each image of a batch."""
+
+    def rows(self, index: torch.Tensor) -> PerImage:
+        """Give the value for the images at `index` [K]."""
+        raise NotImplementedError
+
+
+def select_rows(value: Any, index: torch.Tensor, batch: int) -> Any:
+    """Pick the images at `index` [K] in every tensor whose first dimension is the batch; the rest is shared by all."""
+
+    def pick(item: Any) -> Any:
+        if isinstance(item, PerImage):
+            return item.rows(index)
+        return item.index_select(0, index) if item.dim() > 0 and item.shape[0] == batch else item
+
+    return map_tensors(value, pick, kind=(torch.Tensor, PerImage))
+
+
+def refilled(value: Any, tensor: torch.Tensor | None) -> Any:
+    """Give a forward's output, which holds one tensor (or none), with `tensor` in its place."""
+    if value is None or isinstance(value, torch.Tensor):
+        return tensor
+    if isinstance(value, (tuple, list)):
+        return type(value)([refilled(item, tensor) for item in value])
+    filled = copy.copy(value)
+    for name in value:
+        filled[name] = tensor
+    return filled
 
 
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:

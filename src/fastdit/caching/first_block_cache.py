@@ -2,32 +2,36 @@
 
     f_t = block_0(x_t) - x_t;   skip where mean|f_t - f_c| < threshold * mean|f_c|,  c the last computed step
 
-(ParaAttention's first-block cache.) The comparison with the last *computed* step is cumulative by nature. It needs no
-calibration and works on any model whose blocks can be observed; a skipped step still costs one block.
+(ParaAttention's first-block cache; with more leading and trailing blocks, cache-dit's DBCache.) The comparison with
+the last *computed* step is cumulative by nature. It needs no calibration and works on any model whose blocks can be
+observed; a skipped step still costs the leading and the trailing blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 
-from fastdit.accelerator import is_number, register
+from fastdit.accelerator import is_count, is_number, register
 from fastdit.errors import InvalidConfig
 from fastdit.run import StepContext
 
-from .step_cache import GateState, StepCache, Verdict, finite, relative_change
+from .step_cache import Memory, Site, StepCache, Verdict
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class FirstBlockCache(StepCache):
-    """Skip the blocks after the first while its residual changes by less than `threshold` (relative, 0 = never)."""
+    """Skip the blocks after the `leading` ones while those change by less than `threshold` (relative, 0 = never).
+
+    The last `trailing` blocks always run. With scope "list" both counts hold for every block list.
+    """
 
     threshold: float = 0.1
-
-    leading_blocks: ClassVar[int] = 1
+    _: dataclasses.KW_ONLY
+    leading: int = 1
+    trailing: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,19 +39,26 @@ class FirstBlockCache(StepCache):
             raise InvalidConfig(
                 f"FirstBlockCache's threshold is a relative change of at least 0, got {self.threshold!r}"
             )
+        if not is_count(self.leading, 1) or not is_count(self.trailing):
+            raise InvalidConfig(
+                f"leading is a whole number of blocks from 1 and trailing one from 0, got {self.leading!r} and "
+                f"{self.trailing!r}"
+            )
 
     @property
     def neutral(self) -> bool:
         return self.threshold == 0.0
 
-    def judge(self, state: GateState, signal: torch.Tensor, context: StepContext, forced: str | None) -> Verdict:
-        if forced is not None or state.signal is None:
-            state.signal = signal
-            return Verdict(True, forced or "no history")
-        change = finite(relative_change(signal, state.signal))
-        if change is None or not change < self.threshold:
-            state.signal = signal
-            if change is None:
-                return Verdict(True, "doubt: change is not finite", doubt=True)
-            return Verdict(True, f"change {change:.4f}")
-        return Verdict(False, f"change {change:.4f}")
+    @property
+    def leading_blocks(self) -> int:
+        return self.leading
+
+    @property
+    def trailing_blocks(self) -> int:
+        return self.trailing
+
+    def signal(self, site: Site) -> torch.Tensor | None:
+        return site.hidden_states - site.entered
+
+    def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
+        return Verdict(not change < self.threshold, f"change {change:.4f}")

@@ -1,15 +1,15 @@
-"""StepMask: the steps to compute, said explicitly."""
+"""StepMask and Interval: the steps to compute, said beforehand."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from fastdit.accelerator import register
+from fastdit.accelerator import is_count, register
 from fastdit.errors import InvalidConfig
 from fastdit.run import StepContext
 
-from .step_cache import GateState, SkipPolicy, StepCache, Verdict
+from .policy import SkipPolicy
+from .step_cache import Memory, StepCache, Verdict
 
 
 @register
@@ -40,7 +40,30 @@ class StepMask(StepCache):
                 f"StepMask has {len(self.mask)} entries and the run has {total_steps} steps; give one entry a step"
             )
 
-    def judge(self, state: GateState, signal: Any, context: StepContext, forced: str | None) -> Verdict:
-        if forced is not None:
-            return Verdict(True, forced)
+    def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
         return Verdict(self.mask[context.step], "mask")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Interval(StepCache):
+    """Compute every `interval`-th step after the policy's first ones and skip those between (1 = compute all).
+
+    FORA (arXiv 2407.01425) with `Reuse()`, TaylorSeer (arXiv 2503.06923) with a Taylor forecaster. The count begins
+    anew at every computed step, so a step that is forced moves those after it.
+    """
+
+    interval: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_count(self.interval, 1):
+            raise InvalidConfig(f"Interval's interval is a whole number of steps from 1, got {self.interval!r}")
+
+    @property
+    def neutral(self) -> bool:
+        return self.interval == 1
+
+    def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
+        memory.accumulated += 1.0
+        return Verdict(memory.accumulated >= self.interval, f"interval {self.interval}")

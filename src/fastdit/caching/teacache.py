@@ -20,7 +20,7 @@ from fastdit.models.signals import modulated_signal
 from fastdit.run import StepContext
 
 from .coefficients import Coefficients, for_model, named
-from .step_cache import GateState, StepCache, Verdict, finite, relative_change
+from .step_cache import Memory, Site, StepCache, Verdict
 
 
 @register
@@ -41,6 +41,8 @@ class TeaCache(StepCache):
         super().__post_init__()
         if not is_number(self.threshold) or self.threshold < 0.0:
             raise InvalidConfig(f"TeaCache's threshold is an accumulated change of at least 0, got {self.threshold!r}")
+        if self.scope != "stack":
+            raise InvalidConfig("TeaCache watches the first block list's input alone; leave scope at 'stack'")
         if isinstance(self.coefficients, str):
             named(self.coefficients)
         elif isinstance(self.coefficients, (tuple, list)):
@@ -67,23 +69,15 @@ class TeaCache(StepCache):
         found = named(self.coefficients) if isinstance(self.coefficients, str) else for_model(transformer)
         return dataclasses.replace(self, coefficients=found)
 
-    def signal(self, chain_input: torch.Tensor, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = modulated_signal(block)
-        return None if function is None else function(block, chain_input, args, kwargs)
+    def signal(self, site: Site) -> torch.Tensor | None:
+        function = modulated_signal(site.block)
+        return None if function is None else function(site.block, site.hidden_states, site.args, site.kwargs)
 
-    def judge(self, state: GateState, signal: Any, context: StepContext, forced: str | None) -> Verdict:
-        before, state.signal = state.signal, signal
-        if forced is not None or before is None:
-            state.accumulated = 0.0
-            return Verdict(True, forced or "no history")
-        change = finite(relative_change(signal, before))
-        if change is None:
-            state.accumulated = 0.0
-            return Verdict(True, "doubt: change is not finite", doubt=True)
+    def remember(self, memory: Memory, signal: torch.Tensor, computed: bool) -> None:
+        memory.signal = signal
+
+    def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
         assert isinstance(self.coefficients, Coefficients)
-        state.accumulated += self.coefficients(change)
-        reason = f"change {change:.4f}, accumulated {state.accumulated:.4f}"
-        if state.accumulated >= self.threshold:
-            state.accumulated = 0.0
-            return Verdict(True, reason)
-        return Verdict(False, reason)
+        memory.accumulated += self.coefficients(change)
+        reason = f"change {change:.4f}, accumulated {memory.accumulated:.4f}"
+        return Verdict(memory.accumulated >= self.threshold, reason)

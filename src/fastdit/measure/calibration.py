@@ -7,6 +7,7 @@ block stack's output are recorded from step to step; P is the degree-4 least-squ
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,20 @@ import numpy as np
 import torch
 
 from fastdit.caching.coefficients import Coefficients
-from fastdit.caching.step_cache import GateState, StepCache, Verdict, finite, relative_change
+from fastdit.caching.step_cache import Memory, Site, StepCache, difference
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.models.signals import modulated_signal
-from fastdit.run import StepContext
 from fastdit.stack import accelerate
 
 _DEGREE = 4
+
+
+@dataclasses.dataclass
+class _Changes(Memory):
+    """The last step's signal and output, and how far the signal moved since."""
+
+    moved: float | None = None
+    end: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +41,34 @@ class _Recorder(StepCache):
     def neutral(self) -> bool:
         return True
 
-    def signal(self, chain_input: torch.Tensor, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = modulated_signal(block)
+    def memory(self) -> Memory:
+        return _Changes()
+
+    def signal(self, site: Site) -> torch.Tensor | None:
+        function = modulated_signal(site.block)
         if function is None:
             raise UnsupportedModel(
-                f"{type(block).__name__} has no described modulated input; describe it in fastdit.models.signals"
+                f"{type(site.block).__name__} has no described modulated input; describe it in fastdit.models.signals"
             )
-        return function(block, chain_input, args, kwargs)
+        return function(site.block, site.hidden_states, site.args, site.kwargs)
 
-    def judge(self, state: GateState, signal: Any, context: StepContext, forced: str | None) -> Verdict:
-        state.change = relative_change(signal, state.signal) if state.signal is not None else None
-        state.signal = signal
-        return Verdict(True, "calibration")
+    def remember(self, memory: Memory, signal: torch.Tensor, computed: bool) -> None:
+        assert isinstance(memory, _Changes)
+        memory.moved = None if memory.signal is None else _ratio(difference(signal, memory.signal))
+        memory.signal = signal
 
-    def learn(self, state: GateState, end: torch.Tensor, context: StepContext) -> None:
-        if state.change is not None and state.end is not None:
-            changes = finite(state.change), finite(relative_change(end, state.end))
-            if changes[0] is not None and changes[1] is not None:
-                self.pairs.append((changes[0], changes[1]))
-        state.end = end
+    def learn(self, memory: Memory, site: Site, end: torch.Tensor, computed: bool) -> None:
+        assert isinstance(memory, _Changes)
+        if memory.moved is not None and memory.end is not None:
+            pair = memory.moved, _ratio(difference(end, memory.end))
+            if all(map(math.isfinite, pair)):
+                self.pairs.append(pair)
+        memory.end = end
+
+
+def _ratio(change: torch.Tensor) -> float:
+    amount, scale = change.tolist()
+    return amount / scale if scale else math.nan
 
 
 def calibrate_teacache(

@@ -47,7 +47,7 @@ class Configuration:
     @property
     def keeps_seed(self) -> bool:
         """Whether a seed still gives the plain pipeline's picture, so that the two can be compared by pixel."""
-        return not any(Break.SEED_IMAGE in accelerator.breaks for accelerator in self.stack or ())
+        return not any(Break.SEED_IMAGE in accelerator.effects.breaks for accelerator in self.stack or ())
 
 
 def plain(steps: int, name: str | None = None) -> Configuration:

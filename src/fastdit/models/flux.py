@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
+from fastdit.structure import PerImage
 
 
 class FluxFamily:
@@ -105,7 +106,7 @@ class _PerImagePositions(nn.Module):
         )
 
 
-class _PerImageTable:
+class _PerImageTable(PerImage):
     """A rotary table [B, S, D] that answers an index meant for a shared [S, D] one with its batch in place."""
 
     def __init__(self, table: torch.Tensor) -> None:
@@ -117,6 +118,9 @@ class _PerImageTable:
             raise TypeError(f"a rotary table of a batch was indexed with {key!r}, which it can't answer")
         places = (slice(None), *key[1:])
         return self._table[places]
+
+    def rows(self, index: torch.Tensor) -> _PerImageTable:
+        return _PerImageTable(self._table.index_select(0, index))
 
 
 FLUX = FluxFamily()

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastdit.caching.step_cache import BranchState, CachePass, StepCache
+from fastdit.caching.decision import BranchState
+from fastdit.caching.passes import BlockPass, ForwardPass, Outcome
+from fastdit.caching.step_cache import StepCache
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.flops import FlopMeter
 from fastdit.models.family import Family
@@ -19,6 +21,8 @@ from fastdit.structure import named_arguments, same_object_twin, structural_twin
 from fastdit.wiring import Wiring, observe, wiring_key, with_handler
 
 from .making import overriding, twin_class
+
+_Pass = BlockPass | ForwardPass
 
 
 class Session(Protocol):
@@ -48,6 +52,7 @@ class Denoiser:
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
+        self._proved: set[str] = set()
         self._meter: tuple[tuple[int, ...], FlopMeter] | None = None
         self._signature = inspect.signature(type(module).forward)
 
@@ -96,24 +101,44 @@ class Denoiser:
 
     def _through_stack(
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
-    ) -> tuple[Any, CachePass | None]:
+    ) -> tuple[Any, _Pass | None]:
         """Run the forward on a structural twin, with offload hooks of the user's module around it."""
         hook = self.module.__dict__.get("_hf_hook")
         if hook is not None:
             _, arguments = hook.pre_forward(self.module, **arguments)
+        passed: _Pass | None = None
         if self._cache is None:
-            output, passed = structural_twin(self.module, children)(**arguments), None
+            output = structural_twin(self.module, children)(**arguments)
         else:
-            key = wiring_key(arguments)
-            seen = None if key in self._wirings else observe(self.module, arguments, children)
-            if seen is not None:
-                self._wirings[key] = seen.wiring
-            passed = CachePass(self._cache, self._wirings[key], run)
-            state = run.state((self.name, context.branch), BranchState)
-            passed.begin(context, state, seen.calls if seen is not None else ())
-            output = seen.output if seen is not None else with_handler(self.module, passed, children)(**arguments)
+            carry = self._cache.stage_change == "carry"
+            state = run.state((self.name, context.branch), BranchState, carry=carry)
+            if self._cache.whole_forward:
+                passed = ForwardPass(self._cache, run)
+                passed.begin(context, state)
+                output = passed.forward(arguments, lambda given: structural_twin(self.module, children)(**given))
+            else:
+                output, passed = self._through_blocks(run, context, state, arguments, children)
             passed.end()
+            run.weigh()
         return (hook.post_forward(self.module, output) if hook is not None else output), passed
+
+    def _through_blocks(
+        self,
+        run: Run,
+        context: StepContext,
+        state: BranchState,
+        arguments: dict[str, Any],
+        children: dict[str, Any],
+    ) -> tuple[Any, BlockPass]:
+        """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
+        assert self._cache is not None
+        key = wiring_key(arguments)
+        seen = None if key in self._wirings else observe(self.module, arguments, children)
+        if seen is not None:
+            self._wirings[key] = seen.wiring
+        passed = BlockPass(self._cache, self._wirings[key], run, proved=self._proved)
+        passed.begin(context, state, seen.calls if seen is not None else ())
+        return seen.output if seen is not None else with_handler(self.module, passed, children)(**arguments), passed
 
     def _current_meter(self) -> FlopMeter:
         """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
@@ -123,22 +148,20 @@ class Denoiser:
         return self._meter[1]
 
     def _record(
-        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: CachePass | None
+        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: _Pass | None
     ) -> None:
         first = next(iter(arguments.values()))
         latents = first if isinstance(first, torch.Tensor) else tensors_of(first)[0]
         batch = latents.shape[0] if isinstance(first, torch.Tensor) else len(first)
         tokens = passed.tokens if passed is not None else latents.shape[1] if latents.dim() == 3 else None
-        skipped = tuple(passed.skipped) if passed is not None else ()
-        action = passed.action if passed is not None else "computed"
-        reason = passed.reason if passed is not None else "no cache"
+        outcome = passed.outcome if passed is not None else Outcome(reasons=["no cache"])
         sigma, meter = run.sigma(context.step), run.meter(self.name, self._current_meter)
         key = meter.key(arguments)
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(
                 context.step, context.stage, context.branch, None if sigma is None else float(sigma), tokens, batch,
-                action, reason, seconds, skipped, meter, key,
+                outcome.action, outcome.reason, seconds, outcome.saved, meter, key,
             )  # fmt: skip
 
         run.note(clock, make)

@@ -1,0 +1,94 @@
+"""Where RALU's loss on the embedded pipeline comes from: the judge's score by its parts, one setting changed at a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from common import save
+from rich.console import Console
+from rich.table import Table
+
+from fastdit.accelerator import Accelerator
+from fastdit.caching.teacache import TeaCache
+from fastdit.measure.statistics import mean, mean_difference
+from fastdit.mini import load_mini
+from fastdit.mini.judge import load_judge
+from fastdit.mini.prompts import held_out, parse
+from fastdit.spatial.ralu import RALU
+from fastdit.stack import accelerate
+
+BASELINE = "12 steps"
+
+
+def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
+    """Every row: a stack and a step count (None is the schedule's own)."""
+    early = {"steps": (3, 4, 7), "ends": (0.15, 0.25), "ratio": 0.3}
+    return {
+        **{f"{steps} steps": ([], steps) for steps in (50, 12, 8, 6, 5)},
+        "RALU 4x": ([RALU("4x")], None),
+        "RALU 4x, paper": ([RALU("4x", fidelity="paper")], None),
+        "RALU 4x, 14 last steps": ([RALU(steps=(5, 6, 14), ends=(0.30, 0.45), ratio=0.3)], None),
+        "RALU 4x, all refined at once": ([RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.999)], None),
+        "RALU 4x, switches early": ([RALU(**early)], None),
+        "RALU 4x, switches late": ([RALU(steps=(5, 6, 7), ends=(0.45, 0.60), ratio=0.3)], None),
+        "RALU 5x": ([RALU("5x")], None),
+        "RALU 7x": ([RALU("7x")], None),
+        "RALU 4x + TeaCache .2": ([RALU("4x"), TeaCache(0.2)], None),
+        "RALU 4x, switches early, + TeaCache .2": ([RALU(**early), TeaCache(0.2)], None),
+        "RALU 7x + TeaCache .2": ([RALU("7x"), TeaCache(0.2)], None),
+        "TeaCache .4": ([TeaCache(0.4)], 50),
+    }
+
+
+def main(
+    prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 192,
+    batch: int = 16,
+    seed: int = 0,
+    out: Path = Path("benchmarks/results/isolation.json"),
+) -> None:
+    """Make every row's pictures from the same noise and read them part by part."""
+    pipeline = load_mini(torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    judge = load_judge()
+    asked = held_out(prompts, seed, background=True)
+    read: dict[str, dict[str, Any]] = {}
+    flops: dict[str, float] = {}
+    for name, (stack, steps) in rows().items():
+        twin = accelerate(pipeline, stack)
+        count = {} if steps is None else {"num_inference_steps": steps}
+        pictures: list[Any] = []
+        for start in range(0, prompts, batch):
+            generators = [torch.Generator().manual_seed(seed + place) for place in range(start, start + batch)]
+            pictures += twin(list(asked[start : start + batch]), generator=generators, **count).images
+        parts = judge.parts(pictures, asked)
+        read[name] = {"judge": judge.score(pictures, asked).numpy(), "intact": parts["intact"].numpy()}
+        read[name]["objects"] = parts["objects"].numpy()
+        flops[name] = twin.fastdit.last_run.flops / batch
+        print(f"{name}: {read[name]['judge'].mean():.3f}", file=sys.stderr, flush=True)
+    single = np.array([parse(prompt).kind == "single" for prompt in asked])
+    table = Table("run", "fewer FLOPs", "judge", f"judge - {BASELINE}", "intact, singles", f"intact - {BASELINE}")
+    results = []
+    for name, values in read.items():
+        row = {
+            "name": name,
+            "fewer_flops": flops["50 steps"] / flops[name],
+            "judge": mean(values["judge"]),
+            "judge_difference": mean_difference(values["judge"], read[BASELINE]["judge"]),
+            "intact": mean(values["intact"][single]),
+            "intact_difference": mean_difference(values["intact"][single], read[BASELINE]["intact"][single]),
+            "objects": mean(values["objects"][single]),
+        }
+        results.append(row)
+        shown = (row[key] for key in ("judge", "judge_difference", "intact", "intact_difference"))
+        table.add_row(name, f"{row['fewer_flops']:.2f}", *(f"{value:.3f}" for value in shown))
+    Console(width=150).print(table)
+    save(out, {"prompts": prompts, "seed": seed, "baseline": BASELINE, "rows": results})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,409 @@
+"""One forward under a step cache: `BlockPass` skips runs of blocks, `ForwardPass` the whole forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastdit.errors import IncompatibleStack, UnsupportedModel
+from fastdit.run import Run, StepContext
+from fastdit.structure import refilled, select_rows, tensors_of
+from fastdit.wiring import BlockCall, BlockPort, Port, Wiring, outputs_of, read_port, returned, version_of
+
+from .decision import BranchState, Decider, GroupState
+from .segments import Segment, segments_of
+from .step_cache import Site, StepCache, Verdict
+
+BlockRunner = Callable[[str, int, Any, tuple[Any, ...], dict[str, Any]], Any]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Outcome:
+    """What one forward did, for its record: `saved` maps block names to the share of their work that was not done."""
+
+    saved: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    computed: int = 0
+    reused: int = 0
+    forecast: int = 0
+
+    def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], part: int) -> None:
+        """Count what was decided for each group."""
+        for verdict, group in zip(verdicts, groups, strict=True):
+            if verdict.compute:
+                self.computed += 1
+            elif group.histories[part].extrapolates:
+                self.forecast += 1
+            else:
+                self.reused += 1
+        if len(verdicts) == 1:
+            self.reasons.append(verdicts[0].reason)
+        else:
+            kinds = dict.fromkeys(verdict.reason for verdict in verdicts)
+            self.reasons.append(next(iter(kinds)) if len(kinds) == 1 else "; ".join(v.reason for v in verdicts))
+
+    @property
+    def action(self) -> str:
+        """`computed`, `reused` or `forecast` where all that was decided agrees; `partial` where it does not."""
+        if self.computed:
+            return "partial" if self.reused or self.forecast else "computed"
+        if self.forecast:
+            return "forecast"
+        return "reused" if self.reused else "computed"
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(self.reasons) or "no block was called"
+
+
+class _Part:
+    """The decision that some segments follow in one forward."""
+
+    def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site) -> None:
+        self.groups, self.verdicts, self.site = groups, verdicts, site
+
+    @property
+    def computing(self) -> list[int]:
+        return [index for index, verdict in enumerate(self.verdicts) if verdict.compute]
+
+
+class BlockPass:
+    """One forward under a step cache: answers every block call of the structural twin.
+
+    `proved` holds the block lists whose rows were shown to be separable, and is shared by the forwards of a denoiser.
+    `run_block` runs a block that is not skipped.
+    """
+
+    def __init__(
+        self,
+        cache: StepCache,
+        wiring: Wiring,
+        run: Run,
+        *,
+        reduce: Reduce = lambda changes: changes,
+        run_block: BlockRunner | None = None,
+        proved: set[str] | None = None,
+    ) -> None:
+        self._cache, self._wiring, self._run = cache, wiring, run
+        self._decider = Decider(cache, run, reduce)
+        self._segments = segments_of(wiring, cache)
+        self._where = wiring.where()
+        self._run_block = run_block or _plainly
+        self._proved = proved if proved is not None else set()
+
+    def begin(self, context: StepContext, state: BranchState, observed: Sequence[BlockCall] = ()) -> None:
+        """Start a forward; `observed` holds its block calls where it has already run to be observed."""
+        self._context, self._state = context, state
+        self._observed = bool(observed)
+        self._parts: dict[int, _Part] = {}
+        self._entered: torch.Tensor | None = None
+        self._start: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._rows: list[torch.Tensor] = []
+        self.outcome = Outcome()
+        self.tokens: int | None = None
+        for call in observed:
+            call.again(self)
+
+    def end(self) -> None:
+        """Let go of the forward's tensors."""
+        self._parts, self._entered, self._start, self._rows = {}, None, [], []
+
+    def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one block call: run it, pass its streams through, or give the end of its segment."""
+        chain, place = self._where.get((name, index), (-1, -1))
+        segment = next((s for s in self._segments if s.chain == chain and s.enters <= place < s.stop), None)
+        if segment is None:
+            return self._run_block(name, index, block, args, kwargs)
+        port = self._wiring.chains[chain].blocks[place]
+        values = [read_port(source, args, kwargs) for source in port.inputs]
+        if place == segment.enters and segment.decides:
+            self._entered = values[self._watched(chain, values)]
+            if self.tokens is None and self._entered.dim() > 2:
+                self.tokens = self._entered.shape[1]
+        if place < segment.first:
+            return block(*args, **kwargs)
+        if place == segment.first:
+            if segment.decides:
+                self._decide(segment, values, block, args, kwargs)
+            self._start, self._rows = values, []
+            self._versions = [version_of(value) for value in values]
+        return self._inside(segment, place, port, values, block, args, kwargs)
+
+    def _watched(self, chain: int, values: Sequence[torch.Tensor]) -> int:
+        """Say which stream of a chain carries the latents: the one that was seen to, or else the largest."""
+        stream = self._wiring.chains[chain].latent_stream
+        return stream if stream is not None else max(range(len(values)), key=lambda i: values[i].numel())
+
+    def _decide(
+        self, segment: Segment, values: list[Any], block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        assert self._entered is not None
+        hidden_states = values[self._watched(segment.chain, values)]
+        site = Site(
+            self._entered, hidden_states, block, args, kwargs, self._context, self._run.layout or self._run.grid,
+            self._run.sigma(self._context.step),
+        )  # fmt: skip
+        count = hidden_states.shape[0] if self._cache.per_image else 1
+        shapes = tuple(value[:1].shape if self._cache.per_image else value.shape for value in values)
+        groups = self._state.groups(segment.part, count, self._cache.memory)
+        forced = "observed for the first time" if self._observed else None
+        verdicts = self._decider.decide(groups, site, shapes, segment.number, forced)
+        self._parts[segment.part] = _Part(groups, verdicts, site)
+        self.outcome.add(verdicts, groups, segment.number)
+
+    def _inside(
+        self,
+        segment: Segment,
+        place: int,
+        port: BlockPort,
+        values: list[Any],
+        block: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        part = self._parts[segment.part]
+        computing, last = part.computing, place == segment.stop - 1
+        if len(computing) == len(part.groups):
+            output = self._run_block(port.name, port.index, block, args, kwargs)
+            if last:
+                ends = outputs_of(port, output)
+                self._keep(segment, part, port, [ends[out] if out is not None else None for out in port.outputs])
+            return output
+        self.outcome.saved[f"{port.name}.{port.index}"] = 1.0 - len(computing) / len(part.groups)
+        if computing:
+            self._run_rows(port, computing, len(part.groups), block, args, kwargs)
+        if last:
+            ends_of_streams = self._ends(segment, part, port)
+            values = [end if end is not None else value for end, value in zip(ends_of_streams, values, strict=True)]
+            self._learn(segment, part, ends_of_streams, computing)
+        return returned(port, {out: v for out, v in zip(port.outputs, values, strict=True) if out is not None})
+
+    def _run_rows(
+        self,
+        port: BlockPort,
+        rows: list[int],
+        batch: int,
+        block: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Run a block on the images that are computed. Their streams travel here, beside the forward's own."""
+        if port.name not in self._proved:
+            _prove_rows(port, batch, block, args, kwargs)
+            self._proved.add(port.name)
+        index = torch.tensor(rows, device=self._start[0].device)
+        carried = dict(zip(port.inputs, self._rows, strict=True)) if self._rows else {}
+        outputs = outputs_of(port, _on_rows(block, args, kwargs, index, batch, carried))
+        self._rows = [outputs[out] for out in port.outputs if out is not None]
+
+    def _ends(self, segment: Segment, part: _Part, port: BlockPort) -> list[torch.Tensor | None]:
+        """Give the end of every stream: start + forecast for skipped groups, what the blocks gave for the others."""
+        step, alone = self._context.step, len(part.groups) == 1
+        predictions = {
+            index: group.histories[segment.number].predict(step)
+            for index, (group, verdict) in enumerate(zip(part.groups, part.verdicts, strict=True))
+            if not verdict.compute
+        }
+        order = {index: position for position, index in enumerate(part.computing)}
+        ends: list[torch.Tensor | None] = []
+        kept = 0
+        for start, out in zip(self._start, port.outputs, strict=True):
+            if out is None:
+                ends.append(None)
+                continue
+            if alone:
+                ends.append(start + predictions[0][kept])
+            else:
+                pieces = [
+                    self._rows[kept][order[i] : order[i] + 1] if i in order else start[i : i + 1] + predictions[i][kept]
+                    for i in range(len(part.groups))
+                ]
+                ends.append(torch.cat(pieces))
+            kept += 1
+        if part.computing:
+            self._record(segment, part, ends)
+        return ends
+
+    def _keep(self, segment: Segment, part: _Part, port: BlockPort, ends: list[torch.Tensor | None]) -> None:
+        """Keep the residuals of a computed segment. Raises if a block wrote into the tensors that entered it."""
+        for start, version in zip(self._start, self._versions, strict=True):
+            if version_of(start) != version:
+                raise IncompatibleStack(
+                    f"a block before {port.name}.{port.index} writes into its input in place, so the residual of the "
+                    "blocks can't be known; use kernels that don't, or a stack without a step cache"
+                )
+        if not self._cache.neutral:
+            self._record(segment, part, ends)
+        self._learn(segment, part, ends, part.computing)
+
+    def _record(self, segment: Segment, part: _Part, ends: Sequence[torch.Tensor | None]) -> None:
+        features = [end - start for start, end in zip(self._start, ends, strict=True) if end is not None]
+        watched = self._watched(segment.chain, self._start)
+        self._state.streams[segment.number] = sum(end is not None for end in ends[:watched])
+        for index in part.computing:
+            group = part.groups[index]
+            own = features if len(part.groups) == 1 else [feature[index : index + 1] for feature in features]
+            if segment.number not in group.histories:
+                group.histories[segment.number] = self._cache.forecast.begin()
+            group.histories[segment.number].record(self._context.step, own)
+            if segment.decides:
+                one = slice(None) if len(part.groups) == 1 else slice(index, index + 1)
+                group.shapes = tuple(start[one].shape for start in self._start)
+
+    def _learn(
+        self, segment: Segment, part: _Part, ends: Sequence[torch.Tensor | None], computing: Sequence[int]
+    ) -> None:
+        """Show the gate how the latents' stream left the last segment of its part."""
+        if any(s.part == segment.part and s.number > segment.number for s in self._segments):
+            return
+        given = [end for end in ends if end is not None]
+        stream = self._wiring.chains[segment.chain].latent_stream
+        end = ends[stream] if stream is not None else None
+        end = end if end is not None else max(given, key=torch.Tensor.numel)
+        for index, group in enumerate(part.groups):
+            own = end if len(part.groups) == 1 else end[index : index + 1]
+            self._cache.learn(group.memory, part.site, own, index in computing)
+
+
+class ForwardPass:
+    """One forward of a cache that skips it whole: v = output - latents stands for the blocks' residual."""
+
+    def __init__(self, cache: StepCache, run: Run) -> None:
+        self._cache, self._run = cache, run
+        self._decider = Decider(cache, run)
+
+    def begin(self, context: StepContext, state: BranchState) -> None:
+        """Start a forward."""
+        self._context, self._state = context, state
+        self.outcome = Outcome()
+        self.tokens: int | None = None
+
+    def forward(self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> Any:
+        """Give the forward's output, from `compute` or from the history, for each image or for all."""
+        latents = next(iter(arguments.values()))
+        if not isinstance(latents, torch.Tensor):
+            raise UnsupportedModel(
+                f"{self._cache.describe()} skips whole forwards and needs latents in one tensor, got "
+                f"{type(latents).__name__}; use a cache that skips blocks"
+            )
+        self.tokens = latents.shape[1] if latents.dim() == 3 else None
+        count = latents.shape[0] if self._cache.per_image else 1
+        groups = self._state.groups(0, count, self._cache.memory)
+        self._state.streams[0] = 0
+        site = Site(
+            latents, latents, None, (), dict(arguments), self._context, self._run.layout or self._run.grid,
+            self._run.sigma(self._context.step),
+        )  # fmt: skip
+        shape = latents[:1].shape if self._cache.per_image else latents.shape
+        verdicts = self._decider.decide(groups, site, (shape,), 0)
+        self.outcome.add(verdicts, groups, 0)
+        computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
+        if len(computing) < count:
+            self.outcome.saved[""] = 1.0 - len(computing) / count
+        whole = self._output(arguments, latents, computing, count, compute)
+        pieces = self._pieces(latents, groups, verdicts, whole)
+        for index, (group, piece) in enumerate(zip(groups, pieces, strict=True)):
+            own = latents if count == 1 else latents[index : index + 1]
+            if verdicts[index].compute and not self._cache.neutral:
+                history = group.histories.setdefault(0, self._cache.forecast.begin())
+                history.record(self._context.step, [piece - own])
+                group.shapes = (shape,)
+            self._cache.learn(group.memory, site, piece, verdicts[index].compute)
+        if whole is not None and len(computing) == count:
+            return whole
+        return refilled(self._state.shell, pieces[0] if count == 1 else torch.cat(pieces))
+
+    def end(self) -> None:
+        """Nothing is held between the calls of a forward."""
+
+    def _output(
+        self,
+        arguments: Mapping[str, Any],
+        latents: torch.Tensor,
+        computing: list[int],
+        count: int,
+        compute: Callable[[Mapping[str, Any]], Any],
+    ) -> Any:
+        """Run the forward for the images that are computed; None where there are none."""
+        if not computing:
+            return None
+        if len(computing) < count:
+            arguments = select_rows(dict(arguments), torch.tensor(computing, device=latents.device), count)
+        output = compute(arguments)
+        tensors = tensors_of(output)
+        if len(tensors) != 1 or tensors[0].shape[1:] != latents.shape[1:]:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise UnsupportedModel(
+                f"{self._cache.describe()} needs an output of the latents' own shape {tuple(latents.shape)}, and the "
+                f"forward gave {shapes}; use a cache that skips blocks"
+            )
+        self._state.shell = refilled(output, None)
+        return output
+
+    def _pieces(
+        self, latents: torch.Tensor, groups: list[GroupState], verdicts: list[Verdict], whole: Any
+    ) -> list[torch.Tensor]:
+        """Give every group's output."""
+        computed = iter(tensors_of(whole)[0].split(1) if len(groups) > 1 and whole is not None else tensors_of(whole))
+        pieces = []
+        for index, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
+            own = latents if len(groups) == 1 else latents[index : index + 1]
+            if verdict.compute:
+                pieces.append(next(computed))
+            else:
+                pieces.append(own + group.histories[0].predict(self._context.step)[0])
+        return pieces
+
+
+def _plainly(name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return block(*args, **kwargs)
+
+
+def _on_rows(
+    block: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    index: torch.Tensor,
+    batch: int,
+    carried: Mapping[Port, torch.Tensor],
+) -> Any:
+    """Call a block on some images of a batch; `carried` holds arguments that are of those images already."""
+    arguments: dict[Port, Any] = dict(enumerate(args))
+    arguments.update(kwargs)
+    chosen = {
+        port: carried[port] if port in carried else select_rows(value, index, batch)
+        for port, value in arguments.items()
+    }
+    return block(*(chosen[place] for place in range(len(args))), **{key: chosen[key] for key in kwargs})
+
+
+def _prove_rows(port: BlockPort, batch: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Show once that a block gives an image by itself what it gives it in a batch. Raises `UnsupportedModel`."""
+    whole = outputs_of(port, block(*args, **kwargs))
+    first = torch.tensor([0], device=next(iter(whole.values())).device)
+    try:
+        alone = outputs_of(port, _on_rows(block, args, kwargs, first, batch, {}))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}") + f" ({error})") from error
+    for out in port.outputs:
+        if out is not None and not _alike(alone[out], whole[out][:1]):
+            raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}"))
+
+
+def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two results differ by rounding only: kernels may add in another order for another batch."""
+    if first.shape != second.shape:
+        return False
+    distance = (first - second).abs().max()
+    return bool(distance <= 64 * torch.finfo(first.dtype).eps * second.abs().max())
+
+
+_ROWS = (
+    "per_image needs blocks that treat the images of a batch one by one, and {port} gives an image by itself something "
+    "else than in its batch; leave per_image out"
+)
