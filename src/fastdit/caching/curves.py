@@ -93,6 +93,6 @@ def for_model(transformer: Any) -> MagnitudeCurve:
         return named(name)
     raise InvalidConfig(
         f"there is no magnitude curve for {type(transformer).__name__} loaded as {source or 'an unnamed model'}; "
-        "measure one and give it as a MagnitudeCurve, or take a published one with "
-        f"fastdit.caching.curves.named ({', '.join(published.entries(_TABLE))}) if this model is a fine-tune of that one"
+        "measure one and give it as a MagnitudeCurve, or take a published one with fastdit.caching.curves.named(...) "
+        f"({', '.join(published.entries(_TABLE))}) if this model is a fine-tune of that one"
     )
