@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from fastdit import Coefficients, InvalidConfig, Stack, TeaCache, accelerate
+from fastdit.caching import coefficients, published
 
 PUBLISHED = (4.98651651e2, -2.83781631e2, 5.58554382e1, -3.82021401, 2.64230861e-1)
 """FLUX.1-dev, by the authors of TeaCache."""
@@ -97,6 +98,87 @@ def test_a_file_without_coefficients_is_refused(text: str, tmp_path: Path) -> No
 def test_numbers_that_make_no_polynomial_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig):
         Coefficients(**arguments)
+
+
+ENTRIES = published.entries("coefficients.json")
+
+
+def test_every_published_set_is_a_polynomial_with_a_publisher() -> None:
+    assert len(ENTRIES) == 43
+    for name in ENTRIES:
+        found = coefficients.named(name)
+        assert len(found.values) in (5, 6)
+        assert len(found.provenance) > 20
+
+
+def test_a_model_has_at_most_one_default_set() -> None:
+    models = [model.lower() for entry in ENTRIES.values() for model in entry["models"]]
+    assert len(models) == len(set(models))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "signal"),
+    [
+        ("Qwen/Qwen-Image", "qwen-image", "modulated"),
+        ("Qwen/Qwen-Image-2512", "qwen-image-2512", "modulated"),
+        ("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo", "modulated"),
+        ("THUDM/CogVideoX-2b", "cogvideox-2b", "time_embedding"),
+        ("Alpha-VLLM/Lumina-Image-2.0", "lumina-image-2.0", "time_embedding"),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan2.1-t2v-14b", "projected_time_embedding"),
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "wan2.1-i2v-14b-480p", "projected_time_embedding"),
+        ("HiDream-ai/HiDream-I1-Dev", "hidream-i1-dev", "hidden_states"),
+        ("meituan-longcat/LongCat-Image", "longcat-image", "modulated"),
+    ],
+)
+def test_a_model_s_default_is_of_the_signal_that_it_was_fitted_on(model: str, name: str, signal: str) -> None:
+    found = coefficients.for_model(named(tiny.flux_transformer(), model))
+    assert found == coefficients.named(name)
+    assert found.signal == signal
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "black-forest-labs/FLUX.1-schnell",
+        "black-forest-labs/FLUX.2-dev",
+        "black-forest-labs/FLUX.2-klein-base-9B",
+        "Tongyi-MAI/Z-Image-Turbo",
+        "Tongyi-MAI/Z-Image",
+        "THUDM/CogVideoX-5b-I2V",
+        "BestWishYsh/ConsisID-preview",
+        "nvidia/Cosmos-1.0-Diffusion-14B-Video2World",
+        "HiDream-ai/HiDream-I1-Full",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        "MiniMaxAI/MiniMax-H3",
+    ],
+)
+def test_a_set_that_was_fitted_elsewhere_or_on_what_no_block_receives_is_nobody_s_default(model: str) -> None:
+    with pytest.raises(InvalidConfig, match="calibrate_teacache"):
+        coefficients.for_model(named(tiny.flux_transformer(), model))
+
+
+@pytest.mark.parametrize(
+    "values", [(-450.0, 280.0, -45.0, 3.2, -0.02), (100.0, -1168.9676, 407.797856, -43.215575, 1.55959631, 0.102673255)]
+)
+def test_placeholders_are_not_published(values: tuple[float, ...]) -> None:
+    assert values not in {coefficients.named(name).values for name in ENTRIES}
+
+
+def test_no_two_sets_are_the_same_numbers() -> None:
+    assert len({coefficients.named(name).values for name in ENTRIES}) == len(ENTRIES)
+
+
+def test_a_file_from_before_there_were_signals_is_of_the_modulated_input(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"values": [1.0, 0.5], "signal_range": null, "provenance": "old"}')
+    assert Coefficients.load(tmp_path / "old.json") == Coefficients((1.0, 0.5), None, "old", "modulated")
+
+
+def test_the_signal_is_kept_in_files_and_checked(tmp_path: Path) -> None:
+    polynomial = Coefficients((1.0, 0.5), signal="projected_time_embedding")
+    polynomial.save(tmp_path / "mine.json")
+    assert Coefficients.load(tmp_path / "mine.json") == polynomial
+    with pytest.raises(InvalidConfig, match="projected_time_embedding"):
+        Coefficients((1.0, 0.5), signal="output")
 
 
 def test_calibration_fits_a_polynomial_over_the_changes_that_it_saw() -> None:
