@@ -1,4 +1,4 @@
-"""Where RALU's loss on the embedded pipeline comes from: the judge's score by its parts, one setting changed at a time."""
+"""Where RALU's loss on the embedded pipeline comes from: the judge's parts, with one setting changed at a time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from common import save
 from rich.console import Console
 from rich.table import Table
 
+from common import save
 from fastdit.accelerator import Accelerator
 from fastdit.caching.teacache import TeaCache
 from fastdit.measure.statistics import mean, mean_difference

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .caching.coefficients import Coefficients
     from .caching.compositions import FORA, DBCache, TaylorSeer
+    from .caching.curves import MagnitudeCurve
     from .caching.easycache import EasyCache
     from .caching.first_block_cache import FirstBlockCache
     from .caching.forecast import DMD, FoCa, PublishedTaylor, Reuse, Taylor
+    from .caching.magcache import MagCache
     from .caching.policy import SkipPolicy
     from .caching.seacache import SeaCache
     from .caching.step_mask import Interval, StepMask
@@ -45,6 +47,8 @@ _HOMES = {
     "TeaCache": "caching.teacache",
     "FirstBlockCache": "caching.first_block_cache",
     "EasyCache": "caching.easycache",
+    "MagCache": "caching.magcache",
+    "MagnitudeCurve": "caching.curves",
     "SeaCache": "caching.seacache",
     "Interval": "caching.step_mask",
     "StepMask": "caching.step_mask",
@@ -84,6 +88,8 @@ __all__ = [
     "IncompatibleStack",
     "Interval",
     "InvalidConfig",
+    "MagCache",
+    "MagnitudeCurve",
     "NeverFired",
     "NoActiveRun",
     "Plan",

@@ -16,7 +16,7 @@ import torch
 
 from fastdit.accelerator import Need, is_number, register
 from fastdit.errors import InvalidConfig, UnsupportedModel
-from fastdit.models.signals import modulated_signal
+from fastdit.models.signals import signal_for
 from fastdit.run import StepContext
 
 from .coefficients import Coefficients, for_model, named
@@ -56,21 +56,33 @@ class TeaCache(StepCache):
 
     def check(self, pipeline: Any, transformer: Any) -> None:
         blocks = [block for child in transformer.children() if hasattr(child, "__getitem__") for block in list(child)]
-        if not any(modulated_signal(block) for block in blocks):
+        kinds = ("modulated", "time_embedding", "projected_time_embedding")
+        if not any(signal_for(block, kind) for block in blocks for kind in kinds):
             raise UnsupportedModel(
                 f"TeaCache does not know where {type(transformer).__name__} keeps its first block's modulated input; "
                 "use FirstBlockCache, which needs no such knowledge, or describe the signal in fastdit.models.signals"
             )
-        self.for_transformer(transformer)
+        kind = self.for_transformer(transformer).kind
+        if not any(signal_for(block, kind) for block in blocks):
+            raise UnsupportedModel(
+                f"these coefficients were fitted on the signal {kind!r}, and {type(transformer).__name__} has none "
+                "described that reaches its blocks; choose a set that was fitted on another signal, or fit one with "
+                "calibrate_teacache"
+            )
 
-    def for_transformer(self, transformer: Any) -> StepCache:
+    @property
+    def kind(self) -> str:
+        """The signal that the coefficients were fitted on."""
+        return self.coefficients.signal if isinstance(self.coefficients, Coefficients) else "modulated"
+
+    def for_transformer(self, transformer: Any) -> TeaCache:
         if isinstance(self.coefficients, Coefficients):
             return self
         found = named(self.coefficients) if isinstance(self.coefficients, str) else for_model(transformer)
         return dataclasses.replace(self, coefficients=found)
 
     def signal(self, site: Site) -> torch.Tensor | None:
-        function = modulated_signal(site.block)
+        function = signal_for(site.block, self.kind)
         return None if function is None else function(site.block, site.hidden_states, site.args, site.kwargs)
 
     def remember(self, memory: Memory, signal: torch.Tensor, computed: bool) -> None:
