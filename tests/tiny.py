@@ -8,7 +8,6 @@ takes embeddings; `flux(text=True)` has real CLIP and T5 encoders with tokenizer
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
@@ -28,7 +26,6 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
-    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -43,28 +40,10 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from fastdit.testing import flux_transformer, kl_autoencoder, seed_weights
+
 Kwargs = dict[str, Any]
 Built = tuple[DiffusionPipeline, Kwargs]
-
-
-def seed_weights(module: nn.Module, seed: int, gain: float = 1.0) -> None:
-    """Give every parameter a seeded value under which no part of the model is degenerate.
-
-    Matrices keep the variance of their input (times `gain`), norms stay near one, biases and tables are visible: each
-    block changes its input noticeably, and differently at each noise level.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "scale_shift_table" in name:
-                parameter.copy_(noise * 0.5)
-            elif parameter.ndim >= 2:
-                parameter.copy_(noise * gain / math.sqrt(parameter[0].numel()))
-            elif name.endswith(("weight", "gamma")):
-                parameter.copy_(1.0 + 0.1 * noise)
-            else:
-                parameter.copy_(0.1 * noise)
 
 
 def _ready(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -78,46 +57,6 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ FLUX
-
-
-def flux_transformer(
-    *, guidance: bool = True, seed: int = 0, layers: int = 2, single_layers: int = 3, gain: float = 1.0
-) -> FluxTransformer2DModel:
-    """A FLUX transformer with double and single blocks, two heads of 16."""
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=layers,
-        num_single_layers=single_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        guidance_embeds=guidance,
-        axes_dims_rope=(4, 6, 6),
-    ).eval()
-    seed_weights(model, seed, gain)
-    return model
-
-
-def kl_autoencoder(*, latent_channels: int = 4, levels: int = 4, seed: int = 1, gain: float = 1.0) -> AutoencoderKL:
-    """An AutoencoderKL that shrinks each side by 2 ** (levels - 1); its pictures span black to white."""
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(4,) * levels,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5035,
-    ).eval()
-    seed_weights(vae, seed, gain)
-    return vae
 
 
 def tiny_autoencoder(*, latent_channels: int = 4, seed: int = 1) -> AutoencoderTiny:
