@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from fastdit.run import Clock, Run, StepContext, StepRecord
 from fastdit.structure import named_arguments, same_object_twin, structural_twin, tensors_of
 from fastdit.wiring import Wiring, observe, wiring_key, with_handler
 
+from .hooks import rank_sum, through_hooks
 from .making import overriding, twin_class
 
 _Pass = BlockPass | ForwardPass
@@ -102,25 +103,26 @@ class Denoiser:
     def _through_stack(
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
     ) -> tuple[Any, _Pass | None]:
-        """Run the forward on a structural twin, with offload hooks of the user's module around it."""
-        hook = self.module.__dict__.get("_hf_hook")
-        if hook is not None:
-            _, arguments = hook.pre_forward(self.module, **arguments)
-        passed: _Pass | None = None
+        """Run the forward on a structural twin, between the hooks of the user's module."""
         if self._cache is None:
-            output = structural_twin(self.module, children)(**arguments)
+            return through_hooks(self.module, arguments, self._twin_with(children)), None
+        carry = self._cache.stage_change == "carry"
+        state = run.state((self.name, context.branch), BranchState, carry=carry)
+        passed: _Pass
+        if self._cache.whole_forward:
+            passed = ForwardPass(self._cache, run)
+            passed.begin(context, state)
+            compute = self._twin_with(children)
+            output = passed.forward(arguments, lambda given: through_hooks(self.module, dict(given), compute))
         else:
-            carry = self._cache.stage_change == "carry"
-            state = run.state((self.name, context.branch), BranchState, carry=carry)
-            if self._cache.whole_forward:
-                passed = ForwardPass(self._cache, run)
-                passed.begin(context, state)
-                output = passed.forward(arguments, lambda given: structural_twin(self.module, children)(**given))
-            else:
-                output, passed = self._through_blocks(run, context, state, arguments, children)
-            passed.end()
-            run.weigh()
-        return (hook.post_forward(self.module, output) if hook is not None else output), passed
+            passed, output = self._through_blocks(run, context, state, arguments, children)
+        passed.end()
+        run.weigh()
+        return output, passed
+
+    def _twin_with(self, children: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+        """Give the forward of a structural twin with some children replaced."""
+        return lambda arguments: structural_twin(self.module, children)(**arguments)
 
     def _through_blocks(
         self,
@@ -129,16 +131,24 @@ class Denoiser:
         state: BranchState,
         arguments: dict[str, Any],
         children: dict[str, Any],
-    ) -> tuple[Any, BlockPass]:
+    ) -> tuple[BlockPass, Any]:
         """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
-        assert self._cache is not None
-        key = wiring_key(arguments)
-        seen = None if key in self._wirings else observe(self.module, arguments, children)
-        if seen is not None:
-            self._wirings[key] = seen.wiring
-        passed = BlockPass(self._cache, self._wirings[key], run, proved=self._proved)
-        passed.begin(context, state, seen.calls if seen is not None else ())
-        return seen.output if seen is not None else with_handler(self.module, passed, children)(**arguments), passed
+        cache = self._cache
+        assert cache is not None
+        passes: list[BlockPass] = []
+
+        def forward(given: dict[str, Any]) -> Any:
+            key = wiring_key(given)
+            seen = None if key in self._wirings else observe(self.module, given, children)
+            if seen is not None:
+                self._wirings[key] = seen.wiring
+            passed = BlockPass(cache, self._wirings[key], run, reduce=rank_sum(self.module), proved=self._proved)
+            passes.append(passed)
+            passed.begin(context, state, seen.calls if seen is not None else ())
+            return seen.output if seen is not None else with_handler(self.module, passed, children)(**given)
+
+        output = through_hooks(self.module, arguments, forward)
+        return passes[0], output
 
     def _current_meter(self) -> FlopMeter:
         """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
