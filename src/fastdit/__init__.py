@@ -12,12 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .caching.clusca import ClusCa
     from .caching.coefficients import Coefficients
+    from .caching.duca import DuCa
     from .caching.first_block_cache import FirstBlockCache
     from .caching.forecast import Reuse, Taylor
     from .caching.step_cache import SkipPolicy
     from .caching.step_mask import StepMask
     from .caching.teacache import TeaCache
+    from .caching.toca import ToCa
     from .errors import (
         ConcurrentCall,
         FastditError,
@@ -42,6 +45,9 @@ _HOMES = {
     "TeaCache": "caching.teacache",
     "FirstBlockCache": "caching.first_block_cache",
     "StepMask": "caching.step_mask",
+    "ToCa": "caching.toca",
+    "DuCa": "caching.duca",
+    "ClusCa": "caching.clusca",
     "SkipPolicy": "caching.step_cache",
     "Reuse": "caching.forecast",
     "Taylor": "caching.forecast",
@@ -59,8 +65,10 @@ _HOMES = {
 
 __all__ = [
     "RALU",
+    "ClusCa",
     "Coefficients",
     "ConcurrentCall",
+    "DuCa",
     "FastditError",
     "FastditWarning",
     "FirstBlockCache",
@@ -75,6 +83,7 @@ __all__ = [
     "StepMask",
     "Taylor",
     "TeaCache",
+    "ToCa",
     "UnsupportedModel",
     "accelerate",
     "load_mini",

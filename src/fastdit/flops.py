@@ -14,10 +14,14 @@ from .structure import map_tensors, meta_twin
 
 @dataclass(frozen=True)
 class FlopCount:
-    """The FLOPs (two a multiply-add) of one forward: in total, and in each item of its top-level module lists."""
+    """The FLOPs (two a multiply-add) of one forward: in total, and in each module by its path.
+
+    `blocks` names the items of the top-level module lists.
+    """
 
     total: int
-    blocks: Mapping[str, int]
+    modules: Mapping[str, int]
+    blocks: tuple[str, ...]
 
 
 def count(module: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
@@ -29,14 +33,15 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         twin(*args, **kwargs)
-    totals = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    root = type(twin).__name__
-    blocks = {}
-    for name, child in twin.named_children():
-        if isinstance(child, nn.ModuleList):
-            for index in range(len(child)):
-                blocks[f"{name}.{index}"] = totals.get(f"{root}.{name}.{index}", 0)
-    return FlopCount(counter.get_total_flops(), blocks)
+    root = type(twin).__name__ + "."
+    modules = {
+        path.removeprefix(root): sum(counts.values())
+        for path, counts in counter.get_flop_counts().items()
+        if path.startswith(root)
+    }
+    lists = [(name, child) for name, child in twin.named_children() if isinstance(child, nn.ModuleList)]
+    blocks = tuple(f"{name}.{index}" for name, child in lists for index in range(len(child)))
+    return FlopCount(counter.get_total_flops(), modules, blocks)
 
 
 class FlopMeter:
@@ -54,14 +59,15 @@ class FlopMeter:
             self._specs[key] = map_tensors(dict(kwargs), _Shape.of)
         return key
 
-    def flops(self, key: Hashable, skipped: tuple[str, ...]) -> int:
-        """Give the FLOPs of a remembered call without the blocks that were skipped in it."""
+    def flops(self, key: Hashable, saved: Mapping[str, float]) -> int:
+        """Give the FLOPs of a remembered call without the shares that were saved in it, by module path."""
         counted = self._count(key)
-        return counted.total - sum(counted.blocks[name] for name in skipped)
+        return counted.total - sum(round(share * counted.modules.get(path, 0)) for path, share in saved.items())
 
-    def blocks(self, key: Hashable) -> int:
-        """Say how many blocks the model itself calls in a remembered call."""
-        return sum(flops > 0 for flops in self._count(key).blocks.values())
+    def blocks(self, key: Hashable) -> tuple[str, ...]:
+        """Name the blocks that the model itself calls in a remembered call."""
+        counted = self._count(key)
+        return tuple(name for name in counted.blocks if counted.modules.get(name, 0) > 0)
 
     def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:

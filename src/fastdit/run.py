@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,10 @@ class StepContext:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known."""
+    """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
+
+    `saved` gives the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped.
+    """
 
     step: int
     stage: int
@@ -40,29 +43,29 @@ class StepRecord:
     action: str
     reason: str
     seconds: float
-    skipped: tuple[str, ...] = field(repr=False)
+    saved: Mapping[str, float] = field(repr=False, hash=False)
     _meter: FlopMeter = field(repr=False, compare=False)
     _key: Hashable = field(repr=False, compare=False)
 
     @property
     def blocks(self) -> int:
         """How many blocks the model calls in a forward of this kind."""
-        return self._meter.blocks(self._key)
+        return len(self._meter.blocks(self._key))
 
     @property
     def blocks_run(self) -> int:
-        """How many blocks this forward really ran."""
-        return self.blocks - len(self.skipped)
+        """How many blocks this forward really ran, in whole or in part."""
+        return sum(self.saved.get(name) != 1.0 for name in self._meter.blocks(self._key))
 
     @property
     def flops(self) -> int:
-        """FLOPs that this forward cost, the blocks it skipped left out (counted on first use)."""
-        return self._meter.flops(self._key, self.skipped)
+        """FLOPs that this forward cost, what it saved left out (counted on first use)."""
+        return self._meter.flops(self._key, self.saved)
 
     @property
     def full_flops(self) -> int:
-        """FLOPs of the same forward with every block run."""
-        return self._meter.flops(self._key, ())
+        """FLOPs of the same forward with every block run on every token."""
+        return self._meter.flops(self._key, {})
 
     def to_json(self) -> dict[str, Any]:
         """Give the record as plain data, FLOPs included."""
@@ -85,6 +88,11 @@ class RunRecord:
         return sum(record.action == "computed" for record in self.steps)
 
     @property
+    def partial(self) -> int:
+        """How many forwards ran their blocks on a part of the tokens."""
+        return sum(record.action == "partial" for record in self.steps)
+
+    @property
     def skipped(self) -> int:
         """How many forwards reused or forecast blocks."""
         return sum(record.action in ("reused", "forecast") for record in self.steps)
@@ -101,6 +109,7 @@ class RunRecord:
             "completed": self.completed,
             "doubts": self.doubts,
             "computed": self.computed,
+            "partial": self.partial,
             "skipped": self.skipped,
             "flops": self.flops,
             "steps": [record.to_json() for record in self.steps],
@@ -153,6 +162,7 @@ class Run:
         self.plan = plan
         self.schedule = schedule
         self.layout: TokenLayout | None = None
+        self.grid: tuple[int, int] | None = None
         self.stage_latents: torch.Tensor | None = None
         self.stage_children: dict[str, dict[str, Any]] = {}
         self.step = 0

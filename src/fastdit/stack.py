@@ -27,6 +27,7 @@ from .accelerator import (
     is_count,
 )
 from .caching.step_cache import StepCache
+from .caching.token_cache import TokenCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .models.family import Family, family_of
 from .run import Run, RunRecord
@@ -83,6 +84,11 @@ class Stack(Sequence[Accelerator]):
         """The accelerator of the step-cache level, if any."""
         return next((accelerator for accelerator in self if isinstance(accelerator, StepCache)), None)
 
+    @property
+    def token_cache(self) -> TokenCache | None:
+        """The accelerator of the token-cache level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, TokenCache)), None)
+
     def _check_declarations(self) -> None:
         """Derive every conflict from what the accelerators declare."""
         for level in Level:
@@ -91,6 +97,11 @@ class Stack(Sequence[Accelerator]):
                 raise IncompatibleStack(
                     f"{' and '.join(names)} both decide the {level.value} level, where one must rule; keep one of them"
                 )
+        if self.step_cache is not None and self.token_cache is not None:
+            raise IncompatibleStack(
+                f"{self.step_cache.describe()} and {self.token_cache.describe()} can't act in one stack yet: keep one "
+                "of them"
+            )
         for one in self:
             for other in self:
                 for need in one.needs:
@@ -307,7 +318,7 @@ class Acceleration:
     def _twin_of(self, name: str, module: nn.Module) -> nn.Module:
         known = self._denoisers.get(name)
         if known is None or known[0].module is not module:
-            denoiser = Denoiser(module, name, self, self.stack.step_cache, self._family)
+            denoiser = Denoiser(module, name, self, self.stack.step_cache, self._family, self.stack.token_cache)
             known = (denoiser, denoiser_twin(denoiser, self))
             self._denoisers[name] = known
         return known[1]
@@ -328,7 +339,10 @@ class Acceleration:
             assert plan is not None
             schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
         checks = [cache.check_run for cache in (self.stack.step_cache,) if cache is not None]
-        return Run(plan=plan, schedule=schedule, checks=checks)
+        run = Run(plan=plan, schedule=schedule, checks=checks)
+        if self._family is not None and self.stack.token_cache is not None:
+            run.grid = self._family.grid(self.base, *self._family.size(self.base, arguments))
+        return run
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -357,12 +371,13 @@ class Acceleration:
 
     def _report_idle(self, record: RunRecord) -> None:
         """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
-        cache = self.stack.step_cache
-        if cache is None or cache.neutral or record.skipped or not record.steps:
+        cache: StepCache | TokenCache | None = self.stack.step_cache or self.stack.token_cache
+        if cache is None or cache.neutral or record.skipped or record.partial or not record.steps:
             return
+        advice = "raise its threshold" if isinstance(cache, StepCache) else "lower its first or raise its interval"
         message = (
-            f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; raise its "
-            "threshold, run more steps (few-step models have nothing to skip), or leave it out"
+            f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; {advice}, run "
+            "more steps (few-step models have nothing to skip), or leave it out"
         )
         if self.strict:
             raise NeverFired(message)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from fastdit.caching.step_cache import BranchState, CachePass, StepCache
+from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.flops import FlopMeter
+from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
 from fastdit.run import Clock, Run, StepContext, StepRecord
 from fastdit.structure import named_arguments, same_object_twin, structural_twin, tensors_of
@@ -39,13 +41,20 @@ class Denoiser:
     """
 
     def __init__(
-        self, module: nn.Module, name: str, session: Session, cache: StepCache | None, family: Family | None
+        self,
+        module: nn.Module,
+        name: str,
+        session: Session,
+        cache: StepCache | None,
+        family: Family | None,
+        token_cache: TokenCache | None = None,
     ) -> None:
         refuse_foreign_behaviour(module, name)
         self.module = module
         self.name = name
         self.session = session
         self._cache = cache.for_transformer(module) if cache is not None else None
+        self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
         self._meter: tuple[tuple[int, ...], FlopMeter] | None = None
@@ -69,9 +78,9 @@ class Denoiser:
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
         clock = Clock(_device(arguments))
-        if self._cache is None and not children:
+        passed: CachePass | TokenPass | None = None
+        if self._cache is None and self._token_cache is None and not children:
             output = self.module(**arguments)
-            passed = None
         else:
             output, passed = self._through_stack(run, context, arguments, children)
         clock.stop()
@@ -96,13 +105,18 @@ class Denoiser:
 
     def _through_stack(
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
-    ) -> tuple[Any, CachePass | None]:
+    ) -> tuple[Any, CachePass | TokenPass | None]:
         """Run the forward on a structural twin, with offload hooks of the user's module around it."""
         hook = self.module.__dict__.get("_hf_hook")
         if hook is not None:
             _, arguments = hook.pre_forward(self.module, **arguments)
-        if self._cache is None:
-            output, passed = structural_twin(self.module, children)(**arguments), None
+        passed: CachePass | TokenPass | None = None
+        if self._cache is None and self._token_cache is None:
+            output = structural_twin(self.module, children)(**arguments)
+        elif self._cache is None:
+            passed = self._token_pass(run, context, arguments)
+            output = with_handler(self.module, passed, children)(**arguments)
+            passed.end()
         else:
             key = wiring_key(arguments)
             seen = None if key in self._wirings else observe(self.module, arguments, children)
@@ -115,6 +129,19 @@ class Denoiser:
             passed.end()
         return (hook.post_forward(self.module, output) if hook is not None else output), passed
 
+    def _token_pass(self, run: Run, context: StepContext, arguments: dict[str, Any]) -> TokenPass:
+        """Begin a forward under the token cache."""
+        assert self._token_cache is not None
+        layout, latents = run.layout, next(iter(arguments.values()))
+        patch = getattr(getattr(self.module, "config", None), "patch_size", None)
+        if layout is None and run.grid is not None:
+            layout = TokenLayout(*run.grid, coarse=False)
+        elif layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
+            layout = TokenLayout(latents.shape[2] // patch, latents.shape[3] // patch, coarse=False)
+        passed = TokenPass(self._token_cache, run)
+        passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState), layout)
+        return passed
+
     def _current_meter(self) -> FlopMeter:
         """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
         structure = tuple(id(module) for module in self.module.modules())
@@ -123,13 +150,21 @@ class Denoiser:
         return self._meter[1]
 
     def _record(
-        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: CachePass | None
+        self,
+        run: Run,
+        context: StepContext,
+        arguments: dict[str, Any],
+        clock: Clock,
+        passed: CachePass | TokenPass | None,
     ) -> None:
         first = next(iter(arguments.values()))
         latents = first if isinstance(first, torch.Tensor) else tensors_of(first)[0]
         batch = latents.shape[0] if isinstance(first, torch.Tensor) else len(first)
         tokens = passed.tokens if passed is not None else latents.shape[1] if latents.dim() == 3 else None
-        skipped = tuple(passed.skipped) if passed is not None else ()
+        if isinstance(passed, TokenPass):
+            saved = passed.saved
+        else:
+            saved = dict.fromkeys(passed.skipped, 1.0) if passed is not None else {}
         action = passed.action if passed is not None else "computed"
         reason = passed.reason if passed is not None else "no cache"
         sigma, meter = run.sigma(context.step), run.meter(self.name, self._current_meter)
@@ -138,7 +173,7 @@ class Denoiser:
         def make(seconds: float) -> StepRecord:
             return StepRecord(
                 context.step, context.stage, context.branch, None if sigma is None else float(sigma), tokens, batch,
-                action, reason, seconds, skipped, meter, key,
+                action, reason, seconds, saved, meter, key,
             )  # fmt: skip
 
         run.note(clock, make)
