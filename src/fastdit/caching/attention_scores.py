@@ -5,9 +5,10 @@
     attention     sum_j a_ji: the attention that token i receives from image tokens, a the mean map of the heads
     text          1 + sum_j c_ij log c_ij, c_i the attention of token i to the text's tokens, made to sum to one
 
-All but the last are divided by their norm over the image's tokens. Where a score needs more than the output, the calls of
-`scaled_dot_product_attention` inside the attention module are watched and answered by torch's own (fused) kernel. The
-two scores that need the map pay for one more product of queries and keys a block, head by head.
+All but the last are divided by their norm over the image's tokens. Where a score needs more than the output, the
+calls of `scaled_dot_product_attention` inside the attention module are watched and answered by torch's own (fused)
+kernel. The two scores that need the map pay for one more product of queries and keys a block, head by head; a record's
+seconds hold it and its FLOPs, which are the model's own, don't.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ class _Watcher(TorchFunctionMode):
         """Reduce one attention [B, H, S, D] to a score [B, N]."""
         image = self._image(query.shape[2])
         if self._score is AttentionScore.VALUE_NORM:
-            return value[:, :, image].float().norm(dim=3).norm(dim=1)
+            norms: torch.Tensor = value[:, :, image].float().norm(dim=3).norm(dim=1)
+            return norms
         heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-        total: Any = 0.0
+        total = query.new_zeros(1, dtype=torch.float32)
         for head in range(heads):
             queries, keys = query[:, head, image].float(), key[:, head // groups].float()
             logits = queries @ keys.transpose(1, 2) * (scale if scale is not None else query.shape[3] ** -0.5)

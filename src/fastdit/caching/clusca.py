@@ -54,10 +54,12 @@ class ClusCa(TokenCache):
     def merge(self, kept: torch.Tensor, fresh: torch.Tensor, index: torch.Tensor, state: TokenState) -> torch.Tensor:
         assert state.clusters is not None
         # The mean over what was recomputed in each cluster; a token that is drawn twice counts once.
-        count = index.shape[1]
         twice = (index[:, :, None] == index[:, None, :]).tril(-1).any(dim=2)
-        belongs = nn.functional.one_hot(state.clusters.gather(1, index), count).to(fresh.dtype) * ~twice[..., None]
-        means = belongs.transpose(1, 2) @ fresh / belongs.sum(dim=1)[..., None].clamp(min=1)
+        once = (~twice[..., None]).to(fresh.dtype)
+        own = state.clusters.gather(1, index)[..., None]
+        sizes = torch.zeros_like(once).scatter_add(1, own, once)
+        sums = torch.zeros_like(fresh).scatter_add(1, own.expand_as(fresh), fresh * once)
+        means = sums / sizes.clamp(min=1)
         blended = kept.lerp(gather_tokens(means, state.clusters), self.gamma)
         return blended.scatter(1, index[..., None].expand_as(fresh), fresh)
 

@@ -45,7 +45,6 @@ class BlockMemory:
     place: int
     shape: tuple[int, int]
     full_step: int = -1
-    ran: int = -1
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
     refreshed: torch.Tensor | None = None
     score: torch.Tensor | None = None
@@ -171,6 +170,7 @@ class TokenPass:
         state.settled = False
         self._context, self._state, self._layout = context, state, layout
         self._image: torch.Tensor | None = None
+        self._called: set[tuple[str, int]] = set()
         self._tally: list[tuple[int, int]] = []
         self._actions: set[str] = set()
         self.saved: dict[str, float] = {}
@@ -185,8 +185,14 @@ class TokenPass:
         roles = token_roles(block)
         if roles is None:
             raise UnsupportedModel(_undescribed(self._cache, f"{name}.{index}", block))
+        if (name, index) in self._called:
+            raise IncompatibleStack(
+                f"{name}.{index} is called more than once in a forward, so what is kept of it would be of another "
+                f"call; leave {type(self._cache).__name__} out of the stack"
+            )
+        self._called.add((name, index))
         _refuse_own_behaviour(block, f"{name}.{index}")
-        values = _signature(type(block)).bind(None, *args, **kwargs).arguments
+        values = _signature(type(block).forward).bind(None, *args, **kwargs).arguments
         image = values[roles.image]
         self.tokens = image.shape[1] if self.tokens is None else self.tokens
         memory = self._memory((name, index), (image.shape[0], image.shape[1]))
@@ -215,7 +221,7 @@ class TokenPass:
 
     def end(self) -> None:
         """Close the forward; what it kept counts from now on."""
-        self.action = next((action for action in (PARTIAL, COMPUTED, REUSED) if action in self._actions), COMPUTED)
+        self.action = PARTIAL if len(self._actions) > 1 else next(iter(self._actions), COMPUTED)
         if self.action == PARTIAL:
             ran, tokens = (sum(counts) for counts in zip(*self._tally, strict=True))
             self.reason = f"{ran / tokens:.1%} of the tokens, {self.reason}"
@@ -278,8 +284,8 @@ class TokenPass:
 
     def _warn_of_no_grid(self, tokens: int) -> bool:
         warnings.warn(
-            f"{self._cache.describe()}: the {tokens} image tokens of stage {self._context.stage} form no plain grid, so "
-            "no spatial bonus is given in it; set spatial_bonus=0 if that is meant",
+            f"{self._cache.describe()}: the {tokens} image tokens of stage {self._context.stage} form no plain grid, "
+            "so no spatial bonus is given in it; set spatial_bonus=0 if that is meant",
             FastditWarning,
             stacklevel=2,
         )
@@ -343,7 +349,7 @@ class _Visit:
         return output
 
     def _in_part(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kept = self._memory.kept.get(name)
+        kept: Any = self._memory.kept.get(name)
         path = f"{self._path}.{name}"
         if role is Role.KEPT:
             self.saved[path] = 1.0
@@ -382,8 +388,8 @@ class _ChildTwin(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(cls.forward)
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _stream(roles: TokenRoles, output: Any, stream: str) -> Any:
