@@ -336,10 +336,13 @@ def test_a_forward_that_fails_leaves_nothing_for_the_next_one(cache: Any) -> Non
 
 
 @each_cache
-def test_another_shape_within_a_run_is_computed_in_full(cache: Any) -> None:
-    small, large = (tiny.flux(steps=STEPS, size=size) for size in (64, 96))
-    pipe = small[0]
-    few, many = tiny.recorded_calls(*small), tiny.recorded_calls(*large)
+@pytest.mark.parametrize("change", ["image", "text", "batch"])
+def test_another_shape_within_a_run_is_computed_in_full(cache: Any, change: str) -> None:
+    pipe, call = tiny.flux(steps=STEPS)
+    _, other = tiny.flux(steps=STEPS, size=96 if change == "image" else 64, batch=2 if change == "batch" else 1)
+    if change == "text":
+        other["prompt_embeds"] = tiny.randn(1, 9, 32, seed=21)
+    few, many = tiny.recorded_calls(pipe, call), tiny.recorded_calls(pipe, other)
     twin = accelerate(pipe.transformer, [cache])
     with twin.fastdit.run(num_inference_steps=STEPS):
         for args, kwargs in few[:5]:

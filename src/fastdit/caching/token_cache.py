@@ -39,11 +39,13 @@ class BlockMemory:
     """What is kept of one block: its children's outputs, when each token was refreshed, and its scores.
 
     `refreshed` holds for each token [B, N] the step at which it was last recomputed; `place` is the block's number
-    among those that run. `score` [B, N] is of the last full step, `residual` of the last step that ran the block.
+    among those that run, `shape` counts images and tokens, `streams` are the shapes that came in. `score` [B, N] is of
+    the last full step, `residual` of the last step that ran the block.
     """
 
     place: int
     shape: tuple[int, int]
+    streams: tuple[torch.Size, ...]
     full_step: int = -1
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
     refreshed: torch.Tensor | None = None
@@ -195,7 +197,7 @@ class TokenPass:
         values = _signature(type(block).forward).bind(None, *args, **kwargs).arguments
         image = values[roles.image]
         self.tokens = image.shape[1] if self.tokens is None else self.tokens
-        memory = self._memory((name, index), (image.shape[0], image.shape[1]))
+        memory = self._memory((name, index), image, tuple(values[stream].shape for stream in roles.returns))
         action, reason = self._decide(memory)
         chosen = None
         if action == PARTIAL:
@@ -231,12 +233,13 @@ class TokenPass:
         self._image = None
         self._state.settled = True
 
-    def _memory(self, key: tuple[str, int], shape: tuple[int, int]) -> BlockMemory:
-        blocks = self._state.blocks
+    def _memory(self, key: tuple[str, int], image: torch.Tensor, streams: tuple[torch.Size, ...]) -> BlockMemory:
+        """Get what is kept of a block, nothing where streams of other shapes come in."""
+        blocks, shape = self._state.blocks, (image.shape[0], image.shape[1])
         if key not in blocks:
-            blocks[key] = BlockMemory(len(blocks), shape)
-        elif blocks[key].shape != shape:
-            blocks[key] = BlockMemory(blocks[key].place, shape)
+            blocks[key] = BlockMemory(len(blocks), shape, streams)
+        elif blocks[key].streams != streams:
+            blocks[key] = BlockMemory(blocks[key].place, shape, streams)
             self._state.generator = self._state.centroids = self._state.clusters = None
         return blocks[key]
 
