@@ -12,9 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .caching.clusca import ClusCa
     from .caching.coefficients import Coefficients
     from .caching.compositions import FORA, DBCache, TaylorSeer
     from .caching.curves import MagnitudeCurve
+    from .caching.duca import DuCa
     from .caching.easycache import EasyCache
     from .caching.first_block_cache import FirstBlockCache
     from .caching.forecast import DMD, FoCa, PublishedTaylor, Reuse, Taylor
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .caching.seacache import SeaCache
     from .caching.step_mask import Interval, StepMask
     from .caching.teacache import TeaCache
+    from .caching.toca import ToCa
     from .errors import (
         ConcurrentCall,
         FastditError,
@@ -56,6 +59,9 @@ _HOMES = {
     "DBCache": "caching.compositions",
     "FORA": "caching.compositions",
     "SkipPolicy": "caching.policy",
+    "ToCa": "caching.toca",
+    "DuCa": "caching.duca",
+    "ClusCa": "caching.clusca",
     "Reuse": "caching.forecast",
     "Taylor": "caching.forecast",
     "PublishedTaylor": "caching.forecast",
@@ -77,9 +83,11 @@ __all__ = [
     "DMD",
     "FORA",
     "RALU",
+    "ClusCa",
     "Coefficients",
     "ConcurrentCall",
     "DBCache",
+    "DuCa",
     "EasyCache",
     "FastditError",
     "FastditWarning",
@@ -102,6 +110,7 @@ __all__ = [
     "Taylor",
     "TaylorSeer",
     "TeaCache",
+    "ToCa",
     "UnsupportedModel",
     "accelerate",
     "load_mini",

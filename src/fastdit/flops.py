@@ -14,7 +14,10 @@ from .structure import map_tensors, meta_twin
 
 @dataclass(frozen=True)
 class FlopCount:
-    """The FLOPs (two a multiply-add) of one forward, in all and by module; `blocks` names the block lists' items."""
+    """The FLOPs (two a multiply-add) of one forward: in total, and in each module by its path.
+
+    `blocks` names the items of the top-level module lists.
+    """
 
     total: int
     modules: Mapping[str, int]
@@ -30,19 +33,15 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         twin(*args, **kwargs)
-    root = type(twin).__name__
-    totals = {
-        name.removeprefix(root).removeprefix("."): sum(counts.values())
-        for name, counts in counter.get_flop_counts().items()
+    root = type(twin).__name__ + "."
+    modules = {
+        path.removeprefix(root): sum(counts.values())
+        for path, counts in counter.get_flop_counts().items()
+        if path.startswith(root)
     }
-    modules = {name: totals.get(name, 0) for name, _ in twin.named_modules()}
     modules[""] = counter.get_total_flops()
-    blocks = tuple(
-        f"{name}.{index}"
-        for name, child in twin.named_children()
-        if isinstance(child, nn.ModuleList)
-        for index in range(len(child))
-    )
+    lists = [(name, child) for name, child in twin.named_children() if isinstance(child, nn.ModuleList)]
+    blocks = tuple(f"{name}.{index}" for name, child in lists for index in range(len(child)))
     return FlopCount(counter.get_total_flops(), modules, blocks)
 
 
@@ -62,14 +61,14 @@ class FlopMeter:
         return key
 
     def flops(self, key: Hashable, saved: Mapping[str, float]) -> int:
-        """Give the FLOPs of a remembered call less the share of each module that was saved ("" is the whole)."""
+        """Give the FLOPs of a remembered call without the shares saved in it, by module path ("" is the whole)."""
         counted = self._count(key)
-        return counted.total - round(sum(share * counted.modules[name] for name, share in saved.items()))
+        return counted.total - sum(round(share * counted.modules.get(path, 0)) for path, share in saved.items())
 
-    def blocks(self, key: Hashable) -> int:
-        """Say how many blocks the model itself calls in a remembered call."""
+    def blocks(self, key: Hashable) -> tuple[str, ...]:
+        """Name the blocks that the model itself calls in a remembered call."""
         counted = self._count(key)
-        return sum(counted.modules[name] > 0 for name in counted.blocks)
+        return tuple(name for name in counted.blocks if counted.modules.get(name, 0) > 0)
 
     def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:

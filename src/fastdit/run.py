@@ -35,8 +35,8 @@ class StepContext:
 class StepRecord:
     """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
 
-    `action` is "computed", "reused", "forecast" or, where images or block lists differ, "partial". `saved` maps the
-    names of blocks ("" for the whole forward) to the share of their work that was not done.
+    `action` is "computed", "reused", "forecast", or "partial" where images, tokens or block lists differ. `saved` gives
+    the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for all.
     """
 
     step: int
@@ -48,20 +48,21 @@ class StepRecord:
     action: str
     reason: str
     seconds: float
-    saved: Mapping[str, float] = field(repr=False)
+    saved: Mapping[str, float] = field(repr=False, hash=False)
     _meter: FlopMeter = field(repr=False, compare=False)
     _key: Hashable = field(repr=False, compare=False)
 
     @property
     def blocks(self) -> int:
         """How many blocks the model calls in a forward of this kind."""
-        return self._meter.blocks(self._key)
+        return len(self._meter.blocks(self._key))
 
     @property
     def blocks_run(self) -> int:
-        """How many blocks this forward really ran, for one image of the batch at least."""
-        whole = self.saved.get("") == 1.0
-        return 0 if whole else self.blocks - sum(share == 1.0 for name, share in self.saved.items() if name)
+        """How many blocks this forward really ran, in whole or in part."""
+        if self.saved.get("") == 1.0:
+            return 0
+        return sum(self.saved.get(name) != 1.0 for name in self._meter.blocks(self._key))
 
     @property
     def flops(self) -> int:
@@ -70,7 +71,7 @@ class StepRecord:
 
     @property
     def full_flops(self) -> int:
-        """FLOPs of the same forward with every block run."""
+        """FLOPs of the same forward with every block run on every token."""
         return self._meter.flops(self._key, {})
 
     def to_json(self) -> dict[str, Any]:
@@ -120,11 +121,29 @@ class RunRecord:
             "doubts": self.doubts,
             "cache_bytes": self.cache_bytes,
             "computed": self.computed,
-            "skipped": self.skipped,
             "partial": self.partial,
+            "skipped": self.skipped,
             "flops": self.flops,
             "steps": [record.to_json() for record in self.steps],
         }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did in one forward, as `StepRecord` shows it; without one every block ran on every token."""
+
+    action: str = "computed"
+    reason: str = "no cache"
+    saved: Mapping[str, float] = field(default_factory=dict)
+    tokens: int | None = None
+
+    def around(self, inner: Outcome | None) -> Outcome:
+        """Join this outcome with that of what acted inside the part that it ran."""
+        if inner is None or inner.action == "computed":
+            return self
+        action = "partial" if self.action in ("computed", "partial") else self.action
+        reason = f"{self.reason}; {inner.reason}" if action == "partial" else self.reason
+        return Outcome(action, reason, {**inner.saved, **self.saved}, self.tokens or inner.tokens)
 
 
 class RunState(Protocol):
@@ -195,6 +214,7 @@ class Run:
         self.stage_sigmas: list[torch.Tensor] = []
         self.doubts = 0
         self.grid: TokenLayout | None = None
+        self.stages_without_grid: set[int] = set()
         self._cache_bytes = 0
         self._checks = list(checks)
         self._first_index = 0

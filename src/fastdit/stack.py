@@ -27,6 +27,7 @@ from .accelerator import (
     is_count,
 )
 from .caching.step_cache import StepCache
+from .caching.token_cache import TokenCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
@@ -83,6 +84,11 @@ class Stack(Sequence[Accelerator]):
     def step_cache(self) -> StepCache | None:
         """The accelerator of the step-cache level, if any."""
         return next((accelerator for accelerator in self if isinstance(accelerator, StepCache)), None)
+
+    @property
+    def token_cache(self) -> TokenCache | None:
+        """The accelerator of the token-cache level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, TokenCache)), None)
 
     def _check_declarations(self) -> None:
         """Derive every conflict from what the accelerators declare."""
@@ -316,7 +322,7 @@ class Acceleration:
     def _twin_of(self, name: str, module: nn.Module) -> nn.Module:
         known = self._denoisers.get(name)
         if known is None or known[0].module is not module:
-            denoiser = Denoiser(module, name, self, self.stack.step_cache, self._family)
+            denoiser = Denoiser(module, name, self, self.stack.step_cache, self._family, self.stack.token_cache)
             known = (denoiser, denoiser_twin(denoiser, self))
             self._denoisers[name] = known
         return known[1]
@@ -385,13 +391,15 @@ class Acceleration:
 
     def _report_idle(self, record: RunRecord) -> None:
         """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
-        cache = self.stack.step_cache
+        cache: StepCache | TokenCache | None = self.stack.step_cache or self.stack.token_cache
         if cache is None or cache.neutral or record.skipped or record.partial or not record.steps:
             return
-        if cache.policy.skippable(1 + max(step.step for step in record.steps)):
+        steps = 1 + max(step.step for step in record.steps)
+        if isinstance(cache, TokenCache) or cache.policy.skippable(steps):
+            advice = "raise its threshold" if isinstance(cache, StepCache) else "lower its first or raise its interval"
             self._never_fired(
-                f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; raise its "
-                "threshold, run more steps (few-step models have nothing to skip), or leave it out"
+                f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; {advice}, run "
+                "more steps (few-step models have nothing to skip), or leave it out"
             )
 
 

@@ -9,7 +9,9 @@ import pytest
 from fastdit import (
     DMD,
     FORA,
+    ClusCa,
     DBCache,
+    DuCa,
     EasyCache,
     FirstBlockCache,
     FoCa,
@@ -23,6 +25,7 @@ from fastdit import (
     Taylor,
     TaylorSeer,
     TeaCache,
+    ToCa,
 )
 from fastdit.testing import STEPS, AcceleratorContract
 
@@ -56,8 +59,16 @@ ROWS: dict[str, tuple[Any, Any, bool]] = {
 }
 
 
+TOKEN_ROWS: dict[str, tuple[Any, Any, bool]] = {
+    "ToCa": (ToCa(3, 0.25, first=2), ToCa(1), False),
+    "DuCa": (DuCa(4, 0.25, first=2), DuCa(1), False),
+    "ClusCa": (ClusCa(3, clusters=4, first=2), ClusCa(1), False),
+}
+ROWS |= TOKEN_ROWS
+
+
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-class TestStepCaches(AcceleratorContract):
+class TestEveryCache(AcceleratorContract):
     @pytest.fixture(autouse=True)
     def chosen(self, row: tuple[Any, Any, bool]) -> None:
         """The contract reads its class's attributes; here a row fills them in."""

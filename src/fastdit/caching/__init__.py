@@ -1,1 +1,1 @@
-"""Step caches: when the block stack runs (a gate) and what stands in for it when it does not (a forecaster)."""
+"""Step caches decide whether a step's block stack runs; token caches, which tokens it recomputes when it does."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdit.errors import IncompatibleStack, UnsupportedModel
-from fastdit.run import Run, StepContext
+from fastdit.run import Outcome, Run, StepContext
 from fastdit.structure import refilled, select_rows, tensors_of
 from fastdit.wiring import BlockCall, BlockPort, Port, Wiring, outputs_of, read_port, returned, version_of
 
@@ -21,9 +21,14 @@ BlockRunner = Callable[[str, int, Any, tuple[Any, ...], dict[str, Any]], Any]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
+def run_plainly(name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block as it is."""
+    return block(*args, **kwargs)
+
+
 @dataclass
-class Outcome:
-    """What one forward did, for its record: `saved` maps block names to the share of their work that was not done."""
+class _Tally:
+    """Adds up what the decisions of one forward led to."""
 
     saved: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
@@ -46,6 +51,10 @@ class Outcome:
             kinds = dict.fromkeys(verdict.reason for verdict in verdicts)
             self.reasons.append(next(iter(kinds)) if len(kinds) == 1 else "; ".join(v.reason for v in verdicts))
 
+    def outcome(self, tokens: int | None) -> Outcome:
+        """Give the sum."""
+        return Outcome(self.action, "; ".join(self.reasons) or "no block was called", self.saved, tokens)
+
     @property
     def action(self) -> str:
         """`computed`, `reused` or `forecast` where all that was decided agrees; `partial` where it does not."""
@@ -54,10 +63,6 @@ class Outcome:
         if self.forecast:
             return "forecast"
         return "reused" if self.reused else "computed"
-
-    @property
-    def reason(self) -> str:
-        return "; ".join(self.reasons) or "no block was called"
 
 
 class _Part:
@@ -85,14 +90,14 @@ class BlockPass:
         run: Run,
         *,
         reduce: Reduce = lambda changes: changes,
-        run_block: BlockRunner | None = None,
+        run_block: BlockRunner = run_plainly,
         proved: set[str] | None = None,
     ) -> None:
         self._cache, self._wiring, self._run = cache, wiring, run
         self._decider = Decider(cache, run, reduce)
         self._segments = segments_of(wiring, cache)
         self._where = wiring.where()
-        self._run_block = run_block or _plainly
+        self._run_block = run_block
         self._proved = proved if proved is not None else set()
 
     def begin(self, context: StepContext, state: BranchState, observed: Sequence[BlockCall] = ()) -> None:
@@ -104,14 +109,15 @@ class BlockPass:
         self._start: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._rows: list[torch.Tensor] = []
-        self.outcome = Outcome()
-        self.tokens: int | None = None
+        self._tally = _Tally()
+        self._tokens: int | None = None
         for call in observed:
             call.again(self)
 
-    def end(self) -> None:
-        """Let go of the forward's tensors."""
+    def end(self) -> Outcome:
+        """Let go of the forward's tensors and say what was done."""
         self._parts, self._entered, self._start, self._rows = {}, None, [], []
+        return self._tally.outcome(self._tokens)
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block call: run it, pass its streams through, or give the end of its segment."""
@@ -123,8 +129,8 @@ class BlockPass:
         values = [read_port(source, args, kwargs) for source in port.inputs]
         if place == segment.enters and segment.decides:
             self._entered = values[self._watched(chain, values)]
-            if self.tokens is None and self._entered.dim() > 2:
-                self.tokens = self._entered.shape[1]
+            if self._tokens is None and self._entered.dim() > 2:
+                self._tokens = self._entered.shape[1]
         if place < segment.first:
             return block(*args, **kwargs)
         if place == segment.first:
@@ -154,7 +160,7 @@ class BlockPass:
         forced = "observed for the first time" if self._observed else None
         verdicts = self._decider.decide(groups, site, shapes, segment.number, forced)
         self._parts[segment.part] = _Part(groups, verdicts, site)
-        self.outcome.add(verdicts, groups, segment.number)
+        self._tally.add(verdicts, groups, segment.number)
 
     def _inside(
         self,
@@ -174,7 +180,7 @@ class BlockPass:
                 ends = outputs_of(port, output)
                 self._keep(segment, part, port, [ends[out] if out is not None else None for out in port.outputs])
             return output
-        self.outcome.saved[f"{port.name}.{port.index}"] = 1.0 - len(computing) / len(part.groups)
+        self._tally.saved[f"{port.name}.{port.index}"] = 1.0 - len(computing) / len(part.groups)
         if computing:
             self._run_rows(port, computing, len(part.groups), block, args, kwargs)
         if last:
@@ -280,8 +286,8 @@ class ForwardPass:
     def begin(self, context: StepContext, state: BranchState) -> None:
         """Start a forward."""
         self._context, self._state = context, state
-        self.outcome = Outcome()
-        self.tokens: int | None = None
+        self._tally = _Tally()
+        self._tokens: int | None = None
 
     def forward(self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> Any:
         """Give the forward's output, from `compute` or from the history, for each image or for all."""
@@ -291,7 +297,7 @@ class ForwardPass:
                 f"{self._cache.describe()} skips whole forwards and needs latents in one tensor, got "
                 f"{type(latents).__name__}; use a cache that skips blocks"
             )
-        self.tokens = latents.shape[1] if latents.dim() == 3 else None
+        self._tokens = latents.shape[1] if latents.dim() == 3 else None
         count = latents.shape[0] if self._cache.per_image else 1
         groups = self._state.groups(0, count, self._cache.memory)
         self._state.streams[0] = 0
@@ -301,10 +307,10 @@ class ForwardPass:
         )  # fmt: skip
         shape = latents[:1].shape if self._cache.per_image else latents.shape
         verdicts = self._decider.decide(groups, site, (shape,), 0)
-        self.outcome.add(verdicts, groups, 0)
+        self._tally.add(verdicts, groups, 0)
         computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
         if len(computing) < count:
-            self.outcome.saved[""] = 1.0 - len(computing) / count
+            self._tally.saved[""] = 1.0 - len(computing) / count
         whole = self._output(arguments, latents, computing, count, compute)
         pieces = self._pieces(latents, groups, verdicts, whole)
         for index, (group, piece) in enumerate(zip(groups, pieces, strict=True)):
@@ -318,8 +324,9 @@ class ForwardPass:
             return whole
         return refilled(self._state.shell, pieces[0] if count == 1 else torch.cat(pieces))
 
-    def end(self) -> None:
-        """Nothing is held between the calls of a forward."""
+    def end(self) -> Outcome:
+        """Say what was done."""
+        return self._tally.outcome(self._tokens)
 
     def _output(
         self,
@@ -358,10 +365,6 @@ class ForwardPass:
             else:
                 pieces.append(own + group.histories[0].predict(self._context.step)[0])
         return pieces
-
-
-def _plainly(name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return block(*args, **kwargs)
 
 
 def _on_rows(

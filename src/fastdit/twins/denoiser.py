@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from fastdit.caching.decision import BranchState
-from fastdit.caching.passes import BlockPass, ForwardPass, Outcome
+from fastdit.caching.passes import BlockPass, ForwardPass, run_plainly
 from fastdit.caching.step_cache import StepCache
+from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.flops import FlopMeter
+from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
-from fastdit.run import Clock, Run, StepContext, StepRecord
+from fastdit.run import Clock, Outcome, Run, StepContext, StepRecord
 from fastdit.structure import named_arguments, same_object_twin, structural_twin, tensors_of
 from fastdit.wiring import Wiring, observe, wiring_key, with_handler
 
 from .hooks import rank_sum, through_hooks
 from .making import overriding, twin_class
-
-_Pass = BlockPass | ForwardPass
 
 
 class Session(Protocol):
@@ -44,13 +44,20 @@ class Denoiser:
     """
 
     def __init__(
-        self, module: nn.Module, name: str, session: Session, cache: StepCache | None, family: Family | None
+        self,
+        module: nn.Module,
+        name: str,
+        session: Session,
+        cache: StepCache | None,
+        family: Family | None,
+        token_cache: TokenCache | None = None,
     ) -> None:
         refuse_foreign_behaviour(module, name)
         self.module = module
         self.name = name
         self.session = session
         self._cache = cache.for_transformer(module) if cache is not None else None
+        self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
         self._proved: set[str] = set()
@@ -75,13 +82,12 @@ class Denoiser:
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
         clock = Clock(_device(arguments))
-        if self._cache is None and not children:
-            output = self.module(**arguments)
-            passed = None
+        if self._cache is None and self._token_cache is None and not children:
+            output, outcome = self.module(**arguments), Outcome()
         else:
-            output, passed = self._through_stack(run, context, arguments, children)
+            output, outcome = self._through_stack(run, context, arguments, children)
         clock.stop()
-        self._record(run, context, arguments, clock, passed)
+        self._record(run, context, arguments, clock, outcome)
         return output
 
     def _at_stage(self, run: Run, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,53 +108,90 @@ class Denoiser:
 
     def _through_stack(
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
-    ) -> tuple[Any, _Pass | None]:
+    ) -> tuple[Any, Outcome]:
         """Run the forward on a structural twin, between the hooks of the user's module."""
-        if self._cache is None:
-            return through_hooks(self.module, arguments, self._twin_with(children)), None
-        carry = self._cache.stage_change == "carry"
-        state = run.state((self.name, context.branch), BranchState, carry=carry)
-        passed: _Pass
-        if self._cache.whole_forward:
-            passed = ForwardPass(self._cache, run)
-            passed.begin(context, state)
-            compute = self._twin_with(children)
-            output = passed.forward(arguments, lambda given: through_hooks(self.module, dict(given), compute))
-        else:
-            passed, output = self._through_blocks(run, context, state, arguments, children)
-        passed.end()
-        run.weigh()
-        return output, passed
+        if self._cache is not None and self._cache.whole_forward:
+            return self._through_forward(run, context, arguments, children, self._cache)
+        outcomes: list[Outcome] = []
 
-    def _twin_with(self, children: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-        """Give the forward of a structural twin with some children replaced."""
-        return lambda arguments: structural_twin(self.module, children)(**arguments)
+        def forward(given: dict[str, Any]) -> Any:
+            tokens = self._token_pass(run, context, given)
+            if self._cache is not None:
+                output, outcome = self._through_blocks(run, context, given, children, self._cache, tokens)
+            else:
+                output, outcome = self._through_tokens(given, children, tokens)
+            outcomes.append(outcome)
+            return output
+
+        output = through_hooks(self.module, arguments, forward)
+        run.weigh()
+        return output, outcomes[0]
+
+    def _through_tokens(
+        self, arguments: dict[str, Any], children: dict[str, Any], tokens: TokenPass | None
+    ) -> tuple[Any, Outcome]:
+        """Run a forward that is not skipped, under the token cache if there is one."""
+        if tokens is None:
+            return structural_twin(self.module, children)(**arguments), Outcome()
+        return with_handler(self.module, tokens, children)(**arguments), tokens.end()
+
+    def _through_forward(
+        self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any], cache: StepCache
+    ) -> tuple[Any, Outcome]:
+        """Run or skip the whole forward; a token cache acts in those that run."""
+        inner: list[Outcome] = []
+
+        def compute(given: dict[str, Any]) -> Any:
+            output, outcome = self._through_tokens(given, children, self._token_pass(run, context, given))
+            inner.append(outcome)
+            return output
+
+        passed = ForwardPass(cache, run)
+        passed.begin(context, self._state(run, context, cache))
+        output = passed.forward(arguments, lambda given: through_hooks(self.module, dict(given), compute))
+        run.weigh()
+        return output, passed.end().around(inner[0] if inner else None)
 
     def _through_blocks(
         self,
         run: Run,
         context: StepContext,
-        state: BranchState,
         arguments: dict[str, Any],
         children: dict[str, Any],
-    ) -> tuple[BlockPass, Any]:
+        cache: StepCache,
+        tokens: TokenPass | None,
+    ) -> tuple[Any, Outcome]:
         """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
-        cache = self._cache
-        assert cache is not None
-        passes: list[BlockPass] = []
+        key = wiring_key(arguments)
+        seen = None if key in self._wirings else observe(self.module, arguments, children)
+        if seen is not None:
+            self._wirings[key] = seen.wiring
+        passed = BlockPass(
+            cache,
+            self._wirings[key],
+            run,
+            reduce=rank_sum(self.module),
+            run_block=tokens.call if tokens is not None else run_plainly,
+            proved=self._proved,
+        )
+        passed.begin(context, self._state(run, context, cache), seen.calls if seen is not None else ())
+        output = seen.output if seen is not None else with_handler(self.module, passed, children)(**arguments)
+        return output, passed.end().around(tokens.end() if tokens is not None else None)
 
-        def forward(given: dict[str, Any]) -> Any:
-            key = wiring_key(given)
-            seen = None if key in self._wirings else observe(self.module, given, children)
-            if seen is not None:
-                self._wirings[key] = seen.wiring
-            passed = BlockPass(cache, self._wirings[key], run, reduce=rank_sum(self.module), proved=self._proved)
-            passes.append(passed)
-            passed.begin(context, state, seen.calls if seen is not None else ())
-            return seen.output if seen is not None else with_handler(self.module, passed, children)(**given)
+    def _state(self, run: Run, context: StepContext, cache: StepCache) -> BranchState:
+        return run.state((self.name, context.branch), BranchState, carry=cache.stage_change == "carry")
 
-        output = through_hooks(self.module, arguments, forward)
-        return passes[0], output
+    def _token_pass(self, run: Run, context: StepContext, arguments: Mapping[str, Any]) -> TokenPass | None:
+        """Begin a forward under the token cache, if there is one."""
+        if self._token_cache is None:
+            return None
+        layout, latents = run.layout or run.grid, next(iter(arguments.values()))
+        patch = getattr(getattr(self.module, "config", None), "patch_size", None)
+        if layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
+            layout = TokenLayout(latents.shape[2] // patch, latents.shape[3] // patch, coarse=False)
+        passed = TokenPass(self._token_cache, run)
+        passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState), layout)
+        return passed
 
     def _current_meter(self) -> FlopMeter:
         """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
@@ -158,13 +201,12 @@ class Denoiser:
         return self._meter[1]
 
     def _record(
-        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, passed: _Pass | None
+        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, outcome: Outcome
     ) -> None:
         first = next(iter(arguments.values()))
         latents = first if isinstance(first, torch.Tensor) else tensors_of(first)[0]
         batch = latents.shape[0] if isinstance(first, torch.Tensor) else len(first)
-        tokens = passed.tokens if passed is not None else latents.shape[1] if latents.dim() == 3 else None
-        outcome = passed.outcome if passed is not None else Outcome(reasons=["no cache"])
+        tokens = outcome.tokens if outcome.tokens is not None else latents.shape[1] if latents.dim() == 3 else None
         sigma, meter = run.sigma(context.step), run.meter(self.name, self._current_meter)
         key = meter.key(arguments)
 

@@ -1,0 +1,122 @@
+"""Scores of tokens, taken from attention at a full step; the attention itself is computed as ever.
+
+    output_norm   ||o_i||: the norm of what attention gives token i. Needs to see nothing but that output
+    value_norm    ||v_i||: the norm of the token's values, over all heads
+    attention     sum_j a_ji: the attention that token i receives from image tokens, a the mean map of the heads
+    text          1 + sum_j c_ij log c_ij, c_i the attention of token i to the text's tokens, made to sum to one
+
+All but the last are divided by their norm over the image's tokens. Where a score needs more than the output, the
+calls of `scaled_dot_product_attention` inside the attention module are watched and answered by torch's own (fused)
+kernel. The two scores that need the map pay for one more product of queries and keys a block, head by head; a record's
+seconds hold it and its FLOPs, which are the model's own, don't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fastdit.errors import IncompatibleStack
+from fastdit.models.tokens import TokenRoles
+from fastdit.structure import tensors_of
+
+
+class AttentionScore(Enum):
+    """Which score is taken of the attention."""
+
+    OUTPUT_NORM = "output_norm"
+    VALUE_NORM = "value_norm"
+    ATTENTION = "attention"
+    TEXT = "text"
+
+    def child(self, roles: TokenRoles) -> str:
+        """Name the child of a block that is watched."""
+        return roles.cross_attention or roles.attention if self is AttentionScore.TEXT else roles.attention
+
+    def result(self, seen: list[torch.Tensor], output: Any, tokens: int, text: int, where: str) -> torch.Tensor:
+        """Give the score [B, N] of the image tokens once the attention has run; `text` tokens lead its output."""
+        if self is AttentionScore.OUTPUT_NORM:
+            image = tensors_of(output)[0][:, text:]
+            return nn.functional.normalize(image.float().norm(dim=2), dim=1)
+        if not seen:
+            raise IncompatibleStack(
+                f"the score {self.value!r} is read off scaled_dot_product_attention, which {where} did not call; use "
+                "the score 'output_norm', 'random' or 'age', or the attention backend 'native'"
+            )
+        return seen[-1] if self is AttentionScore.TEXT else nn.functional.normalize(seen[-1], dim=1)
+
+
+class _Watcher(TorchFunctionMode):
+    """Sees each call of scaled_dot_product_attention and lets it pass."""
+
+    def __init__(self, score: AttentionScore, tokens: int, roles: TokenRoles) -> None:
+        super().__init__()
+        self._score, self._tokens, self._roles = score, tokens, roles
+        self.seen: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            self.seen.append(self._read(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _read(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Reduce one attention [B, H, S, D] to a score [B, N]."""
+        image = self._image(query.shape[2])
+        if self._score is AttentionScore.VALUE_NORM:
+            norms: torch.Tensor = value[:, :, image].float().norm(dim=3).norm(dim=1)
+            return norms
+        heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+        total = query.new_zeros(1, dtype=torch.float32)
+        for head in range(heads):
+            queries, keys = query[:, head, image].float(), key[:, head // groups].float()
+            logits = queries @ keys.transpose(1, 2) * (scale if scale is not None else query.shape[3] ** -0.5)
+            if attn_mask is not None:
+                mask = attn_mask.expand(query.shape[0], heads, query.shape[2], key.shape[2])[:, head, image]
+                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+            weights = logits.softmax(dim=2)
+            if self._score is AttentionScore.ATTENTION:
+                total = total + weights.sum(dim=1)[:, image]
+            else:
+                total = total + self._to_text(weights, image)
+        if self._score is AttentionScore.ATTENTION:
+            return total / heads
+        shares = total / total.sum(dim=2, keepdim=True)
+        return 1.0 + torch.xlogy(shares, shares).sum(dim=2)
+
+    def _image(self, length: int) -> slice:
+        """Where the image tokens lie among the queries."""
+        start = length - self._tokens if self._roles.text_first else 0
+        return slice(start, start + self._tokens)
+
+    def _to_text(self, weights: torch.Tensor, image: slice) -> torch.Tensor:
+        """Keep the columns of the text: all of them in cross attention, those beside the image's in joint attention."""
+        if self._roles.cross_attention is not None:
+            return weights
+        return torch.cat([weights[:, :, : image.start], weights[:, :, image.stop :]], dim=2)
+
+
+@contextmanager
+def watching(score: AttentionScore, tokens: int, roles: TokenRoles) -> Iterator[list[torch.Tensor]]:
+    """Collect a score for each attention inside; nothing is watched where the output alone is enough."""
+    if score is AttentionScore.OUTPUT_NORM:
+        yield []
+        return
+    with _Watcher(score, tokens, roles) as watcher:
+        yield watcher.seen
