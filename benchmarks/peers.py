@@ -1,0 +1,125 @@
+"""Other libraries' caches on the embedded pipeline, to be measured beside fastdit's own in one experiment.
+
+Every peer gets a pipeline of its own, freshly loaded: diffusers hooks the blocks of one transformer object, and
+cache-dit replaces `__call__` on the pipeline's class. Both forget a run's state when its call ends (diffusers in
+`maybe_free_model_hooks`) or when the next one starts (cache-dit, which makes new contexts), so nothing needs a reset.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+from fastdit.errors import FastditError
+from fastdit.measure.experiment import Configuration
+from fastdit.mini import load_mini
+from fastdit.mini.pipeline import MiniFluxPipeline
+from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, Scene
+
+STEPS = 50
+
+#: Makes a pipeline from scratch.
+Maker = Callable[[], MiniFluxPipeline]
+
+
+def peers() -> dict[str, Maker]:
+    """Every peer at settings for speeds of about 1.5, 2 and 3 times the plain run of 50 steps, by name."""
+    return {**_first_block_caches(), **_taylor_seers(), **_mag_caches(), **_db_caches()}
+
+
+def configurations() -> list[Configuration]:
+    """The peers as an experiment takes them, each with its own pipeline."""
+    call = {"num_inference_steps": STEPS}
+    return [Configuration(name, call=call, pipeline=make()) for name, make in peers().items()]
+
+
+def _first_block_caches() -> dict[str, Maker]:
+    return {
+        f"diffusers FirstBlockCache {threshold:g}": functools.partial(_hooked, FirstBlockCacheConfig(threshold))
+        for threshold in (0.05, 0.08, 0.2)
+    }
+
+
+def _taylor_seers() -> dict[str, Maker]:
+    """The default form, which forecasts attention alone, and the lite one, which forecasts the model's output."""
+    makers = {}
+    for interval, lite in ((5, False), (2, True), (3, True), (4, True)):
+        config = TaylorSeerCacheConfig(interval, taylor_factors_dtype=torch.float32, use_lite_mode=lite)
+        form = "TaylorSeer lite" if lite else "TaylorSeer"
+        makers[f"diffusers {form} {interval}"] = functools.partial(_hooked, config)
+    return makers
+
+
+def _mag_caches() -> dict[str, Maker]:
+    def make(threshold: float, longest: int, retention: float) -> MiniFluxPipeline:
+        return _hooked(MagCacheConfig(threshold, longest, retention, STEPS, mag_ratios()))
+
+    settings = ((0.06, 1, 0.2), (0.06, 3, 0.2), (0.24, 5, 0.1))
+    return {
+        f"diffusers MagCache {threshold:g} K{longest}": functools.partial(make, threshold, longest, retention)
+        for threshold, longest, retention in settings
+    }
+
+
+def _db_caches() -> dict[str, Maker]:
+    makers: dict[str, Maker] = {}
+    for threshold, forecast in itertools.product((0.05, 0.08, 0.2), (False, True)):
+        name = f"cache-dit DBCache{' TaylorSeer' if forecast else ''} {threshold:g}"
+        makers[name] = functools.partial(_db_cached, threshold, forecast)
+    return makers
+
+
+def _hooked(config: Any) -> MiniFluxPipeline:
+    """A pipeline with one of diffusers' caches."""
+    pipeline = _quiet_mini()
+    pipeline.transformer.enable_cache(config)
+    return pipeline
+
+
+def _db_cached(threshold: float, forecast: bool) -> MiniFluxPipeline:
+    """A pipeline with cache-dit's DBCache, which compares the first block; `forecast` adds its TaylorSeer calibrator.
+
+    The pipeline's class is its own, for cache-dit patches the class, and has FLUX's name, by which cache-dit knows it.
+    """
+    cache_dit = _cache_dit()
+    pipeline = _quiet_mini()
+    pipeline.__class__ = type("FluxPipeline", (MiniFluxPipeline,), {})
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=threshold)
+    calibrator = cache_dit.TaylorSeerCalibratorConfig() if forecast else None
+    cache_dit.enable_cache(pipeline, cache_config=config, calibrator_config=calibrator)
+    return pipeline
+
+
+def _cache_dit() -> Any:
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")
+    try:
+        return importlib.import_module("cache_dit")
+    except ImportError as error:
+        raise FastditError("cache-dit is not installed; run: pip install cache-dit==1.5.3") from error
+
+
+@functools.cache
+def mag_ratios() -> tuple[float, ...]:
+    """MagCache's curve for the embedded model: diffusers' own calibration, which prints it, on prompts of training."""
+    pipeline = _hooked(MagCacheConfig(num_inference_steps=STEPS, calibrate=True))
+    scenes = (Scene((name,), background) for name, background in zip(OBJECTS, itertools.cycle(BACKGROUNDS)))
+    prompts = [scene.prompt() for scene in scenes if not scene.held_out][:8]
+    with redirect_stdout(io.StringIO()) as printed:
+        pipeline(prompts, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(0))
+    return tuple(json.loads(printed.getvalue().rpartition(":")[2]))
+
+
+def _quiet_mini() -> MiniFluxPipeline:
+    pipeline = load_mini()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
