@@ -45,38 +45,51 @@ def configurations() -> list[Configuration]:
 
 def _first_block_caches() -> dict[str, Maker]:
     return {
-        f"diffusers FirstBlockCache {threshold:g}": functools.partial(_hooked, FirstBlockCacheConfig(threshold))
-        for threshold in (0.05, 0.08, 0.2)
+        f"diffusers FirstBlockCache {_short(threshold)}": functools.partial(_hooked, FirstBlockCacheConfig(threshold))
+        for threshold in (0.05, 0.09, 0.2)
     }
 
 
 def _taylor_seers() -> dict[str, Maker]:
-    """The default form, which forecasts attention alone, and the lite one, which forecasts the model's output."""
-    makers = {}
-    for interval, lite in ((5, False), (2, True), (3, True), (4, True)):
-        config = TaylorSeerCacheConfig(interval, taylor_factors_dtype=torch.float32, use_lite_mode=lite)
-        form = "TaylorSeer lite" if lite else "TaylorSeer"
-        makers[f"diffusers {form} {interval}"] = functools.partial(_hooked, config)
-    return makers
+    """The default form, which forecasts attention alone, and the lite one, which forecasts the model's output.
+
+    N is the interval between computed steps, W the count of computed steps before the first forecast.
+    """
+    settings = ((False, 5, 3), (True, 2, 15), (True, 2, 3), (True, 4, 3))
+    return {
+        f"diffusers TaylorSeer{' lite' if lite else ''} N{interval} W{before}": functools.partial(
+            _hooked,
+            TaylorSeerCacheConfig(interval, before, taylor_factors_dtype=torch.float32, use_lite_mode=lite),
+        )
+        for lite, interval, before in settings
+    }
 
 
 def _mag_caches() -> dict[str, Maker]:
-    def make(threshold: float, longest: int, retention: float) -> MiniFluxPipeline:
-        return _hooked(MagCacheConfig(threshold, longest, retention, STEPS, mag_ratios()))
+    """By threshold; K is the longest run of skipped steps, R the share of first steps that are always computed."""
 
-    settings = ((0.06, 1, 0.2), (0.06, 3, 0.2), (0.24, 5, 0.1))
+    def make(threshold: float, longest: int, retention: float) -> MiniFluxPipeline:
+        ratios = list(mag_ratios())
+        return _hooked(MagCacheConfig(threshold, longest, retention, STEPS, ratios))
+
+    settings = ((0.03, 1, 0.2), (0.06, 3, 0.2), (0.15, 5, 0.1))
     return {
-        f"diffusers MagCache {threshold:g} K{longest}": functools.partial(make, threshold, longest, retention)
+        f"diffusers MagCache {_short(threshold)} K{longest} R{_short(retention)}": functools.partial(
+            make, threshold, longest, retention
+        )
         for threshold, longest, retention in settings
     }
 
 
 def _db_caches() -> dict[str, Maker]:
-    makers: dict[str, Maker] = {}
-    for threshold, forecast in itertools.product((0.05, 0.08, 0.2), (False, True)):
-        name = f"cache-dit DBCache{' TaylorSeer' if forecast else ''} {threshold:g}"
-        makers[name] = functools.partial(_db_cached, threshold, forecast)
-    return makers
+    """By threshold; F1B0 always computes the first block alone, W is the count of first steps that are computed."""
+    return {
+        f"cache-dit DBCache F1B0 {_short(threshold)} W{warmup}{' + TaylorSeer' if forecast else ''}": functools.partial(
+            _db_cached, threshold, warmup, forecast
+        )
+        for forecast in (False, True)
+        for threshold, warmup in ((0.06, 8), (0.12, 8), (0.24, 4))
+    }
 
 
 def _hooked(config: Any) -> MiniFluxPipeline:
@@ -86,7 +99,7 @@ def _hooked(config: Any) -> MiniFluxPipeline:
     return pipeline
 
 
-def _db_cached(threshold: float, forecast: bool) -> MiniFluxPipeline:
+def _db_cached(threshold: float, warmup: int, forecast: bool) -> MiniFluxPipeline:
     """A pipeline with cache-dit's DBCache, which compares the first block; `forecast` adds its TaylorSeer calibrator.
 
     The pipeline's class is its own, for cache-dit patches the class, and has FLUX's name, by which cache-dit knows it.
@@ -94,7 +107,9 @@ def _db_cached(threshold: float, forecast: bool) -> MiniFluxPipeline:
     cache_dit = _cache_dit()
     pipeline = _quiet_mini()
     pipeline.__class__ = type("FluxPipeline", (MiniFluxPipeline,), {})
-    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=threshold)
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold, max_warmup_steps=warmup
+    )
     calibrator = cache_dit.TaylorSeerCalibratorConfig() if forecast else None
     cache_dit.enable_cache(pipeline, cache_config=config, calibrator_config=calibrator)
     return pipeline
@@ -123,3 +138,8 @@ def _quiet_mini() -> MiniFluxPipeline:
     pipeline = load_mini()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _short(number: float) -> str:
+    """A setting as names show it: .05."""
+    return f"{number:g}".removeprefix("0")
