@@ -3,6 +3,7 @@
 Every peer gets a pipeline of its own, freshly loaded: diffusers hooks the blocks of one transformer object, and
 cache-dit replaces `__call__` on the pipeline's class. Both forget a run's state when its call ends (diffusers in
 `maybe_free_model_hooks`) or when the next one starts (cache-dit, which makes new contexts), so nothing needs a reset.
+Only a call that raises leaves diffusers' MagCache and TaylorSeer amid its steps; after one, make the pipeline again.
 """
 
 from __future__ import annotations
