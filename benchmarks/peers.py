@@ -89,7 +89,7 @@ def _db_caches() -> dict[str, Maker]:
             _db_cached, threshold, warmup, forecast
         )
         for forecast in (False, True)
-        for threshold, warmup in ((0.06, 8), (0.12, 8), (0.24, 4))
+        for threshold, warmup in ((0.06, 8), (0.12, 8), (0.3, 4))
     }
 
 
