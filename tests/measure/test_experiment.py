@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from PIL.Image import Image
 
 from fastdit import RALU, FirstBlockCache, Stack
@@ -87,6 +88,23 @@ def test_the_fastest_configuration_and_its_rival_are_found(experiment: Experimen
     slow, fast = plain(12), plain(2)
     assert experiment.fastest([slow, fast], rounds=1) == fast
     assert 6 <= experiment.rival(slow, rounds=1) <= 24
+
+
+def test_a_pipeline_of_its_own_is_measured_like_the_rest_and_never_taken_for_plain(experiment: Experiment) -> None:
+    same, cached = random_flux(), random_flux()
+    cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    call = {"num_inference_steps": 8}
+    own = [Configuration("same", call=call, pipeline=same), Configuration("cached", call=call, pipeline=cached)]
+    results, images = experiment.run([plain(8), *own], title="test", baseline="8 steps")
+    assert [image.tobytes() for image in images["same"]] == [image.tobytes() for image in images["8 steps"]]
+    assert results.flops_ratio("same") == 1 and results.flops_ratio("cached") > 1
+    assert results.rival("8 steps") is None and results.rival("same") in ("8 steps", None)
+    assert Results.from_json(results.to_json()) == results
+
+
+def test_a_stack_and_a_pipeline_of_its_own_are_refused_together(experiment: Experiment) -> None:
+    with pytest.raises(ValueError, match="both a stack and a pipeline"):
+        Configuration("both", Stack(), pipeline=experiment.pipeline)
 
 
 def test_prompts_that_do_not_fill_a_round_are_refused(experiment: Experiment) -> None:

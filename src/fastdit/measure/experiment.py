@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL.Image import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastdit.accelerator import Break
 from fastdit.stack import Stack, accelerate
@@ -38,11 +40,34 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way of making pictures: a stack (None: the untouched pipeline) and its call's keyword arguments."""
+    """One way of making pictures: a stack (None: the untouched pipeline) and its call's keyword arguments.
+
+    Instead of a stack it can bring a `pipeline` of its own, such as one that another library made faster.
+    """
 
     name: str
     stack: Stack | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Any = None
+
+    def __post_init__(self) -> None:
+        if self.stack is not None and self.pipeline is not None:
+            raise ValueError(
+                f"{self.name!r} has both a stack and a pipeline; give the stack alone, or call accelerate on the "
+                "pipeline first and give the result"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the experiment's own pipeline, untouched."""
+        return self.stack is None and self.pipeline is None
+
+    @property
+    def method(self) -> Any:
+        """What makes it faster, as JSON: the stack, or the class of a pipeline of its own; None where it is plain."""
+        if self.pipeline is not None:
+            return {"pipeline": type(self.pipeline).__name__}
+        return None if self.stack is None else self.stack.to_json()
 
     @property
     def keeps_seed(self) -> bool:
@@ -122,7 +147,7 @@ class Experiment:
 
         With a `directory`, the pictures of the first prompts are saved there.
         """
-        records = self._warm_up(configurations)
+        records, flops = self._warm_up(configurations)
         images: dict[str, list[Image]] = {configuration.name: [] for configuration in configurations}
         seconds: dict[str, list[float]] = {configuration.name: [] for configuration in configurations}
         tasks = {configuration.name: self.task(configuration) for configuration in configurations}
@@ -142,7 +167,7 @@ class Experiment:
             prompts=self.prompts,
             images_per_round=self.batch,
             configurations=tuple(
-                self._result(configuration, seconds, records, images, baseline, directory)
+                self._result(configuration, seconds, records, flops, images, baseline, directory)
                 for configuration in configurations
             ),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,7 +176,7 @@ class Experiment:
 
     def _pipeline(self, configuration: Configuration) -> Any:
         if configuration.stack is None:
-            return self.pipeline
+            return self.pipeline if configuration.pipeline is None else configuration.pipeline
         if configuration.name not in self._twins:
             self._twins[configuration.name] = accelerate(self.pipeline, configuration.stack)
         return self._twins[configuration.name]
@@ -164,16 +189,28 @@ class Experiment:
         images: list[Image] = pipeline(generator=generators, **call).images
         return images
 
-    def _warm_up(self, configurations: Sequence[Configuration]) -> dict[str, list[Any]]:
-        """Call every configuration once; the plain ones through an empty stack, whose record tells what a run costs."""
-        records: dict[str, list[Any]] = {}
+    def _warm_up(self, configurations: Sequence[Configuration]) -> tuple[dict[str, list[Any]], dict[str, int]]:
+        """Call every configuration once; give the records so far, and the FLOPs of a round where no record tells them.
+
+        Plain ones are called through an empty stack, whose record tells what every round costs. Of a configuration
+        with its own pipeline, the FLOPs of this first round stand for all.
+        """
+        records: dict[str, list[Any]] = {configuration.name: [] for configuration in configurations}
+        flops: dict[str, int] = {}
         recorder = accelerate(self.pipeline, Stack())
         for done, configuration in enumerate(configurations, start=1):
-            twin = recorder if configuration.stack is None else self._pipeline(configuration)
-            self._generate(twin, configuration, 0)
-            records[configuration.name] = [twin.fastdit.last_run] if configuration.stack is None else []
+            name = configuration.name
+            pipeline = recorder if configuration.plain else self._pipeline(configuration)
+            call = partial(self._generate, pipeline, configuration, 0)
+            if configuration.pipeline is not None:
+                flops[name] = _executed_flops(pipeline.transformer, call)
+            else:
+                call()
+            if configuration.plain:
+                records[name].append(pipeline.fastdit.last_run)
+                flops[name] = pipeline.fastdit.last_run.flops
             self._progress("warm-up", done, len(configurations))
-        return records
+        return records, flops
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -188,6 +225,7 @@ class Experiment:
         configuration: Configuration,
         seconds: Mapping[str, list[float]],
         records: Mapping[str, list[Any]],
+        flops: Mapping[str, int],
         images: Mapping[str, list[Image]],
         baseline: str,
         directory: Path | None,
@@ -196,10 +234,10 @@ class Experiment:
         self._progress(f"scoring {name}", 0, 1)
         result = ConfigurationResult(
             name=name,
-            stack=None if configuration.stack is None else configuration.stack.to_json(),
+            stack=configuration.method,
             call={key: _plain_value(value) for key, value in configuration.call.items()},
             seconds=tuple(seconds[name]),
-            flops=tuple(run.flops for run in runs) * (self.rounds if len(runs) == 1 else 1),
+            flops=(flops[name],) * self.rounds if name in flops else tuple(run.flops for run in runs),
             metrics=self._metrics(configuration, images[name], images[baseline]),
             records=tuple(run.to_json() for run in runs[:SHOWN]),
             images=() if directory is None else save_images(images[name][:SHOWN], directory, name),
@@ -218,6 +256,20 @@ class Experiment:
             samples["psnr"] = psnr(images, references)
             samples["ssim"] = ssim(images, references)
         return {name: Metric(mean(values), tuple(values)) for name, values in samples.items()}
+
+
+def _executed_flops(module: torch.nn.Module, call: Callable[[], Any]) -> int:
+    """The FLOPs that `module` really runs in `call`, in the measure of `fastdit.flops.count`."""
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        flops: int = sdpa_flop_count(query, key, value)
+        return flops
+
+    # The counter knows the attention of every device but the CPU.
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        call()
+    return sum(counter.get_flop_counts()[type(module).__name__].values())
 
 
 def save_images(images: Sequence[Image], directory: Path, name: str) -> tuple[str, ...]:
