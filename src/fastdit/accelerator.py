@@ -102,6 +102,14 @@ def register(cls: _Type) -> _Type:
     return cls
 
 
+def _load_own_types() -> None:
+    """Import the library's own configurations, which register themselves and are otherwise imported on first use."""
+    import fastdit
+
+    for name in fastdit.__all__:
+        getattr(fastdit, name)
+
+
 def encode(value: Any) -> Any:
     """Turn a registered configuration into plain JSON data, nested configurations included."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -122,6 +130,8 @@ def decode(data: Any, where: str = "stack") -> Any:
         return data
     fields = dict(data)
     name = fields.pop("type", None)
+    if name not in _REGISTRY:
+        _load_own_types()
     if name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
         raise InvalidConfig(f"{where}: unknown type {name!r}; the allowed types are {known}")

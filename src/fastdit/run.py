@@ -66,7 +66,7 @@ class StepRecord:
 
     @property
     def flops(self) -> int:
-        """FLOPs that this forward cost, what it saved left out (counted on first use)."""
+        """FLOPs that this forward cost, what it saved left out (counted on first use; a gate's own are not in it)."""
         return self._meter.flops(self._key, self.saved)
 
     @property

@@ -30,6 +30,7 @@ from fastdit import (
     Interval,
     InvalidConfig,
     NeverFired,
+    SeaCache,
     Stack,
     TeaCache,
     ToCa,
@@ -500,7 +501,7 @@ def test_images_that_are_decided_one_by_one_are_refused_beside_a_token_cache(cac
 @each_cache
 @pytest.mark.parametrize(
     "gate",
-    [TeaCache(0.7, (1.0, 0.0)), FirstBlockCache(1.0, leading=2, trailing=1), Interval(2), EasyCache(0.4)],
+    [SeaCache(0.9), FirstBlockCache(1.0, leading=2, trailing=1), Interval(2), EasyCache(0.4)],
     ids=lambda gate: type(gate).__name__,
 )
 def test_with_a_step_cache_skipped_steps_run_nothing_and_the_flops_are_those_really_spent(

@@ -250,3 +250,14 @@ def test_the_public_names_are_all_there_and_nothing_else_is_promised() -> None:
     assert {"accelerate", "Stack", "RALU", "TeaCache", "FirstBlockCache", "StepMask"} <= set(fastdit.__all__)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         fastdit.nothing_of_the_kind  # noqa: B018
+
+
+def test_a_stack_s_json_is_read_in_a_process_that_has_used_nothing_yet() -> None:
+    import json
+    import subprocess
+    import sys
+
+    written = json.dumps(Stack([FirstBlockCache(0.1, forecast=Taylor(1))]).to_json())
+    code = f"import fastdit, json; print(fastdit.Stack.from_json(json.loads({written!r})))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "FirstBlockCache" in shown
