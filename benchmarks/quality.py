@@ -6,20 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 
+from common import compare
 from fastdit.caching.first_block_cache import FirstBlockCache
 from fastdit.caching.teacache import TeaCache
-from fastdit.measure.experiment import Configuration, Experiment, plain
-from fastdit.measure.images import frechet_distance
-from fastdit.measure.results import Metric
-from fastdit.measure.statistics import jackknife
+from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
-from fastdit.mini import load_mini
-from fastdit.mini.judge import load_judge
-from fastdit.mini.prompts import held_out
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
 
@@ -48,40 +42,15 @@ def main(
     prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 200,
     batch: int = 8,
     seed: int = 0,
+    first: Annotated[int, typer.Option(help="Held-out prompts to leave out at the start.")] = 0,
     out: Path = Path("benchmarks/results/quality.json"),
 ) -> None:
-    """Generate, time, score; the Frechet distance is to the plain run of 50 steps on other seeds."""
-    pipeline = load_mini()
-    pipeline.set_progress_bar_config(disable=True)
-    judge = load_judge()
-    experiment = Experiment(
-        pipeline, held_out(prompts, seed, background=True), seed=seed, batch=batch, judge=judge, progress=_say
+    """Generate, time and score everything in turns."""
+    results = compare(
+        configurations(), title="quality at equal time", prompts=prompts, batch=batch, seed=seed, first=first
     )
-    results, images = experiment.run(configurations(), title="quality at equal time", baseline="50 steps")
-    reference = [
-        image
-        for start in range(0, prompts, batch)
-        for image in pipeline(
-            list(experiment.prompts[start : start + batch]), generator=torch.Generator().manual_seed(10_000 + start)
-        ).images
-    ]
-    target = judge.features(reference).numpy()
-    distances = {}
-    for name, made in images.items():
-        features = judge.features(made).numpy()
-
-        def distance(rows: np.ndarray, features: np.ndarray = features) -> float:
-            return frechet_distance(target, features[rows], regularisation=1e-3)
-
-        distances[name] = Metric(jackknife(distance, prompts))
-    results = results.with_metric("frechet", distances)
     Console().print(rich_table(results))
     results.save(out)
-
-
-def _say(phase: str, done: int, total: int) -> None:
-    if done == total or done % 20 == 0:
-        print(f"{phase}: {done} of {total}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,14 @@ def interval(data: Mapping[str, float], digits: int) -> str:
 
 
 def overhead(data: Mapping[str, Any]) -> list[str]:
+    rounds = len(data["seconds"]["plain"])
+    lines = ["| twin | over plain |", "|---|--:|"]
+    lines += [f"| {name} | {interval(ratio, 4)} |" for name, ratio in data["ratios"].items()]
     return [
-        "## What an empty stack costs",
-        f"Twin over plain, paired, {len(data['seconds']['twin'])} rounds of {data['steps']} steps at {data['tokens']} "
-        f"tokens: **{interval(data['ratio'], 4)}** (bar {data['bar']}).",
+        "## What a stack costs where it saves nothing",
+        f"An empty stack, and caches whose threshold lets them skip nothing: twin over plain, paired, {rounds} rounds "
+        f"of {data['steps']} steps at {data['tokens']} tokens on the {data['model']} (bar {data['bar']}).",
+        "\n".join(lines),
         machine(data),
     ]
 
