@@ -36,12 +36,12 @@ class _Tally:
     reused: int = 0
     forecast: int = 0
 
-    def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], part: int) -> None:
+    def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], segment: int) -> None:
         """Count what was decided for each group."""
         for verdict, group in zip(verdicts, groups, strict=True):
             if verdict.compute:
                 self.computed += 1
-            elif group.histories[part].extrapolates:
+            elif group.histories[segment].extrapolates:
                 self.forecast += 1
             else:
                 self.reused += 1
