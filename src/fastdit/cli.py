@@ -214,7 +214,10 @@ def _pipeline(name: str, dtype: str | None, device: str | None) -> Any:
         from diffusers import DiffusionPipeline
 
         try:
-            pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes[kind])
+            with warnings.catch_warnings():
+                # Newer releases call it dtype, which the oldest ones that are supported pass over.
+                warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+                pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes[kind])
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise InvalidConfig(
                 f"{name} can't be loaded as a diffusers pipeline: {error}; give 'mini', a directory with a "

@@ -67,7 +67,7 @@ class _Recorder(StepCache):
         function = signal_for(site.block, self.kind)
         if function is None:
             raise UnsupportedModel(
-                f"{type(site.block).__name__} has no signal {self.kind!r} ({SIGNAL_KINDS[self.kind]}) described; "
+                f"{site.block.__class__.__name__} has no signal {self.kind!r} ({SIGNAL_KINDS[self.kind]}) described; "
                 "calibrate on another signal, or describe it in fastdit.models.signals"
             )
         return function(site.block, site.hidden_states, site.args, site.kwargs)
