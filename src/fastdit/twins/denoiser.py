@@ -190,7 +190,8 @@ class Denoiser:
         if layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
             layout = TokenLayout(latents.shape[2] // patch, latents.shape[3] // patch, coarse=False)
         passed = TokenPass(self._token_cache, run)
-        passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState), layout)
+        carry = self._token_cache.stage_change == "carry"
+        passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState, carry=carry), layout)
         return passed
 
     def _current_meter(self) -> FlopMeter:
