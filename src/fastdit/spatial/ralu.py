@@ -57,13 +57,12 @@ PRESETS = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in three stages.
 
-    Either `preset` names a published setting, or `steps` (one count a stage), `ends` (the times at which stages 1 and
-    2 end, 0 = noise, 1 = data) and `ratio` (the share of coarse tokens refined in stage 2) are all given. `restart`
-    fixes Z (at least 2; larger restarts closer to noise) and is solved otherwise. `base_shift` is the timestep shift
-    that the model was trained for.
+    `preset` names a published setting: `steps` (one count a stage), `ends` (the times at which stages 1 and 2 end, 0 =
+    noise, 1 = data) and `ratio` (the share of coarse tokens refined in stage 2). What is given beside it takes the
+    place of the preset's; without a preset all three are needed. `restart` fixes Z (at least 2; larger restarts closer
+    to noise) and is solved otherwise. `base_shift` is the timestep shift that the model was trained for.
 
-    Raises `InvalidConfig` for an unknown preset, for a preset mixed with values of one's own, and for values out of
-    range.
+    Raises `InvalidConfig` for an unknown preset and for values out of range.
     """
 
     preset: str | None = None
@@ -91,19 +90,13 @@ class RALU(Schedule):
             raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
         if self.preset is None and any(value is None for value in custom):
             raise InvalidConfig("RALU without a preset needs all of steps=(a, b, c), ends=(e1, e2) and ratio")
-        if self.preset is not None and any(value is not None for value in custom):
-            raise InvalidConfig(
-                f"RALU was given the preset {self.preset!r} and values of its own; keep the preset, or give steps, "
-                "ends and ratio without it"
-            )
         _validate(self.settings, self.restart, self.base_shift, self.fidelity)
 
     @property
     def settings(self) -> _Preset:
         """The steps, ends and ratio in force."""
-        if self.steps is not None and self.ends is not None and self.ratio is not None:
-            return _Preset(self.steps, self.ends, self.ratio)
-        return PRESETS[self.preset or "4x"]
+        own = {name: getattr(self, name) for name in ("steps", "ends", "ratio") if getattr(self, name) is not None}
+        return _Preset(**own) if self.preset is None else dataclasses.replace(PRESETS[self.preset], **own)
 
     def refined_count(self, rows: int, columns: int) -> int:
         """How many coarse tokens of a `rows` x `columns` fine grid are split in stage 2."""
