@@ -19,6 +19,7 @@ from fastdit.measure.statistics import mean, mean_difference
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
+from fastdit.run import RunRecord
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import accelerate
 
@@ -57,7 +58,7 @@ def main(
     judge = load_judge()
     asked = held_out(prompts, seed, background=True)
     read: dict[str, dict[str, Any]] = {}
-    flops: dict[str, float] = {}
+    runs: dict[str, RunRecord] = {}
     for name, (stack, steps) in rows().items():
         twin = accelerate(pipeline, stack)
         count = {} if steps is None else {"num_inference_steps": steps}
@@ -68,7 +69,7 @@ def main(
         parts = judge.parts(pictures, asked)
         read[name] = {"judge": judge.score(pictures, asked).numpy(), "intact": parts["intact"].numpy()}
         read[name]["objects"] = parts["objects"].numpy()
-        flops[name] = twin.fastdit.last_run.flops / batch
+        runs[name] = twin.fastdit.last_run
         print(f"{name}: {read[name]['judge'].mean():.3f}", file=sys.stderr, flush=True)
     single = np.array([parse(prompt).kind == "single" for prompt in asked])
     table = Table("run", "fewer FLOPs", "judge", f"judge - {BASELINE}", "intact, singles", f"intact - {BASELINE}")
@@ -76,7 +77,9 @@ def main(
     for name, values in read.items():
         row = {
             "name": name,
-            "fewer_flops": flops["50 steps"] / flops[name],
+            "fewer_flops": runs["50 steps"].flops / runs[name].flops,
+            "computed": runs[name].computed,
+            "forwards": len(runs[name].steps),
             "judge": mean(values["judge"]),
             "judge_difference": mean_difference(values["judge"], read[BASELINE]["judge"]),
             "intact": mean(values["intact"][single]),
