@@ -109,7 +109,7 @@ class TokenCache(Accelerator):
     seed: int = 0
 
     level: ClassVar = Level.TOKEN_CACHE
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS})
+    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS})
 
     #: Whether some steps leave the blocks out, so that their residuals must be kept.
