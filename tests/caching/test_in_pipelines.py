@@ -1,4 +1,4 @@
-"""Every step cache in the ways that pipelines really call their transformers: guidance, strengths, solvers, families."""
+"""Step caches in the ways that pipelines really call their transformers: guidance, strengths, solvers, families."""
 
 from __future__ import annotations
 
@@ -78,9 +78,6 @@ def branches(fast: Any) -> list[str]:
     return list(dict.fromkeys(step.branch for step in fast.fastdit.last_run.steps))
 
 
-# --------------------------------------------------------------------------------------------------------- guidance
-
-
 @each_gate
 @pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_a_cache_skips_repeats_itself_and_leaves_the_pipeline_alone_in_every_family(name: str, gate: Any) -> None:
@@ -89,6 +86,10 @@ def test_a_cache_skips_repeats_itself_and_leaves_the_pipeline_alone_in_every_fam
         call = tiny.flux_negative(call)
     plain = latents_of(pipe, call)
     fast = accelerate(pipe, [gate], strict=True)
+    if name == "pixart" and isinstance(gate, EasyCache):
+        with pytest.raises(UnsupportedModel, match=r"the latents' own shape"):  # it predicts a variance too
+            latents_of(fast, call)
+        return
     first = latents_of(fast, call)
     record = fast.fastdit.last_run
     assert torch.isfinite(first).all()
@@ -127,16 +128,16 @@ def two_prompts(name: str) -> tuple[Any, dict[str, Any]]:
     return pipe, {**call, **{key: torch.cat([value, strong[key]]) for key, value in one.items()}}
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart"])
 @pytest.mark.parametrize(
-    "cache",
+    ("name", "cache"),
     [
-        FirstBlockCache(0.75, per_image=True),
-        FirstBlockCache(0.75, per_image=True, forecast=Taylor(1)),
-        TeaCache(0.5, LINE, per_image=True),
-        EasyCache(0.5, per_image=True),
+        *((name, FirstBlockCache(0.75, per_image=True)) for name in ("sd3", "pixart")),
+        *((name, FirstBlockCache(0.75, per_image=True, forecast=Taylor(1))) for name in ("sd3", "pixart")),
+        ("sd3", TeaCache(0.5, LINE, per_image=True)),
+        ("pixart", TeaCache(0.8, LINE, per_image=True)),
+        ("sd3", EasyCache(0.5, per_image=True)),
     ],
-    ids=lambda cache: f"{type(cache).__name__} {cache.forecast}",
+    ids=str,
 )
 def test_each_row_of_a_guided_batch_decides_by_itself_and_for_itself(name: str, cache: Any) -> None:
     pipe, call = two_prompts(name)
@@ -158,12 +159,6 @@ def test_each_row_of_a_guided_batch_decides_by_itself_and_for_itself(name: str, 
 def test_rows_are_proved_separable_anew_where_a_shared_tensor_has_as_many_rows_as_the_batch() -> None:
     """22 tokens share a table of 22 positions; among 22 images the table looks as if it held a row of each."""
     pipe, call = tiny.flux(steps=6)
-    fast = accelerate(
-        pipe,
-        [
-            StepMask((1, 1, 0, 1, 1, 1)),
-        ],
-    )
     fast = accelerate(pipe, [FirstBlockCache(0.7, per_image=True, policy=FREE)])
 
     def batch(count: int) -> dict[str, Any]:
@@ -177,9 +172,6 @@ def test_rows_are_proved_separable_anew_where_a_shared_tensor_has_as_many_rows_a
     assert fast.fastdit.last_run.partial > 0
     with pytest.raises(UnsupportedModel, match="one by one"):
         latents_of(fast, batch(22))
-
-
-# ---------------------------------------------------------------------------- guidance that starts late or ends early
 
 
 def guided_from(pipe: Any, fast: Any, call: dict[str, Any], scales: list[float]) -> Tensor:
@@ -286,8 +278,6 @@ def test_a_branch_that_is_named_as_it_appears_is_kept_apart_too() -> None:
     assert [step.action == "computed" for step in of_branch(twin, "cond")] == [step % 3 == 0 for step in range(STEPS)]
 
 
-# ------------------------------------------------------------------------------------------------ strengths of a picture
-
 PICTURE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
@@ -323,7 +313,7 @@ def test_a_strength_shortens_the_run_and_the_last_step_is_computed(
     tiny.run(whole, call, strength=1.0)
     levels = [step.sigma for step in of_branch(whole, branches(whole)[0])]
     assert [step.sigma for step in of_branch(fast, branches(fast)[0])] == levels[STEPS - length :]
-    masked = accelerate(pipe, [StepMask((1, 0) * 10)[:0] if False else StepMask(((1, 0) * 10)[:length])])
+    masked = accelerate(pipe, [StepMask(((1, 0) * 10)[:length])])
     tiny.run(masked, call, strength=strength)
     assert [step.action == "computed" for step in of_branch(masked, branches(masked)[0])] == [
         step % 2 == 0 for step in range(length)
@@ -344,9 +334,6 @@ def test_magcache_reads_its_curve_at_the_scheduler_s_place(build: Callable[[int]
     skipped = STEPS - round(STEPS * strength)
     steps = of_branch(fast, branches(fast)[0])
     assert [step.step + skipped for step in steps if step.action == "computed"] == [skipped, 7]
-
-
-# ----------------------------------------------------------------------------------------------------------- solvers
 
 
 def heun(steps: int) -> tiny.Built:
@@ -396,9 +383,6 @@ def test_a_mask_for_a_solver_of_second_order_has_an_entry_for_each_forward() -> 
         latents_of(accelerate(pipe, [StepMask((1, 0, 0, 1))]), call)
 
 
-# --------------------------------------------------------------------------------------------- two denoisers in a run
-
-
 @pytest.mark.parametrize(
     ("cache", "first"),
     [(gate, 0) for gate in GATES.values()] + [(TaylorSeer(3, 1, first=3), 3), (TeaCache(0.9, LINE), 0)],
@@ -433,9 +417,6 @@ def test_first_and_last_count_the_steps_of_the_run_and_not_those_of_a_denoiser()
     assert [step.step for step in steps if step.action == "computed"] == [0, 1, start, STEPS - 2, STEPS - 1]
 
 
-# ------------------------------------------------------------------------------------------------------ a few steps
-
-
 @pytest.mark.parametrize(
     ("cache", "most"),
     [
@@ -444,7 +425,7 @@ def test_first_and_last_count_the_steps_of_the_run_and_not_those_of_a_denoiser()
         (EasyCache(), 1),
         (EasyCache(policy=SkipPolicy(first=0)), 1),
         (TaylorSeer(4), 1),
-        (DBCache(), 0),
+        (DBCache(leading=1), 0),
         (StepMask((1, 1, 1, 0), policy=SkipPolicy(first=1, last=1)), 0),
         (EasyCache(policy=SkipPolicy(first=1, last=2)), 0),
     ],
@@ -467,9 +448,6 @@ def test_a_plan_of_four_steps_says_how_little_there_is_to_gain(cache: Any, most:
     assert [warning.category for warning in caught] == [NeverFired]
 
 
-# ----------------------------------------------------------------------------------------------------------- families
-
-
 @pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_teacache_with_a_bare_line_works_in_every_pipeline(name: str) -> None:
     pipe, call = tiny.PIPELINES[name](steps=STEPS)
@@ -480,8 +458,8 @@ def test_teacache_with_a_bare_line_works_in_every_pipeline(name: str) -> None:
     assert torch.equal(latents_of(fast, call), found)
 
 
-#: Models whose signal is described and whose blocks can't be skipped as observed, with the reason that is given.
-UNOBSERVABLE: dict[str, str] = {}
+#: Models whose signal is described and that give each block a text made anew, so that no chain of blocks is seen.
+UNOBSERVABLE = ("bria-fibo", "hidream")
 
 
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")
@@ -497,6 +475,10 @@ def test_teacache_with_a_bare_line_works_in_every_family_whose_signal_is_describ
         with twin.fastdit.run(num_inference_steps=5):
             return [first_tensor(twin(**{**call, first: call[first] * (1.0 + 0.02 * step)})) for step in range(5)]
 
+    if name in UNOBSERVABLE:
+        with pytest.raises(UnsupportedModel, match="reaches the next block unchanged"):
+            whole()
+        return
     found = whole()
     record = twin.fastdit.last_run
     assert record.skipped > 0 and record.doubts == 0
@@ -520,9 +502,6 @@ def test_easycache_takes_latents_in_a_list_and_refuses_to_pick_images_out_of_it(
         latents_of(accelerate(pipe, [EasyCache(1.0, per_image=True)]), call)
 
 
-# --------------------------------------------------------------------------------------------- what a model's state is
-
-
 @pytest.fixture(scope="module")
 def quantised() -> Any:
     """A FLUX transformer whose linear layers round what enters them to eight bits, anew in each call."""
@@ -544,7 +523,7 @@ def with_transformer(transformer: Any) -> tiny.Built:
 def test_a_forecast_that_amplifies_is_refused_where_activations_are_rounded(
     gate: Any, forecast: Any, quantised: Any
 ) -> None:
-    pipe, call = with_transformer(quantised)
+    pipe, _ = with_transformer(quantised)
     for check in (lambda stack: accelerate(pipe, stack), lambda stack: Stack(stack).check(pipe.transformer)):
         with pytest.raises(IncompatibleStack, match=r"forecast=.*transformer \(FluxTransformer2DModel\).*is a Linear"):
             check([gate(forecast=forecast)])
@@ -689,9 +668,7 @@ def test_what_needs_the_whole_frame_is_refused_where_ranks_share_the_sequence(pa
     share_sequence(pipe.transformer)
     assert [made.change for made in changes_of(pipe.transformer)] == [Change.SHARED_SEQUENCE]
     for attempt in (lambda: accelerate(pipe, [part]), lambda: tiny.run(fast, call)):
-        with pytest.raises(
-            IncompatibleStack, match=f"{type(part).__name__}.* all the image's tokens .*context parallel"
-        ):
+        with pytest.raises(IncompatibleStack, match=f"{type(part).__name__}.*image's tokens .*context parallel"):
             attempt()
     accelerate(
         pipe,
@@ -700,9 +677,6 @@ def test_what_needs_the_whole_frame_is_refused_where_ranks_share_the_sequence(pa
         ],
     )
     accelerate(pipe, [EasyCache(0.1, forecast=Taylor(1))])
-
-
-# ------------------------------------------------------------------------------------------------- writing in place
 
 
 class _Layer(nn.Module):
@@ -747,7 +721,7 @@ def in_place(cache: Any, writing: int, after: int) -> Any:
 def test_a_block_that_writes_in_place_is_refused_when_the_wiring_is_learned(writing: int, inference: bool) -> None:
     with (
         torch.inference_mode(inference),
-        pytest.raises(UnsupportedModel, match=rf"_Layers.*blocks\.{writing} in place"),
+        pytest.raises(UnsupportedModel, match=rf"blocks\.{writing} in place"),
     ):
         in_place(Interval(2), writing, after=0)
 
@@ -768,13 +742,10 @@ def test_a_forward_that_writes_into_its_latents_is_refused_by_a_cache_that_skips
         twin(torch.ones(1, 2, 3))
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 @pytest.mark.parametrize(
     "cache",
     [FirstBlockCache(1e6), Interval(3, forecast=Taylor(1)), TeaCache(0.8, LINE)],
-    ids=lambda c: type(c).__name__,
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_two_branches_hold_twice_the_memory_of_one(name: str, cache: Any) -> None:
