@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -276,6 +277,27 @@ def test_a_branch_that_is_named_as_it_appears_is_kept_apart_too() -> None:
         (3, "computed"), (4, "reused"), (5, "reused"), (6, "computed"), (7, "reused"),
     ]  # fmt: skip
     assert [step.action == "computed" for step in of_branch(twin, "cond")] == [step % 3 == 0 for step in range(STEPS)]
+
+
+def test_another_shape_that_comes_with_other_arguments_empties_the_history_too() -> None:
+    """Other arguments are observed anew, and what is observed is computed; what is kept must go all the same."""
+    pipe, call = tiny.flux(steps=STEPS)
+    _, pair = tiny.flux(steps=STEPS, batch=2)
+    few, many = tiny.recorded_calls(pipe, call), tiny.recorded_calls(pipe, pair)
+    twin = accelerate(pipe.transformer, [Interval(2, forecast=Taylor(1))])
+
+    def outputs(calls: list[Any]) -> list[Tensor]:
+        with twin.fastdit.run(STEPS):
+            return [twin(*args, **kwargs)[0] for args, kwargs in calls]
+
+    changed = [(args, kwargs | {"joint_attention_kwargs": None}) for args, kwargs in many[4:6]]
+    assert many[4][1]["joint_attention_kwargs"] is not None
+    found = outputs([*few[:4], *changed])[4:]
+    steps = twin.fastdit.last_run.steps
+    assert [step.action for step in steps[3:]] == ["forecast", "computed", "reused"]
+    assert torch.equal(found[0], pipe.transformer(*changed[0][0], **changed[0][1])[0])
+    # One computed step is no slope: the next one takes its residual as it is.
+    assert found[1].shape == found[0].shape
 
 
 PICTURE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -650,22 +672,25 @@ def test_the_noise_of_rounded_activations_grows_in_an_extrapolation_and_not_in_r
     assert error(Taylor(2)) > 3.0 * noise
 
 
-class _Group:
-    """Stands for a mesh of ranks; the real one takes a process for each, which `test_context_parallel.py` starts."""
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """A process group of two ranks whose other one need not be there: a refusal sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def get_group(self) -> object:
-        return object()
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
 
 
-def share_sequence(transformer: Any) -> None:
-    transformer._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(_flattened_mesh=_Group()))
-
-
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+@pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize("part", [SeaCache(), RALU("4x"), ToCa()], ids=lambda part: type(part).__name__)
 def test_what_needs_the_whole_frame_is_refused_where_ranks_share_the_sequence(part: Any) -> None:
+    from context_parallel import share_sequence
+
     pipe, call = tiny.flux(steps=18)
     fast = accelerate(pipe, [part])
-    share_sequence(pipe.transformer)
+    share_sequence(pipe.transformer, 2)
     assert [made.change for made in changes_of(pipe.transformer)] == [Change.SHARED_SEQUENCE]
     for attempt in (lambda: accelerate(pipe, [part]), lambda: tiny.run(fast, call)):
         with pytest.raises(IncompatibleStack, match=f"{type(part).__name__}.*image's tokens .*context parallel"):
