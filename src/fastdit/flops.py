@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import UnsupportedModel
 from .structure import map_tensors, meta_twin
 
 
@@ -73,7 +74,13 @@ class FlopMeter:
     def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:
             kwargs = map_tensors(self._specs[key], _Shape.meta, kind=_Shape)
-            self._counts[key] = count(self._module, **kwargs)
+            try:
+                self._counts[key] = count(self._module, **kwargs)
+            except NotImplementedError as error:
+                raise UnsupportedModel(
+                    f"the FLOPs of {type(self._module).__name__} can't be counted, since one of its kernels can't be "
+                    f"run on shapes alone ({error}); count them on the same model without quantisation"
+                ) from error
         return self._counts[key]
 
 

@@ -38,8 +38,15 @@ class BranchState:
     parts: dict[int, list[GroupState]] = dataclasses.field(default_factory=dict)
     #: By segment, which of its features belongs to the latents' stream.
     streams: dict[int, int] = dataclasses.field(default_factory=dict)
-    #: A forward's output without its tensor, for caches that skip whole forwards.
+    #: A forward's output without its tensors, for caches that skip whole forwards.
     shell: Any = None
+    #: The last step at which the branch was called.
+    step: int | None = None
+
+    def enter(self, step: int) -> str | None:
+        """Note a call at a step; say so where the branch was left out before it, and what is kept is old."""
+        before, self.step = self.step, step
+        return "left out before" if before is not None and step > before + 1 else None
 
     def groups(self, part: int, count: int, make: Callable[[], Memory]) -> list[GroupState]:
         """Get the groups of a part, fresh where their number changed."""
@@ -90,7 +97,8 @@ class Decider:
         cache, context = self._cache, site.context
         rows = [slice(None)] if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
         signal = cache.signal(site)
-        reasons = [forced or self._forced(group, context, shapes, segment) for group in groups]
+        own = [self._forced(group, context, shapes, segment) for group in groups]
+        reasons = [forced or reason for reason in own]
         changes: list[torch.Tensor | None] = [None] * len(groups)
         for index, group in enumerate(groups):
             if reasons[index] is None and signal is not None:

@@ -150,7 +150,7 @@ class TokenCache(Accelerator):
     stage_change: str = "reset"
 
     level: ClassVar = Level.TOKEN_CACHE
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS})
+    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS})
 
     #: Whether some steps leave the blocks out, so that their residuals must be kept.

@@ -75,7 +75,7 @@ class RALU(Schedule):
     fidelity: str = "exact"
 
     changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
-    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS})
+    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
 
     def __post_init__(self) -> None:
