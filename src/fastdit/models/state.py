@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fastdit.accelerator import Change
-from fastdit.twins.hooks import sequence_group
 
 #: Classes of layers that round what enters them, by name; their weights don't tell.
 ROUNDING_LAYERS: dict[str, str] = {
@@ -56,6 +55,14 @@ def _changes(module: nn.Module) -> Iterator[StateChange]:
     if sequence_group(module) is not None:
         cause = "context parallelism is enabled on it"
         yield StateChange(Change.SHARED_SEQUENCE, cause, "leave that accelerator out, or share the batch out instead")
+
+
+def sequence_group(module: nn.Module) -> Any:
+    """Give the process group of diffusers' context parallelism on this module, or None."""
+    parallel: Any = getattr(module, "_parallel_config", None)
+    context = getattr(parallel, "context_parallel_config", None)
+    mesh: Any = getattr(context, "_flattened_mesh", None)
+    return None if mesh is None else mesh.get_group()
 
 
 def _first_rounding(module: nn.Module) -> str | None:
