@@ -14,6 +14,7 @@ from rich.table import Table
 
 from common import save
 from fastdit.accelerator import Accelerator
+from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
 from fastdit.measure.statistics import mean, mean_difference
 from fastdit.mini import load_mini
@@ -28,21 +29,38 @@ BASELINE = "12 steps"
 
 def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
     """Every row: a stack and a step count (None is the schedule's own)."""
-    early = {"steps": (3, 4, 7), "ends": (0.15, 0.25), "ratio": 0.3}
+    late, dense = (0.45, 0.60), (10, 12, 14)
+    line = Taylor(1)
     return {
-        **{f"{steps} steps": ([], steps) for steps in (50, 12, 8, 6, 5)},
+        **{f"{steps} steps": ([], steps) for steps in (50, 12, 10, 8, 6, 5)},
         "RALU 4x": ([RALU("4x")], None),
         "RALU 4x, paper": ([RALU("4x", fidelity="paper")], None),
-        "RALU 4x, 14 last steps": ([RALU(steps=(5, 6, 14), ends=(0.30, 0.45), ratio=0.3)], None),
-        "RALU 4x, all refined at once": ([RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.999)], None),
-        "RALU 4x, switches early": ([RALU(**early)], None),
-        "RALU 4x, switches late": ([RALU(steps=(5, 6, 7), ends=(0.45, 0.60), ratio=0.3)], None),
+        "RALU 4x, 14 last steps": ([RALU("4x", steps=(5, 6, 14))], None),
+        "RALU 4x, all refined at once": ([RALU("4x", ratio=0.999)], None),
+        "RALU 4x, switches at .15, .25": ([RALU("4x", ends=(0.15, 0.25))], None),
+        "RALU 4x, switches at .45, .60": ([RALU("4x", ends=late)], None),
+        "RALU 4x, switches at .55, .70": ([RALU("4x", ends=(0.55, 0.70))], None),
         "RALU 5x": ([RALU("5x")], None),
+        "RALU 5x, switches at .45, .60": ([RALU("5x", ends=late)], None),
         "RALU 7x": ([RALU("7x")], None),
+        "RALU 7x, switches at .55, .70": ([RALU("7x", ends=(0.55, 0.70))], None),
         "RALU 4x + TeaCache .2": ([RALU("4x"), TeaCache(0.2)], None),
-        "RALU 4x, switches early, + TeaCache .2": ([RALU(**early), TeaCache(0.2)], None),
-        "RALU 7x + TeaCache .2": ([RALU("7x"), TeaCache(0.2)], None),
+        "RALU 4x + TeaCache .2, carried": ([RALU("4x"), TeaCache(0.2, stage_change="carry")], None),
+        "RALU 4x at .45, .60 + TeaCache .2": ([RALU("4x", ends=late), TeaCache(0.2)], None),
+        "RALU 5x at .45, .60 + TeaCache .16, Taylor": (
+            [RALU("5x", ends=late), TeaCache(0.16, forecast=line)],
+            None,
+        ),
+        "RALU of 36 steps at .45, .60 + TeaCache .2, Taylor": (
+            [RALU("4x", steps=dense, ends=late), TeaCache(0.2, forecast=line)],
+            None,
+        ),
+        "the same, carried": (
+            [RALU("4x", steps=dense, ends=late), TeaCache(0.2, forecast=line, stage_change="carry")],
+            None,
+        ),
         "TeaCache .4": ([TeaCache(0.4)], 50),
+        "TeaCache .4, Taylor": ([TeaCache(0.4, forecast=line)], 50),
     }
 
 

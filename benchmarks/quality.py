@@ -11,6 +11,7 @@ from rich.console import Console
 
 from common import compare
 from fastdit.caching.first_block_cache import FirstBlockCache
+from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
@@ -20,22 +21,32 @@ from fastdit.stack import Stack
 
 def configurations() -> list[Configuration]:
     """The plain runs that every method must beat, and the methods."""
+    late, line = (0.45, 0.60), Taylor(1)
     stacks = {
         "TeaCache .2": [TeaCache(0.2)],
-        "TeaCache .4": [TeaCache(0.4)],
-        "FirstBlockCache .1": [FirstBlockCache(0.1)],
+        "TeaCache .2, Taylor": [TeaCache(0.2, forecast=line)],
+        "TeaCache .4, Taylor": [TeaCache(0.4, forecast=line)],
+        "TeaCache .6, Taylor": [TeaCache(0.6, forecast=line)],
+        "FirstBlockCache .3, Taylor": [FirstBlockCache(0.3, forecast=line)],
         "RALU 4x": [RALU("4x")],
         "RALU 4x, paper": [RALU("4x", fidelity="paper")],
         "RALU 5x": [RALU("5x")],
         "RALU 7x": [RALU("7x")],
+        "RALU 4x at .45, .60": [RALU("4x", ends=late)],
+        "RALU 5x at .45, .60": [RALU("5x", ends=late)],
         "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
+        "RALU 5x at .45, .60 + TeaCache .16, Taylor": [RALU("5x", ends=late), TeaCache(0.16, forecast=line)],
+        "RALU 7x at .55, .70 + TeaCache .16, Taylor": [
+            RALU("7x", ends=(0.55, 0.70)),
+            TeaCache(0.16, forecast=line),
+        ],
         "RALU 7x + TeaCache .2": [RALU("7x"), TeaCache(0.2)],
     }
     methods = [
         Configuration(name, Stack(stack), {} if Stack(stack).schedule is not None else {"num_inference_steps": 50})
         for name, stack in stacks.items()
     ]
-    return [*map(plain, (50, 28, 15, 12, 10, 8, 7, 6, 5)), *methods]
+    return [*map(plain, (50, 28, 15, 12, 10, 9, 8, 7, 6, 5)), *methods]
 
 
 def main(
