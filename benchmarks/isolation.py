@@ -40,13 +40,9 @@ def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
         "RALU 4x, switches at .15, .25": ([RALU("4x", ends=(0.15, 0.25))], None),
         "RALU 4x, switches at .45, .60": ([RALU("4x", ends=late)], None),
         "RALU 4x, switches at .55, .70": ([RALU("4x", ends=(0.55, 0.70))], None),
-        "RALU 5x": ([RALU("5x")], None),
         "RALU 5x, switches at .45, .60": ([RALU("5x", ends=late)], None),
-        "RALU 7x": ([RALU("7x")], None),
-        "RALU 7x, switches at .55, .70": ([RALU("7x", ends=(0.55, 0.70))], None),
         "RALU 4x + TeaCache .2": ([RALU("4x"), TeaCache(0.2)], None),
         "RALU 4x + TeaCache .2, carried": ([RALU("4x"), TeaCache(0.2, stage_change="carry")], None),
-        "RALU 4x at .45, .60 + TeaCache .2": ([RALU("4x", ends=late), TeaCache(0.2)], None),
         "RALU 5x at .45, .60 + TeaCache .16, Taylor": (
             [RALU("5x", ends=late), TeaCache(0.16, forecast=line)],
             None,
