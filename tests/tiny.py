@@ -219,8 +219,14 @@ def flux2(*, steps: int = 4) -> Built:
     return _ready(pipe), call | {"prompt_embeds": randn(1, 6, 32, seed=21)}
 
 
-def sd3(*, steps: int = 4) -> Built:
-    """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch."""
+def sd3(
+    *, steps: int = 4, size: int | tuple[int, int] = 64, batch: int = 1, three_five: bool = False, positions: int = 16
+) -> Built:
+    """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch.
+
+    `three_five` adds what 3.5 has: a second attention in some blocks, normed queries and keys.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -232,7 +238,9 @@ def sd3(*, steps: int = 4) -> Built:
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=32,
-        pos_embed_max_size=16,
+        pos_embed_max_size=positions,
+        dual_attention_layers=(0, 1) if three_five else (),
+        qk_norm="rms_norm" if three_five else None,
     ).eval()
     seed_weights(transformer, 0)
     absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
@@ -242,12 +250,12 @@ def sd3(*, steps: int = 4) -> Built:
         vae=kl_autoencoder(),
         **dict.fromkeys(absent),
     )
-    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    call: Kwargs = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "pt"}
     return _ready(pipe), call | {
-        "prompt_embeds": randn(1, 6, 32, seed=21),
-        "pooled_prompt_embeds": randn(1, 32, seed=22),
-        "negative_prompt_embeds": randn(1, 6, 32, seed=23),
-        "negative_pooled_prompt_embeds": randn(1, 32, seed=24),
+        "prompt_embeds": randn(batch, 6, 32, seed=21),
+        "pooled_prompt_embeds": randn(batch, 32, seed=22),
+        "negative_prompt_embeds": randn(batch, 6, 32, seed=23),
+        "negative_pooled_prompt_embeds": randn(batch, 32, seed=24),
         "guidance_scale": 3.0,
     }
 

@@ -289,8 +289,13 @@ class ForwardPass:
         self._tally = _Tally()
         self._tokens: int | None = None
 
-    def forward(self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> Any:
-        """Give the forward's output, from `compute` or from the history, for each image or for all."""
+    def forward(
+        self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any]
+    ) -> Any:
+        """Give the forward's output, from `compute` or from the history, for each image or for all.
+
+        `compute` gets the arguments and the images that they are of, None for all.
+        """
         latents = next(iter(arguments.values()))
         if not isinstance(latents, torch.Tensor):
             raise UnsupportedModel(
@@ -334,14 +339,16 @@ class ForwardPass:
         latents: torch.Tensor,
         computing: list[int],
         count: int,
-        compute: Callable[[Mapping[str, Any]], Any],
+        compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any],
     ) -> Any:
         """Run the forward for the images that are computed; None where there are none."""
         if not computing:
             return None
+        images = None
         if len(computing) < count:
-            arguments = select_rows(dict(arguments), torch.tensor(computing, device=latents.device), count)
-        output = compute(arguments)
+            images = torch.tensor(computing, device=latents.device)
+            arguments = select_rows(dict(arguments), images, count)
+        output = compute(arguments, images)
         tensors = tensors_of(output)
         if len(tensors) != 1 or tensors[0].shape[1:] != latents.shape[1:]:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
