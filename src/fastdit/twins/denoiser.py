@@ -138,14 +138,21 @@ class Denoiser:
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any], cache: StepCache
     ) -> tuple[Any, Outcome]:
         """Run or skip the whole forward; a token cache acts in those that run."""
+        latents = next(iter(arguments.values()))
+        if run.schedule is not None and cache.stage_change == "carry" and latents.dim() != 3:
+            raise IncompatibleStack(
+                f"{cache.describe()} keeps whole latents, and those of {self.name} change their shape with the stage; "
+                "set stage_change='reset', or use a cache that skips blocks"
+            )
         inner: list[Outcome] = []
 
         def compute(given: Mapping[str, Any], images: torch.Tensor | None) -> Any:
             own = children
             if images is not None and children:
                 assert self._family is not None and run.layout is not None
-                latents = next(iter(given.values()))
-                own = self._family.child_overrides(self.module, run.layout.of_images(images), latents)
+                layout = run.layout.of_images(images)
+                given = self._family.place(dict(given), layout)
+                own = self._family.child_overrides(self.module, layout, next(iter(given.values())))
 
             def forward(given: dict[str, Any]) -> Any:
                 output, outcome = self._through_tokens(given, own, self._token_pass(run, context, given))
