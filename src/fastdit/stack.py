@@ -298,7 +298,7 @@ class Acceleration:
                     # The schedule's own count where the user gave none, for the loop's shares and its progress bar.
                     bound.arguments["num_inference_steps"] = run.plan.steps
                     args, kwargs = bound.args[1:], bound.kwargs
-                    self._stand_ins = self._lifting(run)
+                    self._stand_ins = self._lifting()
                 result = function(twin, *args, **kwargs)
                 result = _lifted_result(run, arguments, result)
                 outcome["completed"] = not getattr(twin, "_interrupt", False)
@@ -356,11 +356,11 @@ class Acceleration:
             run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)
         return run
 
-    def _lifting(self, run: Run) -> dict[str, Any]:
+    def _lifting(self) -> dict[str, Any]:
         """Make what stands in, during a run, for components whose methods may get latents of an early stage."""
         assert self._family is not None
         methods = [name.split(".") for name in self._family.pipeline_overrides() if "." in name]
-        return {name: lifting_component(self.component(name), method, run) for name, method in methods}
+        return {name: lifting_component(self.component(name), method, self) for name, method in methods}
 
     def _checks(self) -> list[Callable[[int], None]]:
         """List what is checked once a run's number of steps is known, before its first step."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3ControlNetPipeline
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from torch import nn
 
 import tiny
@@ -19,12 +19,15 @@ from fastdit import (
     IncompatibleStack,
     Interval,
     InvalidConfig,
+    SeaCache,
     Stack,
     TeaCache,
     ToCa,
     UnsupportedModel,
     accelerate,
 )
+from fastdit.layout import TokenLayout
+from fastdit.models.sd3 import SD3
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 LONG = RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3)
@@ -183,6 +186,18 @@ def test_half_precision_runs_in_the_latents_own_type() -> None:
     assert torch.isfinite(found.float()).all()
 
 
+@pytest.mark.parametrize("stop", [None, 2])
+def test_model_offload_works_and_leaves_the_decoder_as_it_was(stop: int | None) -> None:
+    pipe, call = tiny.sd3(size=128, steps=6)
+    expected = tiny.run(accelerate(pipe, [SHORT]), call)
+    pipe.enable_model_cpu_offload(device="cpu")
+    fast = accelerate(pipe, [SHORT])
+    tiny.run(fast, call, **calling_back(lambda twin, step: setattr(twin, "_interrupt", step == stop)))
+    assert torch.equal(tiny.run(fast, call), expected)
+    assert fast.vae is pipe.vae
+    assert tuple(pipe.vae.decode(torch.zeros(1, 4, 2, 56)).sample.shape) == (1, 3, 16, 448)
+
+
 def test_the_record_tells_tokens_and_flops_of_every_stage(built: tiny.Built) -> None:
     pipe, call = built
     fast = accelerate(pipe, [SHORT])
@@ -203,6 +218,7 @@ def test_the_record_tells_tokens_and_flops_of_every_stage(built: tiny.Built) -> 
         FirstBlockCache(1.0),
         Interval(2),
         EasyCache(0.6),
+        SeaCache(0.9),
         ToCa(3, 0.25, first=2),
         FirstBlockCache(1.0, stage_change="carry"),
         TeaCache(0.6, (1.0, 0.0), per_image=True),
@@ -294,20 +310,14 @@ def test_what_can_t_be_honoured_is_refused_by_name_before_anything_runs(
     assert not any(counts)
 
 
-def test_residuals_of_a_controlnet_are_refused_by_name() -> None:
+def test_a_controlnet_is_refused_by_name() -> None:
     pipe, _ = tiny.sd3()
-    parts = {name: value for name, value in pipe.components.items() if name in pipe.config and "image" not in name}
-    controlled = StableDiffusion3ControlNetPipeline(
-        **{name: value for name, value in parts.items() if name != "feature_extractor"}, controlnet=_no_controlnet(pipe)
-    )
+    controlnet = SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=1)
+    controlled = StableDiffusion3ControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
     with pytest.raises(UnsupportedModel, match="StableDiffusion3ControlNetPipeline"):
         accelerate(controlled, [SHORT])
-
-
-def _no_controlnet(pipe: Any) -> Any:
-    from diffusers import SD3ControlNetModel
-
-    return SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=1)
+    with pytest.raises(InvalidConfig, match="block_controlnet_hidden_states"):
+        SD3.place({"block_controlnet_hidden_states": [torch.zeros(1, 16, 32)]}, TokenLayout(8, 8, coarse=True))
 
 
 def test_a_table_that_is_not_made_of_sines_is_refused_by_name() -> None:

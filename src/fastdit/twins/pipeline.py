@@ -82,11 +82,11 @@ def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
     return overriding(original, lifted)
 
 
-def lifting_component(component: Any, method: str, run: Run) -> Any:
-    """Stand in for a component during a run: latents of an interrupted run reach its `method` at full size."""
+def lifting_component(component: Any, method: str, session: PipelineSession) -> Any:
+    """Stand in for a component: latents of an interrupted run reach its `method` at full size."""
 
     def lifted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(component, method)(lift(run, latents), *args, **kwargs)
+        return getattr(component, method)(lift(session.active, latents), *args, **kwargs)
 
     # A property, for a method that was replaced on the object itself (by a compiled one) comes before the class's.
     return same_object_twin(component, twin_class(type(component), {method: property(lambda self: lifted)}))
