@@ -100,7 +100,10 @@ class TokenLayout:
         return torch.cat([latents[:, :count].repeat_interleave(4, dim=1), latents[:, count:]], dim=1)
 
     def to_raster(self, latents: torch.Tensor) -> torch.Tensor:
-        """Sort tokens in split order (see `complete`) into the fine grid's raster order."""
+        """Sort tokens in split order (see `complete`) into the fine grid's raster order.
+
+        A batch that holds the layout's several times in a row (guidance) is sorted alike in each.
+        """
         if self.kept is not None and self.refined is not None:
             parents = torch.cat([self.kept, self.refined], dim=1)
         elif self.coarse:
@@ -113,7 +116,7 @@ class TokenLayout:
         offset_column = torch.tensor([0, 1, 0, 1], device=parents.device)
         target = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
         order = target.flatten(1).argsort(dim=1)
-        return gather_tokens(latents, order.expand(latents.shape[0], -1))
+        return gather_tokens(latents, order.repeat(latents.shape[0] // len(order), 1))
 
     def sources(self, following: TokenLayout) -> torch.Tensor:
         """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens]."""
