@@ -1,14 +1,24 @@
-"""What the scripts share: writing a small result with the environment that it was measured in."""
+"""What the scripts share: comparing configurations on the embedded pipeline, and writing a result with its machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fastdit.measure.environment import Environment
+from fastdit.measure.experiment import Configuration, Experiment
+from fastdit.measure.images import frechet_distance
+from fastdit.measure.results import Metric, Results
+from fastdit.measure.statistics import jackknife
+from fastdit.mini import load_mini
+from fastdit.mini.judge import load_judge
+from fastdit.mini.prompts import held_out
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
@@ -17,3 +27,41 @@ def save(path: Path, values: Mapping[str, Any]) -> None:
     data = {"environment": Environment.capture(), **values}
     path.write_text(json.dumps(data, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
     print(f"written to {path}")
+
+
+def compare(
+    configurations: Sequence[Configuration], *, title: str, prompts: int, batch: int, seed: int, first: int = 0
+) -> Results:
+    """Make every configuration's pictures of held-out prompts in turns; time them, score them.
+
+    The baseline is the plain run of 50 steps; the Frechet distance is to such a run on other seeds. `first` leaves out
+    that many held-out prompts at the start, for a comparison on fresh ones.
+    """
+    pipeline = load_mini()
+    pipeline.set_progress_bar_config(disable=True)
+    judge = load_judge()
+    asked = held_out(first + prompts, seed, background=True)[first:]
+    experiment = Experiment(pipeline, asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
+    results, images = experiment.run(configurations, title=title, baseline="50 steps")
+    reference = [
+        image
+        for start in range(0, prompts, batch)
+        for image in pipeline(
+            list(asked[start : start + batch]), generator=torch.Generator().manual_seed(10_000 + start)
+        ).images
+    ]
+    target = judge.features(reference).numpy()
+    distances = {}
+    for name, made in images.items():
+        features = judge.features(made).numpy()
+
+        def distance(rows: np.ndarray, features: np.ndarray = features) -> float:
+            return frechet_distance(target, features[rows], regularisation=1e-3)
+
+        distances[name] = Metric(jackknife(distance, prompts))
+    return results.with_metric("frechet", distances)
+
+
+def _say(phase: str, done: int, total: int) -> None:
+    if done == total or done % 20 == 0:
+        print(f"{phase}: {done} of {total}", flush=True)

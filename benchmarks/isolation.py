@@ -14,11 +14,13 @@ from rich.table import Table
 
 from common import save
 from fastdit.accelerator import Accelerator
+from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
 from fastdit.measure.statistics import mean, mean_difference
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
+from fastdit.run import RunRecord
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import accelerate
 
@@ -27,21 +29,38 @@ BASELINE = "12 steps"
 
 def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
     """Every row: a stack and a step count (None is the schedule's own)."""
-    early = {"steps": (3, 4, 7), "ends": (0.15, 0.25), "ratio": 0.3}
+    late, dense = (0.45, 0.60), (10, 12, 14)
+    line = Taylor(1)
     return {
-        **{f"{steps} steps": ([], steps) for steps in (50, 12, 8, 6, 5)},
+        **{f"{steps} steps": ([], steps) for steps in (50, 12, 10, 8, 6, 5)},
         "RALU 4x": ([RALU("4x")], None),
         "RALU 4x, paper": ([RALU("4x", fidelity="paper")], None),
-        "RALU 4x, 14 last steps": ([RALU(steps=(5, 6, 14), ends=(0.30, 0.45), ratio=0.3)], None),
-        "RALU 4x, all refined at once": ([RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.999)], None),
-        "RALU 4x, switches early": ([RALU(**early)], None),
-        "RALU 4x, switches late": ([RALU(steps=(5, 6, 7), ends=(0.45, 0.60), ratio=0.3)], None),
+        "RALU 4x, 14 last steps": ([RALU("4x", steps=(5, 6, 14))], None),
+        "RALU 4x, all refined at once": ([RALU("4x", ratio=0.999)], None),
+        "RALU 4x, switches at .15, .25": ([RALU("4x", ends=(0.15, 0.25))], None),
+        "RALU 4x, switches at .45, .60": ([RALU("4x", ends=late)], None),
+        "RALU 4x, switches at .55, .70": ([RALU("4x", ends=(0.55, 0.70))], None),
         "RALU 5x": ([RALU("5x")], None),
+        "RALU 5x, switches at .45, .60": ([RALU("5x", ends=late)], None),
         "RALU 7x": ([RALU("7x")], None),
+        "RALU 7x, switches at .55, .70": ([RALU("7x", ends=(0.55, 0.70))], None),
         "RALU 4x + TeaCache .2": ([RALU("4x"), TeaCache(0.2)], None),
-        "RALU 4x, switches early, + TeaCache .2": ([RALU(**early), TeaCache(0.2)], None),
-        "RALU 7x + TeaCache .2": ([RALU("7x"), TeaCache(0.2)], None),
+        "RALU 4x + TeaCache .2, carried": ([RALU("4x"), TeaCache(0.2, stage_change="carry")], None),
+        "RALU 4x at .45, .60 + TeaCache .2": ([RALU("4x", ends=late), TeaCache(0.2)], None),
+        "RALU 5x at .45, .60 + TeaCache .16, Taylor": (
+            [RALU("5x", ends=late), TeaCache(0.16, forecast=line)],
+            None,
+        ),
+        "RALU of 36 steps at .45, .60 + TeaCache .2, Taylor": (
+            [RALU("4x", steps=dense, ends=late), TeaCache(0.2, forecast=line)],
+            None,
+        ),
+        "the same, carried": (
+            [RALU("4x", steps=dense, ends=late), TeaCache(0.2, forecast=line, stage_change="carry")],
+            None,
+        ),
         "TeaCache .4": ([TeaCache(0.4)], 50),
+        "TeaCache .4, Taylor": ([TeaCache(0.4, forecast=line)], 50),
     }
 
 
@@ -57,7 +76,7 @@ def main(
     judge = load_judge()
     asked = held_out(prompts, seed, background=True)
     read: dict[str, dict[str, Any]] = {}
-    flops: dict[str, float] = {}
+    runs: dict[str, RunRecord] = {}
     for name, (stack, steps) in rows().items():
         twin = accelerate(pipeline, stack)
         count = {} if steps is None else {"num_inference_steps": steps}
@@ -68,7 +87,7 @@ def main(
         parts = judge.parts(pictures, asked)
         read[name] = {"judge": judge.score(pictures, asked).numpy(), "intact": parts["intact"].numpy()}
         read[name]["objects"] = parts["objects"].numpy()
-        flops[name] = twin.fastdit.last_run.flops / batch
+        runs[name] = twin.fastdit.last_run
         print(f"{name}: {read[name]['judge'].mean():.3f}", file=sys.stderr, flush=True)
     single = np.array([parse(prompt).kind == "single" for prompt in asked])
     table = Table("run", "fewer FLOPs", "judge", f"judge - {BASELINE}", "intact, singles", f"intact - {BASELINE}")
@@ -76,7 +95,9 @@ def main(
     for name, values in read.items():
         row = {
             "name": name,
-            "fewer_flops": flops["50 steps"] / flops[name],
+            "fewer_flops": runs["50 steps"].flops / runs[name].flops,
+            "computed": runs[name].computed,
+            "forwards": len(runs[name].steps),
             "judge": mean(values["judge"]),
             "judge_difference": mean_difference(values["judge"], read[BASELINE]["judge"]),
             "intact": mean(values["intact"][single]),

@@ -6,82 +6,62 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 
+from common import compare
 from fastdit.caching.first_block_cache import FirstBlockCache
+from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
-from fastdit.measure.experiment import Configuration, Experiment, plain
-from fastdit.measure.images import frechet_distance
-from fastdit.measure.results import Metric
-from fastdit.measure.statistics import jackknife
+from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
-from fastdit.mini import load_mini
-from fastdit.mini.judge import load_judge
-from fastdit.mini.prompts import held_out
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
 
 
 def configurations() -> list[Configuration]:
     """The plain runs that every method must beat, and the methods."""
+    late, line = (0.45, 0.60), Taylor(1)
     stacks = {
         "TeaCache .2": [TeaCache(0.2)],
-        "TeaCache .4": [TeaCache(0.4)],
-        "FirstBlockCache .1": [FirstBlockCache(0.1)],
+        "TeaCache .2, Taylor": [TeaCache(0.2, forecast=line)],
+        "TeaCache .4, Taylor": [TeaCache(0.4, forecast=line)],
+        "TeaCache .6, Taylor": [TeaCache(0.6, forecast=line)],
+        "FirstBlockCache .3, Taylor": [FirstBlockCache(0.3, forecast=line)],
         "RALU 4x": [RALU("4x")],
         "RALU 4x, paper": [RALU("4x", fidelity="paper")],
         "RALU 5x": [RALU("5x")],
         "RALU 7x": [RALU("7x")],
+        "RALU 4x at .45, .60": [RALU("4x", ends=late)],
+        "RALU 5x at .45, .60": [RALU("5x", ends=late)],
         "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
+        "RALU 5x at .45, .60 + TeaCache .16, Taylor": [RALU("5x", ends=late), TeaCache(0.16, forecast=line)],
+        "RALU 7x at .55, .70 + TeaCache .16, Taylor": [
+            RALU("7x", ends=(0.55, 0.70)),
+            TeaCache(0.16, forecast=line),
+        ],
         "RALU 7x + TeaCache .2": [RALU("7x"), TeaCache(0.2)],
     }
     methods = [
         Configuration(name, Stack(stack), {} if Stack(stack).schedule is not None else {"num_inference_steps": 50})
         for name, stack in stacks.items()
     ]
-    return [*map(plain, (50, 28, 15, 12, 10, 8, 7, 6, 5)), *methods]
+    return [*map(plain, (50, 28, 15, 12, 10, 9, 8, 7, 6, 5)), *methods]
 
 
 def main(
     prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 200,
     batch: int = 8,
     seed: int = 0,
+    first: Annotated[int, typer.Option(help="Held-out prompts to leave out at the start.")] = 0,
     out: Path = Path("benchmarks/results/quality.json"),
 ) -> None:
-    """Generate, time, score; the Frechet distance is to the plain run of 50 steps on other seeds."""
-    pipeline = load_mini()
-    pipeline.set_progress_bar_config(disable=True)
-    judge = load_judge()
-    experiment = Experiment(
-        pipeline, held_out(prompts, seed, background=True), seed=seed, batch=batch, judge=judge, progress=_say
+    """Generate, time and score everything in turns."""
+    results = compare(
+        configurations(), title="quality at equal time", prompts=prompts, batch=batch, seed=seed, first=first
     )
-    results, images = experiment.run(configurations(), title="quality at equal time", baseline="50 steps")
-    reference = [
-        image
-        for start in range(0, prompts, batch)
-        for image in pipeline(
-            list(experiment.prompts[start : start + batch]), generator=torch.Generator().manual_seed(10_000 + start)
-        ).images
-    ]
-    target = judge.features(reference).numpy()
-    distances = {}
-    for name, made in images.items():
-        features = judge.features(made).numpy()
-
-        def distance(rows: np.ndarray, features: np.ndarray = features) -> float:
-            return frechet_distance(target, features[rows], regularisation=1e-3)
-
-        distances[name] = Metric(jackknife(distance, prompts))
-    results = results.with_metric("frechet", distances)
     Console().print(rich_table(results))
     results.save(out)
-
-
-def _say(phase: str, done: int, total: int) -> None:
-    if done == total or done % 20 == 0:
-        print(f"{phase}: {done} of {total}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-# The references of one room are used in another.
-sys.path.extend(str(Path(__file__).parent / room) for room in ("spatial", "caching"))
+# The references and helpers of one room are used in another.
+sys.path.extend(str(Path(__file__).parent / room) for room in ("spatial", "caching", "core"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

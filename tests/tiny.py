@@ -370,6 +370,23 @@ def wan(*, steps: int = 4) -> Built:
     }
 
 
+def wan_two(*, steps: int = 4, boundary: float = 0.8) -> Built:
+    """Wan 2.2: one transformer for the noisy timesteps, from `boundary` (a share of all) on another."""
+    first, call = wan(steps=steps)
+    second, _ = wan()
+    seed_weights(second.transformer, 5)
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=first.vae,
+        scheduler=first.scheduler,
+        transformer=first.transformer,
+        transformer_2=second.transformer,
+        boundary_ratio=boundary,
+    )
+    return _ready(pipe), call
+
+
 def z_image(*, steps: int = 4) -> Built:
     """Z-Image: lists of images and captions, refiners before the main blocks."""
     transformer = ZImageTransformer2DModel(

@@ -33,7 +33,7 @@ class Level(Enum):
 
 
 class Change(Enum):
-    """What an accelerator alters for everything that runs inside it."""
+    """What an accelerator, or the state of a model, alters for everything that runs inside it."""
 
     TOKEN_COUNT = "the number of tokens between stages"
     TIMESTEPS = "the timesteps of the run"
@@ -41,6 +41,7 @@ class Change(Enum):
     ARITHMETIC_ORDER = "the order of floating-point operations"
     BATCH_ROWS = "which images of a batch run through a block together"
     ACTIVATION_PRECISION = "the precision of activations, which it rounds to a few bits"
+    SHARED_SEQUENCE = "where the tokens are, each rank holding a part of them"
 
 
 class Need(Enum):
@@ -54,7 +55,8 @@ class Need(Enum):
     TOKEN_GRID = "the rows and columns of the image tokens"
     SEPARABLE_ROWS = "blocks that treat the images of a batch one by one"
     FIXED_ROWS = "the same images in every block call"
-    PRECISE_ACTIVATIONS = "activations whose rounding an extrapolation may amplify"
+    PRECISE_ACTIVATIONS = "activations that are not rounded, since an extrapolation amplifies what rounding adds"
+    WHOLE_FRAME = "all the image's tokens in one place"
 
 
 class Break(Enum):
@@ -72,6 +74,7 @@ VIOLATIONS: dict[Need, Change] = {
     Need.OWN_TIMESTEPS: Change.TIMESTEPS,
     Need.FIXED_ROWS: Change.BATCH_ROWS,
     Need.PRECISE_ACTIVATIONS: Change.ACTIVATION_PRECISION,
+    Need.WHOLE_FRAME: Change.SHARED_SEQUENCE,
 }
 
 

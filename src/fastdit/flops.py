@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .structure import map_tensors, meta_twin, structural_twin
+from .errors import UnsupportedModel
+from .structure import map_tensors, meta_twin, structural_twin, twin_with
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class FlopMeter:
         """
         key = tuple((name, _kind(value)) for name, value in kwargs.items())
         if key not in self._specs:
-            replaced = {name: meta_twin(child) for name, child in (children or {}).items()}
-            self._specs[key] = map_tensors(dict(kwargs), _Shape.of), replaced
+            outlines = {name: twin_with(child, _Shape.of) for name, child in (children or {}).items()}
+            self._specs[key] = map_tensors(dict(kwargs), _Shape.of), outlines
         return key
 
     def flops(self, key: Hashable, saved: Mapping[str, float]) -> int:
@@ -76,9 +77,16 @@ class FlopMeter:
 
     def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:
-            shapes, children = self._specs[key]
+            shapes, outlines = self._specs[key]
             kwargs = map_tensors(shapes, _Shape.meta, kind=_Shape)
-            self._counts[key] = count(structural_twin(self._module, children), **kwargs)
+            children = {name: twin_with(child, _Shape.meta, kind=_Shape) for name, child in outlines.items()}
+            try:
+                self._counts[key] = count(structural_twin(self._module, children), **kwargs)
+            except NotImplementedError as error:
+                raise UnsupportedModel(
+                    f"the FLOPs of {type(self._module).__name__} can't be counted, since one of its kernels can't be "
+                    f"run on shapes alone ({error}); count them on the same model without quantisation"
+                ) from error
         return self._counts[key]
 
 

@@ -35,6 +35,8 @@ class StepContext:
 class StepRecord:
     """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
 
+    `denoiser` names the module that ran: "transformer", or "transformer_2" in a pipeline of two.
+
     `action` is "computed", "reused", "forecast", or "partial" where images, tokens or block lists differ. `saved` gives
     the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for all.
     """
@@ -42,6 +44,7 @@ class StepRecord:
     step: int
     stage: int
     branch: str
+    denoiser: str
     sigma: float | None
     tokens: int | None
     batch: int
@@ -76,7 +79,7 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Give the record as plain data, FLOPs included."""
-        names = ("step", "stage", "branch", "sigma", "tokens", "batch", "action", "reason", "seconds")
+        names = ("step", "stage", "branch", "denoiser", "sigma", "tokens", "batch", "action", "reason", "seconds")
         return {name: getattr(self, name) for name in (*names, "blocks_run", "blocks", "flops")}
 
 
@@ -214,9 +217,12 @@ class Run:
         self.stage_sigmas: list[torch.Tensor] = []
         self.doubts = 0
         self.grid: TokenLayout | None = None
+        #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
+        self.announced: Callable[[], int | None] = lambda: None
         self.stages_without_grid: set[int] = set()
         self._cache_bytes = 0
-        self._checks = list(checks)
+        self._checks = tuple(checks)
+        self._settled = False
         self._first_index = 0
         self._branches = tuple(branches) if branches is not None else None
         self._named_branch: str | None = None
@@ -242,21 +248,40 @@ class Run:
 
     def enter(self, denoiser: str) -> StepContext:
         """Count one forward of `denoiser` and say where it stands. Raises `InvalidConfig` past the last step."""
-        while self._checks and self.total_steps is not None:
-            check, *self._checks = self._checks
-            check(self.total_steps)
+        self._settle()
         name = self._branch_of(denoiser)
-        if self._branches is not None and name in self._calls.get(denoiser, ()):
+        if self._begins_a_step(denoiser, name):
             self.tick()
             name = self._branch_of(denoiser)
             if self.total_steps is not None and self.step >= self.total_steps:
                 raise InvalidConfig(
                     f"the run was opened for {self.total_steps} steps and was called once more; give run() the right "
-                    "num_inference_steps, and name every branch of a step in branches=(...)"
+                    "num_inference_steps, and name every branch of a step in branches=(...), in the order of the calls"
                 )
         self._calls.setdefault(denoiser, []).append(name)
         total = self.total_steps if self.total_steps is not None else self.step + 2
         return StepContext(self.step, total, self.stage, self.stage_step, name, self._first_index)
+
+    def _settle(self) -> None:
+        """Take in how long the run really is, and check it, before its first step."""
+        if self.total_steps is None or self._settled:
+            return
+        self._settled = True
+        announced = self.announced()
+        if announced is not None and 0 < announced < self.total_steps:
+            # An image-to-image pipeline that leaves out the first timesteps without telling the scheduler.
+            self.begin(announced, self._first_index + self.total_steps - announced)
+        for check in self._checks:
+            check(self.total_steps)
+
+    def _begins_a_step(self, denoiser: str, name: str) -> bool:
+        """Whether a bare module's call belongs to the next step: its branch, or one after it, was called in this."""
+        if self._branches is None:
+            return False
+        called, order = self._calls.get(denoiser, []), self._branches
+        if name in called or name not in order:
+            return name in called
+        return any(other in order and order.index(other) > order.index(name) for other in called)
 
     def _branch_of(self, denoiser: str) -> str:
         if self._named_branch is not None:

@@ -31,6 +31,7 @@ from .caching.token_cache import TokenCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
+from .models.state import changes_of
 from .run import Run, RunRecord
 from .structure import named_arguments
 from .twins.denoiser import Denoiser, denoiser_twin
@@ -119,6 +120,19 @@ class Stack(Sequence[Accelerator]):
                     _require_block_lists(transformers, accelerator)
                 for transformer in transformers.values():
                     accelerator.check(pipeline, transformer)
+            for name, transformer in transformers.items():
+                self.check_state(name, transformer)
+
+    def check_state(self, name: str, module: nn.Module) -> None:
+        """Raise `IncompatibleStack` if the state that a denoiser is in changes what an accelerator needs."""
+        violable = [(one, need) for one in self for need in one.effects.needs if need in VIOLATIONS]
+        for made in changes_of(module) if violable else ():
+            for accelerator, need in violable:
+                if VIOLATIONS[need] is made.change:
+                    raise IncompatibleStack(
+                        f"{accelerator.describe()} needs {need.value}, and {name} ({type(module).__name__}) changes "
+                        f"{made.change.value} ({made.cause}); {made.remedy}"
+                    )
 
     def explain(
         self,
@@ -218,8 +232,13 @@ def make_plan(
     if family is not None:
         rows, columns = family.grid(pipeline, *family.size(pipeline, arguments))
         tokens = rows * columns
-    notes = ("the pipeline's own timesteps", *_outlook(stack, steps))
-    return Plan(stack, (StagePlan(0, "whole frame", tokens, steps),), notes)
+    notes = ["the pipeline's own timesteps"]
+    order = getattr(getattr(pipeline, "scheduler", None), "order", 1)
+    if order > 1:
+        # Such schedulers of diffusers take their last step in one forward.
+        given, steps = steps, order * (steps - 1) + 1
+        notes.append(f"the scheduler takes {steps} forwards for {given} steps, and each forward counts as a step here")
+    return Plan(stack, (StagePlan(0, "whole frame", tokens, steps),), (*notes, *_outlook(stack, steps)))
 
 
 def _outlook(stack: Stack, steps: int) -> tuple[str, ...]:
@@ -281,6 +300,7 @@ class Acceleration:
         if name in _DENOISERS and value is not None:
             for accelerator in self.stack:
                 accelerator.check(self.base, value)
+            self.stack.check_state(name, value)
         self._replaced[name] = value
 
     def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,7 +311,11 @@ class Acceleration:
         bound.apply_defaults()
         arguments = named_arguments(bound)
         with self._exclusive():
+            self._check_states()
             run = self._open(given, arguments)
+            # Pipelines say here how many timesteps they will walk along, a pipeline's former call left out.
+            twin.__dict__.pop("_num_timesteps", None)
+            run.announced = lambda: twin.__dict__.get("_num_timesteps")
             with self._closing(run) as outcome:
                 self._scheduler = scheduler_twin(self.component("scheduler"), run) if self._has_scheduler else None
                 if run.plan is not None:
@@ -308,8 +332,8 @@ class Acceleration:
     def run(self, num_inference_steps: int, branches: Sequence[str] = ("main",)) -> Iterator[Run]:
         """Delimit a run of a bare module in somebody's own loop.
 
-        Each step calls the module once for every branch, in the order of `branches`, or under
-        `module.cache_context(name)` where the class has it.
+        Each step calls the module once for every branch, in the order of `branches`. Under
+        `module.cache_context(name)`, where the class has it, a step may leave branches out.
         """
         if not is_count(num_inference_steps, 1):
             raise InvalidConfig(f"a run has a whole number of steps, at least 1, got {num_inference_steps!r}")
@@ -318,6 +342,7 @@ class Acceleration:
         if isinstance(self.base, _pipeline_type()):
             raise InvalidConfig("a pipeline opens its own runs: call it")
         with self._exclusive():
+            self._check_states()
             run = Run(total_steps=num_inference_steps, branches=branches, checks=self._checks())
             with self._closing(run) as outcome:
                 yield run
@@ -362,6 +387,14 @@ class Acceleration:
         methods = [name.split(".") for name in self._family.pipeline_overrides() if "." in name]
         return {name: lifting_component(self.component(name), method, self) for name, method in methods}
 
+    def _check_states(self) -> None:
+        """Check the denoisers as they are now: one may have been quantised, or shared out, since the last run."""
+        bare = isinstance(self.base, nn.Module)
+        for name in _DENOISERS:
+            module = {_BARE: self.base}.get(name) if bare else self._replaced.get(name, getattr(self.base, name, None))
+            if isinstance(module, nn.Module):
+                self.stack.check_state(name, module)
+
     def _checks(self) -> list[Callable[[int], None]]:
         """List what is checked once a run's number of steps is known, before its first step."""
         cache = self.stack.step_cache
@@ -370,7 +403,7 @@ class Acceleration:
     def _refuse_idleness(self, total_steps: int) -> None:
         """Warn (or raise under `strict`) before the first step where no step of the run can be skipped."""
         cache = self.stack.step_cache
-        if cache is not None and not cache.neutral and cache.policy.skippable(total_steps) == 0:
+        if cache is not None and not cache.neutral and cache.skippable(total_steps) == 0:
             self._never_fired(cast(str, cache.outlook(total_steps)))
 
     def _never_fired(self, message: str) -> None:
@@ -409,7 +442,7 @@ class Acceleration:
         if cache is None or cache.neutral or record.skipped or record.partial or not record.steps:
             return
         steps = 1 + max(step.step for step in record.steps)
-        if isinstance(cache, TokenCache) or cache.policy.skippable(steps):
+        if isinstance(cache, TokenCache) or cache.skippable(steps):
             advice = "raise its threshold" if isinstance(cache, StepCache) else "lower its first or raise its interval"
             self._never_fired(
                 f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; {advice}, run "

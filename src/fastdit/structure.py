@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -52,11 +52,21 @@ def meta_twin(module: _Module) -> _Module:
         copied = torch.empty_like(tensor, device="meta")
         return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
-    children = {name: meta_twin(child) for name, child in module._modules.items() if child is not None}
+    return twin_with(module, without_data)
+
+
+def twin_with(
+    module: _Module, function: Callable[[Any], Any], kind: type[Any] | tuple[type[Any], ...] = torch.Tensor
+) -> _Module:
+    """Copy a module, children included, without hooks: `function` of every tensor (or other `kind`) in its place."""
+    children = {name: twin_with(child, function, kind) for name, child in module._modules.items() if child is not None}
     twin = structural_twin(module, children, hooks=False)
     for name, value in twin.__dict__.items():
-        if name != "_modules" and tensors_of(value):
-            twin.__dict__[name] = map_tensors(value, without_data)
+        found: list[Any] = []
+        if name != "_modules":
+            map_tensors(value, found.append, kind)
+        if found:
+            twin.__dict__[name] = map_tensors(value, function, kind)
     return twin
 
 
@@ -111,16 +121,22 @@ def select_rows(value: Any, index: torch.Tensor, batch: int) -> Any:
     return map_tensors(value, pick, kind=(torch.Tensor, PerImage))
 
 
-def refilled(value: Any, tensor: torch.Tensor | None) -> Any:
-    """Give a forward's output, which holds one tensor (or none), with `tensor` in its place."""
-    if value is None or isinstance(value, torch.Tensor):
-        return tensor
+class Hole:
+    """Where a tensor was in an output that is kept without its tensors."""
+
+
+def refilled(value: Any, fillings: Iterator[Any]) -> Any:
+    """Give a forward's output with the next of `fillings` in the place of each tensor, or of each `Hole`."""
+    if isinstance(value, (torch.Tensor, Hole)):
+        return next(fillings)
     if isinstance(value, (tuple, list)):
-        return type(value)([refilled(item, tensor) for item in value])
-    filled = copy.copy(value)
-    for name in value:
-        filled[name] = tensor
-    return filled
+        return type(value)([refilled(item, fillings) for item in value])
+    if isinstance(value, Mapping):
+        filled: Any = copy.copy(value)
+        for name, item in value.items():
+            filled[name] = refilled(item, fillings)
+        return filled
+    return value
 
 
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:

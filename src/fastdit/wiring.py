@@ -133,7 +133,7 @@ def outputs_of(port: BlockPort, output: Any) -> dict[int, torch.Tensor]:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One observed call of a block: what went in, what came out."""
+    """One observed call of a block: what went in, what came out, and whether it wrote into tensors that don't count."""
 
     name: str
     index: int
@@ -142,6 +142,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     output: Any
     versions: tuple[int, ...]
+    wrote: bool = False
 
     @property
     def arguments(self) -> dict[Port, Any]:
@@ -180,9 +181,12 @@ class _Recorder:
         self.calls: list[BlockCall] = []
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        versions = tuple(version_of(tensor) for tensor in tensors_of([args, kwargs]))
+        tensors = tensors_of([args, kwargs])
+        versions = tuple(version_of(tensor) for tensor in tensors)
+        uncounted = [(tensor, tensor.clone()) for tensor in tensors if tensor.is_inference()]
         output = block(*args, **kwargs)
-        self.calls.append(BlockCall(name, index, block, args, kwargs, output, versions))
+        wrote = not all(bool(((tensor == copy) | (copy != copy)).all()) for tensor, copy in uncounted)
+        self.calls.append(BlockCall(name, index, block, args, kwargs, output, versions, wrote))
         return output
 
 
@@ -276,7 +280,7 @@ def version_of(tensor: torch.Tensor) -> int:
 def _refuse_in_place(module: nn.Module, calls: list[BlockCall]) -> None:
     for call in calls:
         after = tuple(version_of(tensor) for tensor in tensors_of([call.args, call.kwargs]))
-        if after != call.versions:
+        if after != call.versions or call.wrote:
             raise UnsupportedModel(
                 f"{type(module).__name__}: something writes into the inputs of {call.name}.{call.index} in place, so "
                 "what the blocks add can't be known; use kernels that don't, or a stack without a step cache"

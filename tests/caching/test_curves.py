@@ -86,6 +86,7 @@ STEPS = {
     "wan2.2-ti2v-5b-t2v": 50,
     "wan2.2-ti2v-5b-i2v": 50,
     "wan2.2-i2v-a14b": 40,
+    "fastdit-mini": 50,
 }
 
 
@@ -134,6 +135,7 @@ def transformer(name: str | None) -> Any:
         ("/models/Wan2.1-T2V-14B-Diffusers/transformer", "wan2.1-t2v-14b"),
         ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan2.2-t2v-a14b"),
         ("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-720p"),
+        ("fastdit-mini", "fastdit-mini"),
     ],
 )
 def test_a_model_s_curve_is_found_by_the_name_it_was_loaded_under(model: str, name: str) -> None:
@@ -144,7 +146,7 @@ def test_a_model_s_curve_is_found_by_the_name_it_was_loaded_under(model: str, na
     "model", ["black-forest-labs/FLUX.1-schnell", "Wan-AI/Wan2.1-VACE-14B-diffusers", "not-FLUX.1-dev", "", None]
 )
 def test_another_model_s_curve_is_never_used_unasked_and_the_error_says_what_to_do(model: str | None) -> None:
-    with pytest.raises(InvalidConfig, match=r"FluxTransformer2DModel.*MagnitudeCurve.*flux-dev"):
+    with pytest.raises(InvalidConfig, match=r"FluxTransformer2DModel.*calibrate_magcache.*flux-dev"):
         curves.for_model(transformer(model))
 
 
@@ -163,6 +165,7 @@ def test_a_curve_survives_a_file_and_a_stack_s_json(unconditional: Any, tmp_path
     curve = MagnitudeCurve((1.0, 0.9), unconditional, "one prompt")
     curve.save(tmp_path / "curve.json")
     assert MagnitudeCurve.load(tmp_path / "curve.json") == curve
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.json"]
     assert decode(encode(curve)) == curve
 
 

@@ -413,6 +413,44 @@ def test_with_ralu_every_stage_starts_with_a_full_step(cache: Any) -> None:
         assert kinds[start + 1] != "computed"
 
 
+@each_cache
+def test_carried_over_a_switch_the_first_step_of_a_stage_may_be_partial(cache: Any) -> None:
+    pipe, call = tiny.flux(size=128, batch=2)
+    call.pop("num_inference_steps")
+    carried = dataclasses.replace(cache, interval=20, stage_change="carry")
+    fast = accelerate(pipe, [RALU("4x"), carried])
+    images = tiny.run(fast, call)
+    assert torch.isfinite(images).all()
+    assert torch.equal(tiny.run(fast, call), images)
+    found = actions(fast)
+    assert found[:3] == ["computed"] * 3
+    assert "computed" not in found[3:]
+
+
+def test_what_is_kept_of_a_block_is_lifted_token_by_token() -> None:
+    from fastdit.caching.token_cache import BlockMemory, TokenState
+    from fastdit.models.tokens import TOKEN_ROLES
+
+    values = torch.arange(8.0).reshape(1, 4, 2)
+    text = torch.full((1, 3, 2), -1.0)
+    sources = torch.tensor([[0, 1, 1, 3, 2]])
+    joined = BlockMemory(
+        0, TOKEN_ROLES["FluxSingleTransformerBlock"], (1, 4), (torch.Size((1, 3, 2)), torch.Size((1, 4, 2)))
+    )
+    joined.kept = {"attn": torch.cat([text, values], dim=1)}
+    joined.refreshed = torch.tensor([[0, 1, 2, 3]])
+    double = BlockMemory(1, TOKEN_ROLES["FluxTransformerBlock"], (1, 4), (torch.Size((1, 3, 2)), torch.Size((1, 4, 2))))
+    double.kept = {"attn": (values, text), "ff": values, "ff_context": text}
+    state = TokenState({("single", 0): joined, ("double", 0): double})
+    state.lift(sources, 4)
+    expected = values[:, sources[0]]
+    assert torch.equal(joined.kept["attn"], torch.cat([text, expected], dim=1))
+    assert joined.refreshed.tolist() == [[0, 1, 1, 3, 2]]
+    assert torch.equal(double.kept["attn"][0], expected) and torch.equal(double.kept["attn"][1], text)
+    assert torch.equal(double.kept["ff"], expected) and torch.equal(double.kept["ff_context"], text)
+    assert joined.shape == (1, 5) and joined.streams[1] == (1, 5, 2)
+
+
 def test_a_mixed_stage_goes_without_the_spatial_bonus_and_says_so() -> None:
     pipe, call = tiny.flux(size=128, steps=12)
     schedule = RALU(steps=(4, 4, 4), ends=(0.3, 0.45), ratio=0.3)

@@ -11,7 +11,6 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     UniPCMultistepScheduler,
-    WanPipeline,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,25 +71,13 @@ def test_kontext_takes_caches_with_a_picture_and_the_schedule_without_one() -> N
 
 
 def test_a_model_with_two_denoisers_caches_each_apart() -> None:
-    first, call = tiny.wan(steps=6)
-    second, _ = tiny.wan()
-    tiny.seed_weights(second.transformer, 5)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=first.vae,
-        scheduler=first.scheduler,
-        transformer=first.transformer,
-        transformer_2=second.transformer,
-        boundary_ratio=0.8,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe, call = tiny.wan_two(steps=6)
     plain = tiny.run(pipe, call)
     assert torch.equal(tiny.run(accelerate(pipe, []), call), plain)
     assert torch.equal(tiny.run(accelerate(pipe, [FirstBlockCache(0.0)]), call), plain)
     fast = accelerate(pipe, [CACHE])
     assert torch.isfinite(tiny.run(fast, call)).all()
-    with tiny.counted_blocks(first.transformer) as one, tiny.counted_blocks(second.transformer) as two:
+    with tiny.counted_blocks(pipe.transformer) as one, tiny.counted_blocks(pipe.transformer_2) as two:
         tiny.run(fast, call)
     # The second denoiser has no residual of its own at its first step, and must not take the first one's.
     assert one[0] + two[0] == len(actions(fast)) == 12

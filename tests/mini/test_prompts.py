@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, PLACES, RELATIONS, Scene, held_out, parse, vocabulary
+from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, PLACES, RELATIONS, Scene, held_out, parse, training, vocabulary
 
 singles = st.builds(
     Scene,
@@ -43,6 +43,14 @@ def test_evaluation_prompts_are_fixed_and_were_kept_out_of_training() -> None:
     assert prompts == held_out(200, 3) != held_out(200, 4)
     assert all(parse(prompt).held_out for prompt in prompts)
     assert sum(parse(prompt).kind == "pair" for prompt in prompts) == 50
+
+
+def test_prompts_for_calibration_are_fixed_and_are_those_of_training() -> None:
+    prompts = training(40, 3, background=True)
+    assert prompts == training(40, 3, background=True) != training(40, 4, background=True)
+    assert not any(parse(prompt).held_out for prompt in prompts)
+    assert all(parse(prompt).background for prompt in prompts)
+    assert sum(parse(prompt).kind == "pair" for prompt in prompts) == 10
 
 
 def test_importing_the_mini_model_s_language_imports_no_torch() -> None:

@@ -273,7 +273,7 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
     "arguments",
     [
         {"preset": "9x"},
-        {"preset": "4x", "steps": (5, 6, 7)},
+        {"preset": "4x", "steps": (5, 6)},
         {"steps": (5, 6, 7)},
         {"steps": (5, 6), "ends": (0.3, 0.45), "ratio": 0.3},
         {"steps": (5, 0, 7), "ends": (0.3, 0.45), "ratio": 0.3},
@@ -294,6 +294,14 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
 def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig):
         RALU(**arguments)
+
+
+def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
+    late = RALU("4x", ends=(0.45, 0.60))
+    assert late.settings == RALU(steps=(5, 6, 7), ends=(0.45, 0.60), ratio=0.3).settings
+    pipe, _ = tiny.flux()
+    notes = (accelerate(pipe, [ralu]).fastdit.plan(128, 128).stages for ralu in (late, RALU("4x")))
+    assert [[stage.steps for stage in stages] for stages in notes] == [[5, 6, 7]] * 2
 
 
 def test_the_message_for_an_unknown_preset_names_the_known_ones() -> None:

@@ -220,6 +220,7 @@ def test_the_record_tells_tokens_and_flops_of_every_stage(built: tiny.Built) -> 
         EasyCache(0.6),
         SeaCache(0.9),
         ToCa(3, 0.25, first=2),
+        ToCa(3, 0.25, first=2, stage_change="carry"),
         FirstBlockCache(1.0, stage_change="carry"),
         TeaCache(0.6, (1.0, 0.0), per_image=True),
     ],

@@ -93,6 +93,7 @@ def for_model(transformer: Any) -> MagnitudeCurve:
         return named(name)
     raise InvalidConfig(
         f"there is no magnitude curve for {type(transformer).__name__} loaded as {source or 'an unnamed model'}; "
-        "measure one and give it as a MagnitudeCurve, or take a published one with fastdit.caching.curves.named(...) "
+        "measure one with fastdit.measure.calibration.calibrate_magcache(pipe, prompts), which gives a MagnitudeCurve, "
+        "or take a published one with fastdit.caching.curves.named(...) "
         f"({', '.join(published.entries(_TABLE))}) if this model is a fine-tune of that one"
     )

@@ -38,8 +38,15 @@ class BranchState:
     parts: dict[int, list[GroupState]] = dataclasses.field(default_factory=dict)
     #: By segment, which of its features belongs to the latents' stream.
     streams: dict[int, int] = dataclasses.field(default_factory=dict)
-    #: A forward's output without its tensor, for caches that skip whole forwards.
+    #: A forward's output without its tensors, for caches that skip whole forwards.
     shell: Any = None
+    #: The last step at which the branch was called.
+    step: int | None = None
+
+    def enter(self, step: int) -> str | None:
+        """Note a call at a step; say so where the branch was left out before it, and what is kept is old."""
+        before, self.step = self.step, step
+        return "left out before" if before is not None and step > before + 1 else None
 
     def groups(self, part: int, count: int, make: Callable[[], Memory]) -> list[GroupState]:
         """Get the groups of a part, fresh where their number changed."""
@@ -81,13 +88,17 @@ class Decider:
         self._cache, self._run, self._reduce = cache, run, reduce
 
     def decide(
-        self, groups: Sequence[GroupState], site: Site, shapes: Shapes, part: int, forced: str | None = None
+        self, groups: Sequence[GroupState], site: Site, shapes: Shapes, segment: int, forced: str | None = None
     ) -> list[Verdict]:
-        """Decide for each group. `shapes` are those of a group's streams; `forced` computes whatever the gate says."""
+        """Decide for each group at the start of a segment.
+
+        `shapes` are those of a group's streams; `forced` computes whatever the gate says.
+        """
         cache, context = self._cache, site.context
         rows = [slice(None)] if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
         signal = cache.signal(site)
-        reasons = [forced or self._forced(group, context, shapes, part) for group in groups]
+        own = [self._forced(group, context, shapes, segment) for group in groups]
+        reasons = [forced or reason for reason in own]
         changes: list[torch.Tensor | None] = [None] * len(groups)
         for index, group in enumerate(groups):
             if reasons[index] is None and signal is not None:
@@ -108,7 +119,7 @@ class Decider:
             verdicts.append(verdict)
         return verdicts
 
-    def _forced(self, group: GroupState, context: StepContext, shapes: Shapes, part: int) -> str | None:
+    def _forced(self, group: GroupState, context: StepContext, shapes: Shapes, segment: int) -> str | None:
         """Say why a group must be computed. A group of other shapes is emptied."""
         if group.shapes is not None and group.shapes != shapes:
             group.memory, group.histories, group.shapes = self._cache.memory(), {}, None
@@ -118,7 +129,7 @@ class Decider:
             return reason
         if self._cache.neutral:
             return "neutral"
-        if part in group.histories and group.histories[part].filled:
+        if segment in group.histories and group.histories[segment].filled:
             return None
         return "first step of a stage" if context.stage_step == 0 else "no history"
 

@@ -42,6 +42,7 @@ class EasyCache(StepCache):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     whole_forward: ClassVar[bool] = True
+    warm_up: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,10 +79,15 @@ class MagCache(StepCache):
         assert isinstance(memory, _Magnitude) and isinstance(self.curve, MagnitudeCurve)
         place = context.step + context.skipped_timesteps
         steps = context.total_steps + context.skipped_timesteps
-        memory.ratio *= self.curve.at(place, steps, int(context.branch in _UNCONDITIONAL))
+        memory.ratio *= self.curve.at(place, steps, curve_of(context.branch))
         memory.accumulated += abs(1.0 - memory.ratio)
         return Verdict(memory.accumulated > self.threshold, f"error {memory.accumulated:.4f}")
 
 
 #: The names that pipelines and unnamed second calls of a step give to the second guidance branch.
 _UNCONDITIONAL = ("uncond", "unconditional", "negative", "call 1")
+
+
+def curve_of(branch: str) -> int:
+    """Say which of a curve's two branches a run's branch takes: 1 for the second guidance branch, 0 for all others."""
+    return int(branch in _UNCONDITIONAL)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from fastdit.errors import IncompatibleStack, UnsupportedModel
 from fastdit.run import Outcome, Run, StepContext
-from fastdit.structure import refilled, select_rows, tensors_of
+from fastdit.structure import Hole, refilled, select_rows, tensors_of
 from fastdit.wiring import BlockCall, BlockPort, Port, Wiring, outputs_of, read_port, returned, version_of
 
 from .decision import BranchState, Decider, GroupState
@@ -36,12 +37,12 @@ class _Tally:
     reused: int = 0
     forecast: int = 0
 
-    def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], part: int) -> None:
+    def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], segment: int) -> None:
         """Count what was decided for each group."""
         for verdict, group in zip(verdicts, groups, strict=True):
             if verdict.compute:
                 self.computed += 1
-            elif group.histories[part].extrapolates:
+            elif group.histories[segment].extrapolates:
                 self.forecast += 1
             else:
                 self.reused += 1
@@ -79,8 +80,8 @@ class _Part:
 class BlockPass:
     """One forward under a step cache: answers every block call of the structural twin.
 
-    `proved` holds the block lists whose rows were shown to be separable, and is shared by the forwards of a denoiser.
-    `run_block` runs a block that is not skipped.
+    `proved` holds the block lists whose rows were shown to be separable, with the shapes of their arguments, and is
+    shared by the forwards of a denoiser. `run_block` runs a block that is not skipped.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class BlockPass:
         *,
         reduce: Reduce = lambda changes: changes,
         run_block: BlockRunner = run_plainly,
-        proved: set[str] | None = None,
+        proved: set[Hashable] | None = None,
     ) -> None:
         self._cache, self._wiring, self._run = cache, wiring, run
         self._decider = Decider(cache, run, reduce)
@@ -103,7 +104,8 @@ class BlockPass:
     def begin(self, context: StepContext, state: BranchState, observed: Sequence[BlockCall] = ()) -> None:
         """Start a forward; `observed` holds its block calls where it has already run to be observed."""
         self._context, self._state = context, state
-        self._observed = bool(observed)
+        self._forced = "observed for the first time" if observed else None
+        self._forced = state.enter(context.step) or self._forced
         self._parts: dict[int, _Part] = {}
         self._entered: torch.Tensor | None = None
         self._start: list[torch.Tensor] = []
@@ -157,8 +159,7 @@ class BlockPass:
         count = hidden_states.shape[0] if self._cache.per_image else 1
         shapes = tuple(value[:1].shape if self._cache.per_image else value.shape for value in values)
         groups = self._state.groups(segment.part, count, self._cache.memory)
-        forced = "observed for the first time" if self._observed else None
-        verdicts = self._decider.decide(groups, site, shapes, segment.number, forced)
+        verdicts = self._decider.decide(groups, site, shapes, segment.number, self._forced)
         self._parts[segment.part] = _Part(groups, verdicts, site)
         self._tally.add(verdicts, groups, segment.number)
 
@@ -199,9 +200,11 @@ class BlockPass:
         kwargs: dict[str, Any],
     ) -> None:
         """Run a block on the images that are computed. Their streams travel here, beside the forward's own."""
-        if port.name not in self._proved:
+        # A tensor that all images share may have as many rows as there are images; it shows at these shapes alone.
+        proved = (port.name, batch, tuple(tensor.shape for tensor in tensors_of([args, kwargs])))
+        if proved not in self._proved:
             _prove_rows(port, batch, block, args, kwargs)
-            self._proved.add(port.name)
+            self._proved.add(proved)
         index = torch.tensor(rows, device=self._start[0].device)
         carried = dict(zip(port.inputs, self._rows, strict=True)) if self._rows else {}
         outputs = outputs_of(port, _on_rows(block, args, kwargs, index, batch, carried))
@@ -286,6 +289,7 @@ class ForwardPass:
     def begin(self, context: StepContext, state: BranchState) -> None:
         """Start a forward."""
         self._context, self._state = context, state
+        self._forced = state.enter(context.step)
         self._tally = _Tally()
         self._tokens: int | None = None
 
@@ -296,12 +300,8 @@ class ForwardPass:
 
         `compute` gets the arguments and the images that they are of, None for all.
         """
-        latents = next(iter(arguments.values()))
-        if not isinstance(latents, torch.Tensor):
-            raise UnsupportedModel(
-                f"{self._cache.describe()} skips whole forwards and needs latents in one tensor, got "
-                f"{type(latents).__name__}; use a cache that skips blocks"
-            )
+        given = next(iter(arguments.values()))
+        latents = self._latents(given)
         self._tokens = latents.shape[1] if latents.dim() == 3 else None
         count = latents.shape[0] if self._cache.per_image else 1
         groups = self._state.groups(0, count, self._cache.memory)
@@ -311,12 +311,18 @@ class ForwardPass:
             self._run.sigma(self._context.step),
         )  # fmt: skip
         shape = latents[:1].shape if self._cache.per_image else latents.shape
-        verdicts = self._decider.decide(groups, site, (shape,), 0)
+        verdicts = self._decider.decide(groups, site, (shape,), 0, self._forced)
         self._tally.add(verdicts, groups, 0)
         computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
         if len(computing) < count:
             self._tally.saved[""] = 1.0 - len(computing) / count
+        version = version_of(latents)
         whole = self._output(arguments, latents, computing, count, compute)
+        if version_of(latents) != version:
+            raise IncompatibleStack(
+                f"the forward writes into its latents in place, so {self._cache.describe()} can't know what it adds to "
+                "them; use kernels that don't, or a stack without a step cache"
+            )
         pieces = self._pieces(latents, groups, verdicts, whole)
         for index, (group, piece) in enumerate(zip(groups, pieces, strict=True)):
             own = latents if count == 1 else latents[index : index + 1]
@@ -327,11 +333,29 @@ class ForwardPass:
             self._cache.learn(group.memory, site, piece, verdicts[index].compute)
         if whole is not None and len(computing) == count:
             return whole
-        return refilled(self._state.shell, pieces[0] if count == 1 else torch.cat(pieces))
+        output = pieces[0] if count == 1 else torch.cat(pieces)
+        return refilled(self._state.shell, iter([output] if torch.is_tensor(given) else output.unbind()))
 
     def end(self) -> Outcome:
         """Say what was done."""
         return self._tally.outcome(self._tokens)
+
+    def _latents(self, given: Any) -> torch.Tensor:
+        """Give the latents in one tensor; a list of an image each, as some models take, is stacked."""
+        if isinstance(given, torch.Tensor):
+            return given
+        tensors = tensors_of(given)
+        if not tensors or any(tensor.shape != tensors[0].shape for tensor in tensors):
+            raise UnsupportedModel(
+                f"{self._cache.describe()} skips whole forwards and needs latents in one tensor or in a list of equal "
+                f"ones, got {type(given).__name__}; use a cache that skips blocks"
+            )
+        if self._cache.per_image:
+            raise UnsupportedModel(
+                f"{self._cache.describe()} can't pick images out of latents that come as a {type(given).__name__}; "
+                "leave per_image out, or use a cache that skips blocks"
+            )
+        return torch.stack(tensors)
 
     def _output(
         self,
@@ -349,21 +373,25 @@ class ForwardPass:
             images = torch.tensor(computing, device=latents.device)
             arguments = select_rows(dict(arguments), images, count)
         output = compute(arguments, images)
-        tensors = tensors_of(output)
-        if len(tensors) != 1 or tensors[0].shape[1:] != latents.shape[1:]:
+        given, tensors = next(iter(arguments.values())), tensors_of(output)
+        expected = [tensor.shape for tensor in tensors_of(given)]
+        if [tensor.shape for tensor in tensors] != expected:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise UnsupportedModel(
                 f"{self._cache.describe()} needs an output of the latents' own shape {tuple(latents.shape)}, and the "
                 f"forward gave {shapes}; use a cache that skips blocks"
             )
-        self._state.shell = refilled(output, None)
+        self._state.shell = refilled(output, repeat(Hole()))
         return output
 
     def _pieces(
         self, latents: torch.Tensor, groups: list[GroupState], verdicts: list[Verdict], whole: Any
     ) -> list[torch.Tensor]:
         """Give every group's output."""
-        computed = iter(tensors_of(whole)[0].split(1) if len(groups) > 1 and whole is not None else tensors_of(whole))
+        tensors = tensors_of(whole)
+        if tensors and tensors[0].dim() < latents.dim():
+            tensors = [torch.stack(tensors)]
+        computed = iter(tensors[0].split(1) if len(groups) > 1 and tensors else tensors)
         pieces = []
         for index, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
             own = latents if len(groups) == 1 else latents[index : index + 1]

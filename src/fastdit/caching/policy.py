@@ -18,6 +18,10 @@ class SkipPolicy:
     The first `first` and last `last` steps of a run, steps outside `window` (two shares of the run, 0 to 1), any step
     after `max_consecutive` skipped ones in a row, and all steps once `max_skipped` were skipped in the stage. The first
     step of a stage is always computed where there is no history to skip on. Raises `InvalidConfig` for other values.
+
+    Steps count the run's forwards of one branch: a scheduler of second order makes two for each of its steps. Where two
+    denoisers share a run, `first` is at the start of the first one's share and `last` at the end of the second one's; a
+    denoiser's own first step is computed for want of a history.
     """
 
     first: int = 1

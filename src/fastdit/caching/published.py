@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -44,8 +45,14 @@ def name_for(table: str, source: str) -> str | None:
 
 
 def save(value: Any, path: str | Path) -> None:
-    """Write a dataclass as JSON."""
-    Path(path).write_text(json.dumps(dataclasses.asdict(value), indent=2) + "\n", encoding="utf-8")
+    """Write a dataclass as JSON: whole or not at all, for it is written beside and then put in place."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(dataclasses.asdict(value), indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(cls: type[Any], path: str | Path, what: str, absent: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class SeaCache(StepCache):
     power: float = 2.0
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(max_consecutive=2))
 
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.TOKEN_GRID})
+    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.TOKEN_GRID, Need.WHOLE_FRAME})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -93,6 +93,9 @@ class StepCache(Accelerator):
     #: Whether the skipped part is the whole forward, (output - latents) taking the place of the blocks' residual.
     whole_forward: ClassVar[bool] = False
 
+    #: How many steps must have been computed before the gate can skip one.
+    warm_up: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         if not is_forecaster(self.forecast):
             raise InvalidConfig(f"forecast is a forecaster such as Reuse() or Taylor(1), got {self.forecast!r}")
@@ -160,9 +163,16 @@ class StepCache(Accelerator):
     def check_run(self, total_steps: int) -> None:
         """Raise `InvalidConfig` if the gate can't serve a run of this many steps."""
 
+    def skippable(self, total_steps: int) -> int:
+        """Count the steps of a run that may be skipped, as far as that is known beforehand."""
+        policy = self.policy
+        if policy.first < self.warm_up:
+            policy = dataclasses.replace(policy, first=self.warm_up)
+        return policy.skippable(total_steps)
+
     def outlook(self, total_steps: int) -> str | None:
         """Say before a run of how little use the cache can be in so few steps; None where there is room."""
-        free = self.policy.skippable(total_steps)
+        free = self.skippable(total_steps)
         if self.neutral or free > 2:
             return None
         gain = f"can skip at most {free} of {total_steps} steps" if free else f"can skip none of {total_steps} steps"

@@ -40,6 +40,14 @@ class StepMask(StepCache):
                 f"StepMask has {len(self.mask)} entries and the run has {total_steps} steps; give one entry a step"
             )
 
+    def skippable(self, total_steps: int) -> int:
+        steps = (StepContext(step, total_steps, 0, step, "main") for step in range(1, min(total_steps, len(self.mask))))
+        free = sum(not self.mask[at.step] and self.policy.forced(at, 0, 0) is None for at in steps)
+        return free if self.policy.max_skipped is None else min(free, self.policy.max_skipped)
+
+    def outlook(self, total_steps: int) -> str | None:
+        return None if self.skippable(total_steps) else super().outlook(total_steps)
+
     def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
         return Verdict(self.mask[context.step], "mask")
 

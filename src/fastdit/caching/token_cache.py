@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from fastdit.run import Outcome, Run, StepContext
 from fastdit.structure import map_tensors, structural_twin, tensors_of
 
 from .attention_scores import AttentionScore, watching
+from .step_cache import STAGE_CHANGES
 
 COMPUTED, PARTIAL, REUSED = "computed", "partial", "reused"
 
@@ -44,6 +45,7 @@ class BlockMemory:
     """
 
     place: int
+    roles: TokenRoles
     shape: tuple[int, int]
     streams: tuple[torch.Size, ...]
     full_step: int = -1
@@ -51,6 +53,34 @@ class BlockMemory:
     refreshed: torch.Tensor | None = None
     score: torch.Tensor | None = None
     residual: tuple[torch.Tensor | None, ...] = ()
+
+    @property
+    def text(self) -> int:
+        """How many tokens of the text come before the image's in what the children of a joined block see."""
+        roles = self.roles
+        if not roles.joined or roles.text not in roles.returns:
+            return 0
+        return self.streams[roles.returns.index(roles.text)][1]
+
+    def lift(self, lifted: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> None:
+        """Copy all that is kept of the image to `tokens` new tokens; `lifted` does that for [B, N, ...]."""
+        text, image = self.text, self.roles.returns.index(self.roles.image)
+
+        def after_text(output: torch.Tensor) -> torch.Tensor:
+            return torch.cat([output[:, :text], lifted(output[:, text:])], dim=1) if text else lifted(output)
+
+        for name in self.kept.keys() - set(self.roles.text_children):
+            self.kept[name] = _first(self.kept[name], after_text)
+        if self.refreshed is not None:
+            self.refreshed = lifted(self.refreshed)
+        if self.score is not None:
+            self.score = lifted(self.score)
+        self.residual = tuple(
+            lifted(part) if place == image and part is not None else part for place, part in enumerate(self.residual)
+        )
+        self.shape = (self.shape[0], tokens)
+        shape = self.streams[image]
+        self.streams = (*self.streams[:image], torch.Size((shape[0], tokens, *shape[2:])), *self.streams[image + 1 :])
 
 
 @dataclasses.dataclass
@@ -68,8 +98,17 @@ class TokenState:
         return tensors_of([[vars(memory) for memory in self.blocks.values()], self.centroids, self.clusters])
 
     def lift(self, sources: torch.Tensor, tokens: int) -> None:
-        """Kept outputs are of one stage's tokens: nothing is carried."""
-        self.drop()
+        """Bring kept outputs, ages, scores and clusters to another token layout."""
+
+        def lifted(values: torch.Tensor) -> torch.Tensor:
+            index = sources.to(values.device).repeat(values.shape[0] // len(sources), 1)
+            wide = index.reshape(*index.shape, *(1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
+            return values.gather(1, wide)
+
+        for memory in self.blocks.values():
+            memory.lift(lifted, sources.shape[1])
+        if self.clusters is not None:
+            self.clusters = lifted(self.clusters)
 
     def drop(self) -> None:
         """Forget everything."""
@@ -99,7 +138,8 @@ class Choice:
 class TokenCache(Accelerator):
     """Base of the token caches: every `interval`-th step is full, and so are the first `first` of the run.
 
-    The first step of a stage is full too. A subclass chooses the tokens of the steps between, and may leave the blocks
+    The first step of a stage is full too, unless `stage_change` is "carry": then all that is kept is copied to the new
+    tokens where a schedule changes them. A subclass chooses the tokens of the steps between, and may leave the blocks
     out altogether in some of them.
     """
 
@@ -107,9 +147,10 @@ class TokenCache(Accelerator):
     _: dataclasses.KW_ONLY
     first: int = 3
     seed: int = 0
+    stage_change: str = "reset"
 
     level: ClassVar = Level.TOKEN_CACHE
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS})
+    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS})
 
     #: Whether some steps leave the blocks out, so that their residuals must be kept.
@@ -119,6 +160,8 @@ class TokenCache(Accelerator):
         name = type(self).__name__
         if not is_count(self.interval, 1):
             raise InvalidConfig(f"{name}'s interval counts steps from one full step to the next, got {self.interval!r}")
+        if self.stage_change not in STAGE_CHANGES:
+            raise InvalidConfig(f"stage_change is one of {', '.join(STAGE_CHANGES)}, got {self.stage_change!r}")
         if not is_count(self.first) or not is_count(self.seed):
             raise InvalidConfig(f"{name}'s first and seed are whole numbers from 0, got {self.first!r}, {self.seed!r}")
 
@@ -203,7 +246,7 @@ class TokenPass:
         values = _signature(type(block).forward).bind(None, *args, **kwargs).arguments
         image = values[roles.image]
         self._tokens = image.shape[1] if self._tokens is None else self._tokens
-        memory = self._memory((name, index), image, tuple(values[stream].shape for stream in roles.returns))
+        memory = self._memory((name, index), roles, image, tuple(values[stream].shape for stream in roles.returns))
         action, reason = self._decide(memory)
         chosen = None
         if action == PARTIAL:
@@ -240,13 +283,15 @@ class TokenPass:
         self._state.settled = True
         return Outcome(action, self._reason, self._saved, self._tokens)
 
-    def _memory(self, key: tuple[str, int], image: torch.Tensor, streams: tuple[torch.Size, ...]) -> BlockMemory:
+    def _memory(
+        self, key: tuple[str, int], roles: TokenRoles, image: torch.Tensor, streams: tuple[torch.Size, ...]
+    ) -> BlockMemory:
         """Get what is kept of a block, nothing where streams of other shapes come in."""
         blocks, shape = self._state.blocks, (image.shape[0], image.shape[1])
         if key not in blocks:
-            blocks[key] = BlockMemory(len(blocks), shape, streams)
+            blocks[key] = BlockMemory(len(blocks), roles, shape, streams)
         elif blocks[key].streams != streams:
-            blocks[key] = BlockMemory(blocks[key].place, shape, streams)
+            blocks[key] = BlockMemory(blocks[key].place, roles, shape, streams)
             self._state.generator = self._state.centroids = self._state.clusters = None
         return blocks[key]
 
@@ -396,6 +441,11 @@ class _ChildTwin(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_answer"](args, kwargs)
+
+
+def _first(kept: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply `function` to a child's output, or to the first of several."""
+    return function(kept) if isinstance(kept, torch.Tensor) else type(kept)([function(kept[0]), *kept[1:]])
 
 
 @lru_cache(maxsize=64)

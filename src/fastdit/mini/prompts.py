@@ -129,14 +129,25 @@ def held_out(count: int, seed: int = 0, *, kind: Kind | None = None, background:
     `kind` keeps to single objects or pairs (default: three singles to one pair, as in training); `background` keeps
     to prompts that name one.
     """
+    return _draw(count, seed, kind, background, held_out=True)
+
+
+def training(count: int, seed: int = 0, *, kind: Kind | None = None, background: bool = False) -> list[str]:
+    """`count` prompts of training, for whatever is tuned or calibrated; else as `held_out`."""
+    return _draw(count, seed, kind, background, held_out=False)
+
+
+def _draw(count: int, seed: int, kind: Kind | None, background: bool, *, held_out: bool) -> list[str]:
     if kind is None:
-        pairs = held_out(count // 4, seed, kind="pair", background=background)
-        singles = held_out(count - len(pairs), seed, kind="single", background=background)
+        pairs = _draw(count // 4, seed, "pair", background, held_out=held_out)
+        singles = _draw(count - len(pairs), seed, "single", background, held_out=held_out)
         mixed = singles + pairs
         random.Random(seed).shuffle(mixed)
         return mixed
     scenes = _all_singles() if kind == "single" else _all_pairs()
-    prompts = [scene.prompt() for scene in scenes if scene.held_out and (scene.background or not background)]
+    prompts = [
+        scene.prompt() for scene in scenes if scene.held_out == held_out and (scene.background or not background)
+    ]
     random.Random(seed).shuffle(prompts)
     return list(itertools.islice(itertools.cycle(prompts), count))
 

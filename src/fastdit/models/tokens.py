@@ -30,7 +30,8 @@ class TokenRoles:
     the two streams, `returns` the arguments whose streams the block gives back, in order. `joined` blocks hand their
     children the text's tokens followed by the image's. `attention` is the child in which image tokens see each other
     (with `text_first` where the text's tokens come first inside it), `cross_attention` the one in which they see the
-    text, where that is another.
+    text, where that is another. The `text_children` give tokens of the text alone; a child that gives several tensors
+    gives the image's first.
     """
 
     roles: Mapping[str, Role]
@@ -41,6 +42,7 @@ class TokenRoles:
     joined: bool = False
     text_first: bool = False
     cross_attention: str | None = None
+    text_children: tuple[str, ...] = ("ff_context",)
 
 
 #: A text stream reaches the image through attention alone, and attention is kept at a partial step: recomputing the

@@ -43,7 +43,7 @@ class _Preset:
     steps: tuple[int, int, int]
     ends: tuple[float, float]
     ratio: float
-    family: str | None = None
+    family: str | None = dataclasses.field(default=None, compare=False)
 
 
 #: The published settings, each for the family of models that it was published for.
@@ -61,18 +61,17 @@ PRESETS = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in three stages.
 
-    Either `preset` names a published setting of the model's family ("4x", the default, "5x" and "7x" of FLUX.1, "2x"
-    and "3x" of SD3), or `steps` (one count a stage), `ends` (the times at which stages 1 and 2 end, 0 = noise, 1 =
-    data) and `ratio` (the share of coarse tokens refined in stage 2) are all given. `restart` fixes Z (at least 2;
-    larger restarts closer to noise) and is solved otherwise. `base_shift` is the timestep shift that the model was
-    trained for (3 for both families).
+    `preset` names a published setting of the model's family ("4x", the default, "5x" and "7x" of FLUX.1, "2x" and "3x"
+    of SD3): `steps` (one count a stage), `ends` (the times at which stages 1 and 2 end, 0 = noise, 1 = data) and
+    `ratio` (the share of coarse tokens refined in stage 2). What is given beside it takes the place of the preset's;
+    without a preset all three are needed. `restart` fixes Z (at least 2; larger restarts closer to noise) and is solved
+    otherwise. `base_shift` is the timestep shift that the model was trained for (3 for both families).
 
     `frame` says where stages 1 and 2 place their tokens: in the "coarse" frame, as if the picture were half as large,
     with children between the coarse tokens (published for FLUX, and what the model sees at half the size), or in the
     "fine" frame, with children at their final places and coarse tokens in the middle of their four cells.
 
-    Raises `InvalidConfig` for an unknown preset, for a preset mixed with values of one's own, and for values out of
-    range.
+    Raises `InvalidConfig` for an unknown preset and for values out of range.
     """
 
     preset: str | None = None
@@ -86,7 +85,7 @@ class RALU(Schedule):
     frame: str = "coarse"
 
     changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
-    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS})
+    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
 
     def __post_init__(self) -> None:
@@ -102,11 +101,6 @@ class RALU(Schedule):
             raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {known}")
         if self.preset is None and any(value is None for value in custom):
             raise InvalidConfig("RALU without a preset needs all of steps=(a, b, c), ends=(e1, e2) and ratio")
-        if self.preset is not None and any(value is not None for value in custom):
-            raise InvalidConfig(
-                f"RALU was given the preset {self.preset!r} and values of its own; keep the preset, or give steps, "
-                "ends and ratio without it"
-            )
         _validate(self.settings, self.restart, self.base_shift, self.fidelity)
         if self.frame not in FRAMES:
             raise InvalidConfig(f'frame is "coarse" or "fine", got {self.frame!r}')
@@ -114,9 +108,8 @@ class RALU(Schedule):
     @property
     def settings(self) -> _Preset:
         """The steps, ends and ratio in force."""
-        if self.steps is not None and self.ends is not None and self.ratio is not None:
-            return _Preset(self.steps, self.ends, self.ratio)
-        return PRESETS[self.preset or "4x"]
+        own = {name: getattr(self, name) for name in ("steps", "ends", "ratio") if getattr(self, name) is not None}
+        return _Preset(**own) if self.preset is None else dataclasses.replace(PRESETS[self.preset], **own)
 
     def check(self, pipeline: Any, transformer: Any) -> None:
         """Raise `InvalidConfig` for a preset of another family of models."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ class Denoiser:
         self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
-        self._proved: set[str] = set()
+        self._proved: set[Hashable] = set()
         self._meter: tuple[tuple[int, ...], FlopMeter] | None = None
         self._signature = inspect.signature(type(module).forward)
 
@@ -205,7 +205,8 @@ class Denoiser:
         if layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
             layout = TokenLayout(latents.shape[2] // patch, latents.shape[3] // patch, coarse=False)
         passed = TokenPass(self._token_cache, run)
-        passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState), layout)
+        carry = self._token_cache.stage_change == "carry"
+        passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState, carry=carry), layout)
         return passed
 
     def _current_meter(self) -> FlopMeter:
@@ -237,8 +238,8 @@ class Denoiser:
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(
-                context.step, context.stage, context.branch, None if sigma is None else float(sigma), tokens, batch,
-                outcome.action, outcome.reason, seconds, outcome.saved, meter, key,
+                context.step, context.stage, context.branch, self.name, None if sigma is None else float(sigma), tokens,
+                batch, outcome.action, outcome.reason, seconds, outcome.saved, meter, key,
             )  # fmt: skip
 
         run.note(clock, make)

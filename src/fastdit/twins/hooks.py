@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdit.errors import IncompatibleStack
+from fastdit.models.state import sequence_group
 
 
 def through_hooks(module: nn.Module, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:
@@ -56,11 +57,3 @@ def rank_sum(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         return tensor
 
     return add
-
-
-def sequence_group(module: nn.Module) -> Any:
-    """Give the process group of diffusers' context parallelism on this module, or None."""
-    parallel: Any = getattr(module, "_parallel_config", None)
-    context = getattr(parallel, "context_parallel_config", None)
-    mesh: Any = getattr(context, "_flattened_mesh", None)
-    return None if mesh is None else mesh.get_group()

@@ -1,0 +1,85 @@
+"""Caches at equal time on the embedded pipeline: fastdit's, other libraries' in the same run, and fewer plain steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from common import compare
+from fastdit.accelerator import Accelerator
+from fastdit.caching.clusca import ClusCa
+from fastdit.caching.duca import DuCa
+from fastdit.caching.easycache import EasyCache
+from fastdit.caching.first_block_cache import FirstBlockCache
+from fastdit.caching.forecast import DMD, FoCa, PublishedTaylor, Taylor
+from fastdit.caching.magcache import MagCache
+from fastdit.caching.policy import SkipPolicy
+from fastdit.caching.seacache import SeaCache
+from fastdit.caching.step_mask import Interval
+from fastdit.caching.teacache import TeaCache
+from fastdit.caching.toca import ToCa
+from fastdit.measure.experiment import Configuration, plain
+from fastdit.measure.table import rich_table
+from fastdit.stack import Stack
+from peers import STEPS
+from peers import configurations as peer_configurations
+
+#: The plain runs: the baseline, and the rivals around 1.5, 2 and 3 times its speed.
+PLAIN = (50, 33, 28, 22, 18, 15, 12)
+
+
+def stacks() -> dict[str, list[Accelerator]]:
+    """fastdit's caches, several settings each."""
+    spaced, free = SkipPolicy(first=3, last=0), SkipPolicy()
+    return {
+        "TeaCache .12": [TeaCache(0.12)],
+        "TeaCache .2": [TeaCache(0.2)],
+        "TeaCache .08, Taylor 1": [TeaCache(0.08, forecast=Taylor(1))],
+        "TeaCache .12, Taylor 1": [TeaCache(0.12, forecast=Taylor(1))],
+        "TeaCache .18, Taylor 1": [TeaCache(0.18, forecast=Taylor(1))],
+        "TeaCache .08, FoCa": [TeaCache(0.08, forecast=FoCa())],
+        "TeaCache .12, FoCa": [TeaCache(0.12, forecast=FoCa())],
+        "TeaCache .16, FoCa": [TeaCache(0.16, forecast=FoCa())],
+        "SeaCache .1, Taylor 1": [SeaCache(0.1, forecast=Taylor(1), policy=free)],
+        "SeaCache .15, Taylor 1": [SeaCache(0.15, forecast=Taylor(1), policy=free)],
+        "FirstBlockCache .09": [FirstBlockCache(0.09)],
+        "FirstBlockCache .09, Taylor 1": [FirstBlockCache(0.09, forecast=Taylor(1))],
+        "EasyCache .05, Taylor 1": [EasyCache(0.05, forecast=Taylor(1))],
+        "EasyCache .09, Taylor 1": [EasyCache(0.09, forecast=Taylor(1))],
+        "MagCache .06, Taylor 1": [MagCache(0.06, forecast=Taylor(1))],
+        "Interval 2, FoCa": [Interval(2, forecast=FoCa(), policy=spaced)],
+        "Interval 3, Taylor 1": [Interval(3, forecast=Taylor(1), policy=spaced)],
+        "Interval 3, published Taylor 2": [Interval(3, forecast=PublishedTaylor(2), policy=spaced)],
+        "Interval 3, DMD": [Interval(3, forecast=DMD(4), policy=spaced)],
+        "ToCa 3": [ToCa(3)],
+        "DuCa 4": [DuCa(4)],
+        "ClusCa 3": [ClusCa(3)],
+    }
+
+
+def configurations() -> list[Configuration]:
+    """Everything that takes its turn in a round."""
+    call = {"num_inference_steps": STEPS}
+    own = [Configuration(name, Stack(stack), call) for name, stack in stacks().items()]
+    return [*map(plain, PLAIN), *own, *peer_configurations()]
+
+
+def main(
+    prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 48,
+    batch: int = 8,
+    seed: int = 0,
+    out: Path = Path("benchmarks/results/caching.json"),
+) -> None:
+    """Generate, time and score everything in turns."""
+    results = compare(configurations(), title="caches at equal time", prompts=prompts, batch=batch, seed=seed)
+    Console(width=200).print(rich_table(results))
+    results.save(out)
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    typer.run(main)
