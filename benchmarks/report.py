@@ -154,7 +154,8 @@ def evaluation(data: Mapping[str, Any]) -> list[str]:
 def main() -> None:
     """Write the page from whatever results are there."""
     parts = ["# Results", "Written by `benchmarks/report.py` from the JSON files in `benchmarks/results/`."]
-    for name, section in (("flops", flops), ("overhead", overhead), ("efficiency", efficiency)):
+    sections = (("flops", flops), ("flops-sd3-medium", flops), ("overhead", overhead), ("efficiency", efficiency))
+    for name, section in sections:
         if (path := RESULTS / f"{name}.json").exists():
             parts += section(json.loads(path.read_text(encoding="utf-8")))
     if (path := RESULTS / "quality.json").exists():

@@ -100,38 +100,48 @@ def _t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
         return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=64)
 
 
-def _text_parts() -> Kwargs:
-    """CLIP and T5 encoders with tokenizers made of single characters."""
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
 
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-"
-    clip_vocab = {token: i for i, token in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+
+def _clip_parts(kind: str, width: int, layers: int = 1) -> tuple[nn.Module, Any]:
+    """A CLIP text encoder of a transformers class, with a tokenizer made of single characters."""
+    import transformers
+
+    vocab = {token: i for i, token in enumerate([*_LETTERS, *(letter + "</w>" for letter in _LETTERS)])}
     for special in ("<|startoftext|>", "<|endoftext|>"):
-        clip_vocab[special] = len(clip_vocab)
-    end = clip_vocab["<|endoftext|>"]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_vocab),
-            hidden_size=32,
+        vocab[special] = len(vocab)
+    end = vocab["<|endoftext|>"]
+    clip = getattr(transformers, kind)(
+        transformers.CLIPTextConfig(
+            vocab_size=len(vocab),
+            hidden_size=width,
             intermediate_size=37,
             num_attention_heads=2,
-            num_hidden_layers=1,
-            projection_dim=32,
+            num_hidden_layers=layers,
+            projection_dim=width,
             max_position_embeddings=77,
             bos_token_id=end - 1,
             eos_token_id=end,
             pad_token_id=end,
         )
     ).eval()
+    seed_weights(clip, 11)
+    return clip, _clip_tokenizer(vocab)
+
+
+def _text_parts() -> Kwargs:
+    """CLIP and T5 encoders with tokenizers made of single characters."""
+    from transformers import T5Config, T5EncoderModel
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in _LETTERS)]
+    clip, tokenizer = _clip_parts("CLIPTextModel", 32)
     t5 = T5EncoderModel(
         T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, pad_token_id=0)
     ).eval()
-    seed_weights(clip, 11)
     seed_weights(t5, 12)
     return {
         "text_encoder": clip,
-        "tokenizer": _clip_tokenizer(clip_vocab),
+        "tokenizer": tokenizer,
         "text_encoder_2": t5,
         "tokenizer_2": _t5_tokenizer(pieces),
     }
@@ -219,8 +229,21 @@ def flux2(*, steps: int = 4) -> Built:
     return _ready(pipe), call | {"prompt_embeds": randn(1, 6, 32, seed=21)}
 
 
-def sd3(*, steps: int = 4) -> Built:
-    """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch."""
+def sd3(
+    *,
+    steps: int = 4,
+    size: int | tuple[int, int] = 64,
+    batch: int = 1,
+    three_five: bool = False,
+    positions: int = 16,
+    text: bool = False,
+) -> Built:
+    """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch.
+
+    `three_five` adds what 3.5 has: a second attention in some blocks, normed queries and keys. `text` brings two CLIP
+    encoders (T5 is left out, which the pipeline fills with zeros).
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -232,22 +255,33 @@ def sd3(*, steps: int = 4) -> Built:
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=32,
-        pos_embed_max_size=16,
+        pos_embed_max_size=positions,
+        dual_attention_layers=(0, 1) if three_five else (),
+        qk_norm="rms_norm" if three_five else None,
     ).eval()
     seed_weights(transformer, 0)
-    absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    parts: Kwargs = dict.fromkeys(names)
+    if text:
+        for suffix in ("", "_2"):
+            clip, tokenizer = _clip_parts("CLIPTextModelWithProjection", 16, layers=2)
+            parts |= {f"text_encoder{suffix}": clip, f"tokenizer{suffix}": tokenizer}
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl_autoencoder(),
-        **dict.fromkeys(absent),
+        **parts,
     )
-    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    call: Kwargs = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "pt"}
+    if text:
+        return _ready(pipe), call | {
+            "prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]
+        }
     return _ready(pipe), call | {
-        "prompt_embeds": randn(1, 6, 32, seed=21),
-        "pooled_prompt_embeds": randn(1, 32, seed=22),
-        "negative_prompt_embeds": randn(1, 6, 32, seed=23),
-        "negative_pooled_prompt_embeds": randn(1, 32, seed=24),
+        "prompt_embeds": randn(batch, 6, 32, seed=21),
+        "pooled_prompt_embeds": randn(batch, 32, seed=22),
+        "negative_prompt_embeds": randn(batch, 6, 32, seed=23),
+        "negative_pooled_prompt_embeds": randn(batch, 32, seed=24),
         "guidance_scale": 3.0,
     }
 

@@ -243,7 +243,11 @@ class ScheduleRun:
     """What a schedule does in one run; made by `Schedule.begin` and dropped at the run's end."""
 
     def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        """Turn the pipeline's full-size unit noise [B, N, C] into the first stage's latents and layout."""
+        """Turn the pipeline's full-size unit noise into the first stage's latents and layout.
+
+        Latents are in the pipeline's own shape throughout. Every forward of the first step calls this with its own
+        batch, so it depends on nothing but the noise.
+        """
         raise NotImplementedError
 
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModel
-from .structure import map_tensors, meta_twin
+from .structure import map_tensors, meta_twin, structural_twin, twin_with
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class FlopMeter:
         self._specs: dict[Hashable, Any] = {}
         self._counts: dict[Hashable, FlopCount] = {}
 
-    def key(self, kwargs: Mapping[str, Any]) -> Hashable:
-        """Remember the shapes (not the tensors) of a call and give the key under which they are counted."""
+    def key(self, kwargs: Mapping[str, Any], children: Mapping[str, nn.Module] | None = None) -> Hashable:
+        """Remember the shapes (not the tensors) of a call and give the key under which they are counted.
+
+        `children` stand in for some of the module's own in this call, and cost the same for all of its shapes.
+        """
         key = tuple((name, _kind(value)) for name, value in kwargs.items())
         if key not in self._specs:
-            self._specs[key] = map_tensors(dict(kwargs), _Shape.of)
+            outlines = {name: twin_with(child, _Shape.of) for name, child in (children or {}).items()}
+            self._specs[key] = map_tensors(dict(kwargs), _Shape.of), outlines
         return key
 
     def flops(self, key: Hashable, saved: Mapping[str, float]) -> int:
@@ -73,9 +77,11 @@ class FlopMeter:
 
     def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:
-            kwargs = map_tensors(self._specs[key], _Shape.meta, kind=_Shape)
+            shapes, outlines = self._specs[key]
+            kwargs = map_tensors(shapes, _Shape.meta, kind=_Shape)
+            children = {name: twin_with(child, _Shape.meta, kind=_Shape) for name, child in outlines.items()}
             try:
-                self._counts[key] = count(self._module, **kwargs)
+                self._counts[key] = count(structural_twin(self._module, children), **kwargs)
             except NotImplementedError as error:
                 raise UnsupportedModel(
                     f"the FLOPs of {type(self._module).__name__} can't be counted, since one of its kernels can't be "

@@ -3,21 +3,29 @@
 A grid of `rows` x `columns` fine tokens is covered by coarse tokens (2 x 2 fine cells each) and by fine ones. A mixed
 layout lists the kept coarse tokens first, in raster order, then four children (0,0), (0,1), (1,0), (1,1) for each
 refined coarse token, in raster order. Every image of a batch has its own selection and all have the same count.
+
+Coarse and mixed stages give their tokens' places in one of two frames. In the coarse frame a coarse token has whole
+coordinates and a child sits at an offset of 0 or 1/2 from its parent (top-left anchored), as if the picture were half
+as large. In the fine frame a fine token has whole coordinates and a coarse one sits in the middle of its four cells,
+at an offset of 1/2. The fine stage has whole coordinates in the fine frame.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 
+#: The frames in which a coarse or mixed stage can give its tokens' places.
+FRAMES = ("coarse", "fine")
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class TokenLayout:
     """The token order of one stage on a `rows` x `columns` fine grid.
 
     `kept` [B, K] and `refined` [B, R] hold raster indices of coarse tokens, ascending; both are None where the whole
-    frame has one resolution, which `coarse` names.
+    frame has one resolution, which `coarse` names. `frame` says in which frame a coarse or mixed stage gives places.
     """
 
     rows: int
@@ -25,6 +33,7 @@ class TokenLayout:
     coarse: bool
     kept: torch.Tensor | None = None
     refined: torch.Tensor | None = None
+    frame: str = "coarse"
 
     @property
     def mixed(self) -> bool:
@@ -36,20 +45,36 @@ class TokenLayout:
             return self.kept.shape[1] + 4 * self.refined.shape[1]
         return self.rows * self.columns // (4 if self.coarse else 1)
 
-    def positions(self, device: torch.device) -> torch.Tensor:
-        """Give each token's (row, column), float32 [1 or B, tokens, 2].
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The rows and columns of the frame in which `positions` are given."""
+        scale = 2 if self.coarse and self.frame == "coarse" else 1
+        return self.rows // scale, self.columns // scale
 
-        Coarse and mixed stages live in the coarse frame: a coarse token has integer coordinates and a child sits at
-        an offset of 0 or 1/2 (top-left anchored). The fine stage lives in the fine frame.
-        """
+    @property
+    def whole(self) -> bool:
+        """Whether the tokens are all those of a picture of `extent`, in raster order."""
+        return not self.mixed and (not self.coarse or self.frame == "coarse")
+
+    def of_images(self, index: torch.Tensor) -> TokenLayout:
+        """Give the layout of the images at `index` [K]; an index past the batch starts it anew (guided batches)."""
         if self.kept is None or self.refined is None:
-            scale = 2 if self.coarse else 1
-            return raster(self.rows // scale, self.columns // scale, device)[None]
-        coarse_frame = raster(self.rows // 2, self.columns // 2, device)
-        kept = coarse_frame[self.kept.to(device)]
-        offsets = raster(2, 2, device) / 2
-        children = coarse_frame[self.refined.to(device)][:, :, None, :] + offsets
-        return torch.cat([kept, children.flatten(1, 2)], dim=1)
+            return self
+        own = index.to(self.kept.device) % len(self.kept)
+        return dataclasses.replace(self, kept=self.kept[own], refined=self.refined[own])
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Give each token's (row, column) in the layout's frame, float32 [1 or B, tokens, 2]."""
+        if not self.coarse:
+            return raster(self.rows, self.columns, device)[None]
+        # Twice the place in the coarse frame is the place in the fine one, but for a coarse token's middle.
+        scale, middle = (1.0, 0.0) if self.frame == "coarse" else (2.0, 0.5)
+        places = raster(self.rows // 2, self.columns // 2, device)
+        if self.kept is None or self.refined is None:
+            return (scale * places + middle)[None]
+        kept = scale * places[self.kept.to(device)] + middle
+        children = places[self.refined.to(device)][:, :, None, :] + raster(2, 2, device) / 2
+        return torch.cat([kept, scale * children.flatten(1, 2)], dim=1)
 
     def refine(self, latents: torch.Tensor, refined: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Split the coarse tokens `refined` [B, R] of a coarse stage by copying each to its four children.
@@ -62,7 +87,7 @@ class TokenLayout:
         kept = mask.nonzero()[:, 1].view(refined.shape[0], count - refined.shape[1])
         refined = refined.sort(dim=1).values
         parts = [gather_tokens(latents, kept), gather_tokens(latents, refined).repeat_interleave(4, dim=1)]
-        return torch.cat(parts, dim=1), TokenLayout(self.rows, self.columns, True, kept, refined)
+        return torch.cat(parts, dim=1), TokenLayout(self.rows, self.columns, True, kept, refined, self.frame)
 
     def complete(self, latents: torch.Tensor) -> torch.Tensor:
         """Copy what is still coarse to its children: [new children of `kept`, in its order] ++ [the fine tokens].
@@ -75,7 +100,10 @@ class TokenLayout:
         return torch.cat([latents[:, :count].repeat_interleave(4, dim=1), latents[:, count:]], dim=1)
 
     def to_raster(self, latents: torch.Tensor) -> torch.Tensor:
-        """Sort tokens in split order (see `complete`) into the fine grid's raster order."""
+        """Sort tokens in split order (see `complete`) into the fine grid's raster order.
+
+        A batch that holds the layout's several times in a row (guidance) is sorted alike in each.
+        """
         if self.kept is not None and self.refined is not None:
             parents = torch.cat([self.kept, self.refined], dim=1)
         elif self.coarse:
@@ -88,7 +116,7 @@ class TokenLayout:
         offset_column = torch.tensor([0, 1, 0, 1], device=parents.device)
         target = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
         order = target.flatten(1).argsort(dim=1)
-        return gather_tokens(latents, order.expand(latents.shape[0], -1))
+        return gather_tokens(latents, order.repeat(latents.shape[0] // len(order), 1))
 
     def sources(self, following: TokenLayout) -> torch.Tensor:
         """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens]."""
@@ -107,6 +135,22 @@ def raster(rows: int, columns: int, device: torch.device) -> torch.Tensor:
         indexing="ij",
     )
     return torch.stack([row.flatten(), column.flatten()], dim=1)
+
+
+def patches(frames: torch.Tensor, size: int = 2) -> torch.Tensor:
+    """Cut frames [B, C, h, w] into tokens [B, h w / size^2, C size^2], in raster order."""
+    batch, channels, height, width = frames.shape
+    rows, columns = height // size, width // size
+    cut = frames.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(batch, rows * columns, channels * size * size)
+
+
+def assembled(tokens: torch.Tensor, rows: int, columns: int, size: int = 2) -> torch.Tensor:
+    """Undo `patches`: lay tokens [B, rows * columns, C size^2] out as frames [B, C, rows size, columns size]."""
+    batch, _, width = tokens.shape
+    channels = width // (size * size)
+    cut = tokens.reshape(batch, rows, columns, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+    return cut.reshape(batch, channels, rows * size, columns * size)
 
 
 def gather_tokens(latents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

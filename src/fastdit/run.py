@@ -208,8 +208,8 @@ class Run:
         self.plan = plan
         self.schedule = schedule
         self.layout: TokenLayout | None = None
-        self.stage_latents: torch.Tensor | None = None
-        self.stage_children: dict[str, dict[str, Any]] = {}
+        self.stage_shape: torch.Size | None = None
+        self.stage_children: dict[tuple[str, int], dict[str, Any]] = {}
         self.step = 0
         self.stage = 0
         self.stage_step = 0
@@ -302,8 +302,7 @@ class Run:
         before = self.layout
         self.stage += 1
         self.stage_step = 0
-        self.layout = layout
-        self.stage_latents = latents
+        self.layout, self.stage_shape = layout, latents.shape[1:]
         self.stage_children.clear()
         carried = {key: state for key, state in self._states.items() if key in self._carried and before is not None}
         for state in carried.values():
@@ -351,7 +350,6 @@ class Run:
         """Close the run: drop all state and give the record."""
         self._states.clear()
         self.stage_children.clear()
-        self.stage_latents = None
         steps = tuple(make(clock.seconds()) for clock, make in self._pending)
         self._pending.clear()
         return RunRecord(steps, time.perf_counter() - self._started, completed, self.doubts, self._cache_bytes)

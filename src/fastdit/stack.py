@@ -35,7 +35,7 @@ from .models.state import changes_of
 from .run import Run, RunRecord
 from .structure import named_arguments
 from .twins.denoiser import Denoiser, denoiser_twin
-from .twins.pipeline import lift, pipeline_twin
+from .twins.pipeline import lift, lifting_component, pipeline_twin
 from .twins.scheduler import scheduler_twin
 
 VERSION = 1
@@ -261,6 +261,7 @@ class Acceleration:
         self._lock = threading.Lock()
         self._replaced: dict[str, Any] = {}
         self._scheduler: Any = None
+        self._stand_ins: dict[str, Any] = {}
         self._denoisers: dict[str, tuple[Denoiser, nn.Module]] = {}
         for name, module in _denoisers_of(base).items():
             self._twin_of(name, module)
@@ -283,6 +284,8 @@ class Acceleration:
         """Give the component that the twin shows: the denoisers' and scheduler's twins, the base's own otherwise."""
         if isinstance(self.base, nn.Module):
             return self._denoisers[name][1]
+        if name in self._stand_ins:
+            return self._stand_ins[name]
         value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
         if name in _DENOISERS and isinstance(value, nn.Module):
             return self._twin_of(name, value)
@@ -315,6 +318,11 @@ class Acceleration:
             run.announced = lambda: twin.__dict__.get("_num_timesteps")
             with self._closing(run) as outcome:
                 self._scheduler = scheduler_twin(self.component("scheduler"), run) if self._has_scheduler else None
+                if run.plan is not None:
+                    # The schedule's own count where the user gave none, for the loop's shares and its progress bar.
+                    bound.arguments["num_inference_steps"] = run.plan.steps
+                    args, kwargs = bound.args[1:], bound.kwargs
+                    self._stand_ins = self._lifting()
                 result = function(twin, *args, **kwargs)
                 result = _lifted_result(run, arguments, result)
                 outcome["completed"] = not getattr(twin, "_interrupt", False)
@@ -373,6 +381,12 @@ class Acceleration:
             run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)
         return run
 
+    def _lifting(self) -> dict[str, Any]:
+        """Make what stands in, during a run, for components whose methods may get latents of an early stage."""
+        assert self._family is not None
+        methods = [name.split(".") for name in self._family.pipeline_overrides() if "." in name]
+        return {name: lifting_component(self.component(name), method, self) for name, method in methods}
+
     def _check_states(self) -> None:
         """Check the denoisers as they are now: one may have been quantised, or shared out, since the last run."""
         bare = isinstance(self.base, nn.Module)
@@ -417,7 +431,7 @@ class Acceleration:
         try:
             yield outcome
         finally:
-            self.active, self._scheduler = None, None
+            self.active, self._scheduler, self._stand_ins = None, None, {}
             self.last_run = run.finish(completed=outcome["completed"])
         if outcome["completed"]:
             self._report_idle(self.last_run)
@@ -497,8 +511,9 @@ def _require_family(base: Any, accelerator: Accelerator) -> Family:
     if family is None:
         raise UnsupportedModel(
             f"{accelerator.describe()} must place tokens, and fastdit has no description of how "
-            f"{type(base).__name__} lays them out; use it with a described pipeline (FluxPipeline), describe the "
-            "family in fastdit.models, or keep to accelerators that need no token positions"
+            f"{type(base).__name__} lays them out; use it with a described pipeline (FluxPipeline, "
+            "StableDiffusion3Pipeline), describe the family in fastdit.models, or keep to accelerators that need no "
+            "token positions"
         )
     return family
 

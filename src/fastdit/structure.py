@@ -52,11 +52,21 @@ def meta_twin(module: _Module) -> _Module:
         copied = torch.empty_like(tensor, device="meta")
         return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
-    children = {name: meta_twin(child) for name, child in module._modules.items() if child is not None}
+    return twin_with(module, without_data)
+
+
+def twin_with(
+    module: _Module, function: Callable[[Any], Any], kind: type[Any] | tuple[type[Any], ...] = torch.Tensor
+) -> _Module:
+    """Copy a module, children included, without hooks: `function` of every tensor (or other `kind`) in its place."""
+    children = {name: twin_with(child, function, kind) for name, child in module._modules.items() if child is not None}
     twin = structural_twin(module, children, hooks=False)
     for name, value in twin.__dict__.items():
-        if name != "_modules" and tensors_of(value):
-            twin.__dict__[name] = map_tensors(value, without_data)
+        found: list[Any] = []
+        if name != "_modules":
+            map_tensors(value, found.append, kind)
+        if found:
+            twin.__dict__[name] = map_tensors(value, function, kind)
     return twin
 
 

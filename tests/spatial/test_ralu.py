@@ -272,7 +272,7 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"preset": "3x"},
+        {"preset": "9x"},
         {"preset": "4x", "steps": (5, 6)},
         {"steps": (5, 6, 7)},
         {"steps": (5, 6), "ends": (0.3, 0.45), "ratio": 0.3},
@@ -306,7 +306,7 @@ def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
 
 def test_the_message_for_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(InvalidConfig, match=r"4x.*5x.*7x"):
-        RALU("3x")
+        RALU("9x")
 
 
 def test_a_pipeline_whose_tokens_are_unknown_is_refused_before_anything_happens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_ralu import Generators
+from reference_sd3 import in_fine_frame
 
 import tiny
 from fastdit import RALU, accelerate
@@ -36,6 +38,7 @@ def compare(
     ratio: float,
     fidelity: str = "exact",
     listed: bool = False,
+    forward: Callable[..., torch.Tensor] | None = None,
     **extra: Any,
 ) -> reference_ralu.Result:
     """Run both with the first seed at which the edge selection is unambiguous, and compare every step."""
@@ -55,6 +58,7 @@ def compare(
                 ratio=ratio,
                 fidelity=fidelity,
                 generator=generator_of(seed, images),
+                forward=forward,
                 **reference_ralu.flux_arguments(call),
                 **extra,
             )
@@ -107,6 +111,19 @@ def test_a_batch_equals_the_reference_and_its_images_refine_different_tokens(lis
     built = tiny.flux(size=128, batch=2, steps=6)
     result = compare(built, accelerator, ends=(0.3, 0.45), z=4.0, ratio=0.25, listed=listed)
     assert result.selected[0] != result.selected[1]
+
+
+def test_the_fine_frame_equals_the_reference_with_places_of_that_frame() -> None:
+    pipe, call = tiny.flux(size=128, batch=2, steps=6)
+
+    def forward(*, image: int, step: int, img_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        if step < 4:
+            places = [(row, column) for _, row, column in img_ids.tolist()]
+            img_ids = reference_ralu.ids(in_fine_frame(places, 16))
+        return pipe.transformer(img_ids=img_ids, **arguments, return_dict=False)[0]
+
+    accelerator = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.25, restart=4.0, frame="fine")
+    compare((pipe, call), accelerator, ends=(0.3, 0.45), z=4.0, ratio=0.25, forward=forward)
 
 
 def test_a_distilled_model_in_four_steps_equals_the_reference() -> None:

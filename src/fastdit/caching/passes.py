@@ -293,8 +293,13 @@ class ForwardPass:
         self._tally = _Tally()
         self._tokens: int | None = None
 
-    def forward(self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], Any]) -> Any:
-        """Give the forward's output, from `compute` or from the history, for each image or for all."""
+    def forward(
+        self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any]
+    ) -> Any:
+        """Give the forward's output, from `compute` or from the history, for each image or for all.
+
+        `compute` gets the arguments and the images that they are of, None for all.
+        """
         given = next(iter(arguments.values()))
         latents = self._latents(given)
         self._tokens = latents.shape[1] if latents.dim() == 3 else None
@@ -358,14 +363,16 @@ class ForwardPass:
         latents: torch.Tensor,
         computing: list[int],
         count: int,
-        compute: Callable[[Mapping[str, Any]], Any],
+        compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any],
     ) -> Any:
         """Run the forward for the images that are computed; None where there are none."""
         if not computing:
             return None
+        images = None
         if len(computing) < count:
-            arguments = select_rows(dict(arguments), torch.tensor(computing, device=latents.device), count)
-        output = compute(arguments)
+            images = torch.tensor(computing, device=latents.device)
+            arguments = select_rows(dict(arguments), images, count)
+        output = compute(arguments, images)
         given, tensors = next(iter(arguments.values())), tensors_of(output)
         expected = [tensor.shape for tensor in tensors_of(given)]
         if [tensor.shape for tensor in tensors] != expected:

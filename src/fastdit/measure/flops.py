@@ -2,7 +2,8 @@
 
 Two accountings stand side by side. `transformer` counts everything the denoiser multiplies, attention included.
 `published` follows the tables of the RALU paper (arXiv 2507.08422): linear layers and convolutions only, attention
-left out, but with the text encoder and the decoder, and for RALU the extra decode of its edge selection.
+left out, but with the text encoders and the decoder, and for RALU the extra decode of its edge selection. Guidance
+counts: a guided step is a forward of two rows, and both prompts are encoded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.accelerator import SchedulePlan
 
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, CLIP_TOKENS, Architecture
 
 _LINEAR_OPERATORS = frozenset({"aten.mm", "aten.addmm", "aten.convolution"})
 
@@ -63,13 +64,17 @@ def count(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Flops:
 
 
 class RunFlops:
-    """FLOPs of whole runs of one architecture at one size; every count is made once."""
+    """FLOPs of whole runs of one architecture at one size; every count is made once.
+
+    `text_tokens` are those of the T5 encoder; without a number they are the architecture's own.
+    """
 
     def __init__(
-        self, architecture: Architecture | str, *, height: int = 1024, width: int = 1024, text_tokens: int = 512
+        self, architecture: Architecture | str, *, height: int = 1024, width: int = 1024, text_tokens: int | None = None
     ) -> None:
         self.architecture = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
-        self.height, self.width, self.text_tokens = height, width, text_tokens
+        self.height, self.width = height, width
+        self.text_tokens = self.architecture.text_tokens if text_tokens is None else text_tokens
         self._steps: dict[int, Flops] = {}
 
     @property
@@ -78,7 +83,7 @@ class RunFlops:
         return self.architecture.image_tokens(self.height, self.width)
 
     def step(self, tokens: int) -> Flops:
-        """One forward of the transformer with this many image tokens."""
+        """One forward of the transformer with this many image tokens, with both rows where it is guided."""
         if tokens not in self._steps:
             with torch.device("meta"):
                 config = self._transformer.config
@@ -91,12 +96,12 @@ class RunFlops:
         return sum((self.step(stage.tokens) * stage.steps for stage in stages), Flops(0, 0))
 
     def published(self, stages: Iterable[Stage]) -> int:
-        """The RALU paper's number for this run: linear layers, text encoder and decoder included.
+        """The RALU paper's number for this run: linear layers, text encoders and decoder included.
 
         A run that changes its tokens on the way also decodes once at half the size, to find the edges.
         """
         stages = tuple(stages)
-        linear = self.transformer(stages).linear + self._text_encoder.linear
+        linear = self.transformer(stages).linear + self._text_encoders.linear
         linear += self._decoder(self.height, self.width).linear
         if len(stages) > 1:
             linear += self._decoder(self.height // 2, self.width // 2).linear
@@ -107,12 +112,17 @@ class RunFlops:
         return self.architecture.build_transformer()
 
     @cached_property
-    def _text_encoder(self) -> Flops:
-        from transformers import T5Config, T5EncoderModel
+    def _text_encoders(self) -> Flops:
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+        prompts = 2 if self.architecture.guided else 1
         with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config(**self.architecture.text_encoder_config)).eval()
-            return count(encoder, input_ids=torch.zeros(1, self.text_tokens, dtype=torch.long))
+            t5 = T5EncoderModel(T5Config(**self.architecture.text_encoder_config)).eval()
+            total = count(t5, input_ids=torch.zeros(prompts, self.text_tokens, dtype=torch.long))
+            for config in self.architecture.clip_configs:
+                clip = CLIPTextModelWithProjection(CLIPTextConfig(**config)).eval()
+                total += count(clip, input_ids=torch.zeros(prompts, CLIP_TOKENS, dtype=torch.long))
+        return total
 
     def _decoder(self, height: int, width: int) -> Flops:
         from diffusers import AutoencoderKL

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.layout import TokenLayout
+from fastdit.layout import TokenLayout, assembled, patches
 from fastdit.structure import PerImage
+
+from .family import decoded
 
 
 class FluxFamily:
@@ -51,21 +53,20 @@ class FluxFamily:
             return "joint_attention_kwargs['ip_adapter_masks'] is tied to one resolution; leave it out"
         return None
 
+    def tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        return tokens
+
     def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        batch, _, width = latents.shape
-        patches = latents.view(batch, rows, columns, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(batch, width // 4, rows * 2, columns * 2)
+        return assembled(latents, rows, columns)
 
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = frames.shape
-        patches = frames.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
+        return patches(frames)
 
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
-        vae = pipeline.vae
-        scaled = frames / vae.config.scaling_factor + vae.config.shift_factor
-        decoded: torch.Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-        return decoded
+        return decoded(pipeline.vae, frames)
 
     def place(self, arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         ids = arguments["img_ids"]
@@ -73,8 +74,8 @@ class FluxFamily:
         # Fractional places are exact in float32 and not in bfloat16, so the ids' dtype is not kept.
         return {**arguments, "img_ids": nn.functional.pad(positions, (1, 0))}
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, device: torch.device) -> dict[str, Any]:
-        positions = layout.positions(device)
+    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+        positions = layout.positions(latents.device)
         if positions.shape[0] == 1:
             return {}
         return {"pos_embed": _PerImagePositions(transformer.pos_embed, nn.functional.pad(positions, (1, 0)))}

@@ -32,8 +32,8 @@ from fastdit.accelerator import (
     register,
 )
 from fastdit.errors import InvalidConfig
-from fastdit.layout import TokenLayout
-from fastdit.models.family import Family
+from fastdit.layout import FRAMES, TokenLayout
+from fastdit.models.family import Family, family_of
 
 from . import edges, matching, renoise
 
@@ -43,12 +43,16 @@ class _Preset:
     steps: tuple[int, int, int]
     ends: tuple[float, float]
     ratio: float
+    family: str | None = dataclasses.field(default=None, compare=False)
 
 
+#: The published settings, each for the family of models that it was published for.
 PRESETS = {
-    "4x": _Preset((5, 6, 7), (0.30, 0.45), 0.3),
-    "5x": _Preset((4, 5, 6), (0.30, 0.45), 0.2),
-    "7x": _Preset((2, 3, 5), (0.20, 0.30), 0.1),
+    "4x": _Preset((5, 6, 7), (0.30, 0.45), 0.3, "FLUX.1"),
+    "5x": _Preset((4, 5, 6), (0.30, 0.45), 0.2, "FLUX.1"),
+    "7x": _Preset((2, 3, 5), (0.20, 0.30), 0.1, "FLUX.1"),
+    "2x": _Preset((5, 6, 9), (0.20, 0.30), 0.3, "Stable Diffusion 3"),
+    "3x": _Preset((3, 3, 6), (0.25, 0.30), 0.2, "Stable Diffusion 3"),
 }
 
 
@@ -57,10 +61,15 @@ PRESETS = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in three stages.
 
-    `preset` names a published setting: `steps` (one count a stage), `ends` (the times at which stages 1 and 2 end, 0 =
-    noise, 1 = data) and `ratio` (the share of coarse tokens refined in stage 2). What is given beside it takes the
-    place of the preset's; without a preset all three are needed. `restart` fixes Z (at least 2; larger restarts closer
-    to noise) and is solved otherwise. `base_shift` is the timestep shift that the model was trained for.
+    `preset` names a published setting of the model's family ("4x", the default, "5x" and "7x" of FLUX.1, "2x" and "3x"
+    of SD3): `steps` (one count a stage), `ends` (the times at which stages 1 and 2 end, 0 = noise, 1 = data) and
+    `ratio` (the share of coarse tokens refined in stage 2). What is given beside it takes the place of the preset's;
+    without a preset all three are needed. `restart` fixes Z (at least 2; larger restarts closer to noise) and is solved
+    otherwise. `base_shift` is the timestep shift that the model was trained for (3 for both families).
+
+    `frame` says where stages 1 and 2 place their tokens: in the "coarse" frame, as if the picture were half as large,
+    with children between the coarse tokens (published for FLUX, and what the model sees at half the size), or in the
+    "fine" frame, with children at their final places and coarse tokens in the middle of their four cells.
 
     Raises `InvalidConfig` for an unknown preset and for values out of range.
     """
@@ -73,6 +82,7 @@ class RALU(Schedule):
     restart: float | None = None
     base_shift: float = 3.0
     fidelity: str = "exact"
+    frame: str = "coarse"
 
     changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
     needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
@@ -87,16 +97,31 @@ class RALU(Schedule):
         if self.preset is None and all(value is None for value in custom):
             object.__setattr__(self, "preset", "4x")
         if self.preset is not None and self.preset not in PRESETS:
-            raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
+            known = ", ".join(f"{name} ({preset.family})" for name, preset in PRESETS.items())
+            raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {known}")
         if self.preset is None and any(value is None for value in custom):
             raise InvalidConfig("RALU without a preset needs all of steps=(a, b, c), ends=(e1, e2) and ratio")
         _validate(self.settings, self.restart, self.base_shift, self.fidelity)
+        if self.frame not in FRAMES:
+            raise InvalidConfig(f'frame is "coarse" or "fine", got {self.frame!r}')
 
     @property
     def settings(self) -> _Preset:
         """The steps, ends and ratio in force."""
         own = {name: getattr(self, name) for name in ("steps", "ends", "ratio") if getattr(self, name) is not None}
         return _Preset(**own) if self.preset is None else dataclasses.replace(PRESETS[self.preset], **own)
+
+    def check(self, pipeline: Any, transformer: Any) -> None:
+        """Raise `InvalidConfig` for a preset of another family of models."""
+        family = family_of(pipeline)
+        if family is None or self.preset is None or PRESETS[self.preset].family == family.name:
+            return
+        own = ", ".join(name for name, preset in PRESETS.items() if preset.family == family.name) or "none"
+        raise InvalidConfig(
+            f"RALU's preset {self.preset!r} was published for {PRESETS[self.preset].family}, and "
+            f"{type(pipeline).__name__} is {family.name}, whose presets are: {own}; choose one of them, or give steps, "
+            "ends and ratio"
+        )
 
     def refined_count(self, rows: int, columns: int) -> int:
         """How many coarse tokens of a `rows` x `columns` fine grid are split in stage 2."""
@@ -164,29 +189,33 @@ class _RALURun(ScheduleRun):
             tuple(stage.steps for stage in plan.stages), ralu.settings.ends, ralu.base_shift, ralu.restart
         ).restart
         self._rows, self._columns = plan.rows, plan.columns
-        self._layout = TokenLayout(plan.rows, plan.columns, coarse=False)
+        self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
+        self._layout = self._fine
 
     def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        frames = self._family.unpack(latents, self._rows, self._columns)
+        frames = self._family.unpack(self._family.tokens(latents), self._rows, self._columns)
         # The sum of four unit normals over two is a unit normal, so seeds and `latents=` keep their meaning.
         pooled = torch.nn.functional.avg_pool2d(frames.float(), 2).mul(2.0).to(latents.dtype)
-        self._layout = TokenLayout(self._rows, self._columns, coarse=True)
-        return self._family.pack(pooled), self._layout
+        self._layout = TokenLayout(self._rows, self._columns, coarse=True, frame=self._ralu.frame)
+        return self._family.latents(self._family.pack(pooled), self._layout), self._layout
 
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        tokens = self._family.tokens(latents)
         if stage == 0:
-            latents, self._layout = self._layout.refine(latents, self._select(denoised))
-            kept = latents.shape[1] - 4 * self._layout.refined.shape[1]  # type: ignore[union-attr]
-            groups = slice(kept, None)
-            return self._renoised(latents, groups, self._ralu.settings.ends[0]), self._layout
-        mixed = self._layout
-        new_children = slice(0, 4 * mixed.kept.shape[1])  # type: ignore[union-attr]
-        latents = self._renoised(mixed.complete(latents), new_children, self._ralu.settings.ends[1])
-        self._layout = TokenLayout(self._rows, self._columns, coarse=False)
-        return mixed.to_raster(latents), self._layout
+            selected = self._select(self._family.tokens(denoised))
+            tokens, self._layout = self._layout.refine(tokens, selected)
+            groups = slice(tokens.shape[1] - 4 * selected.shape[1], None)
+            tokens = self._renoised(tokens, groups, self._ralu.settings.ends[0])
+        else:
+            mixed, self._layout = self._layout, self._fine
+            new_children = slice(0, 4 * mixed.kept.shape[1])  # type: ignore[union-attr]
+            tokens = self._renoised(mixed.complete(tokens), new_children, self._ralu.settings.ends[1])
+            tokens = mixed.to_raster(tokens)
+        return self._family.latents(tokens, self._layout), self._layout
 
     def lift(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._layout.to_raster(self._layout.complete(latents))
+        tokens = self._layout.to_raster(self._layout.complete(self._family.tokens(latents)))
+        return self._family.latents(tokens, self._fine)
 
     def _select(self, denoised: torch.Tensor) -> torch.Tensor:
         rows, columns = self._rows // 2, self._columns // 2
@@ -198,9 +227,9 @@ class _RALURun(ScheduleRun):
             scores = scores + 1e-6 * self._noise(scores.shape, torch.device("cpu"))
         return edges.top_tokens(scores, count).to(denoised.device)
 
-    def _renoised(self, latents: torch.Tensor, groups: slice, end: float) -> torch.Tensor:
-        noise = self._noise(latents.shape, latents.device)
-        return renoise.renoise(latents, noise, groups, end, self._restart, exact=self._exact)
+    def _renoised(self, tokens: torch.Tensor, groups: slice, end: float) -> torch.Tensor:
+        noise = self._noise(tokens.shape, tokens.device)
+        return renoise.renoise(tokens, noise, groups, end, self._restart, exact=self._exact)
 
     def _noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         from diffusers.utils.torch_utils import randn_tensor

@@ -87,7 +87,7 @@ class Denoiser:
         else:
             output, outcome = self._through_stack(run, context, arguments, children)
         clock.stop()
-        self._record(run, context, arguments, clock, outcome)
+        self._record(run, context, arguments, children, clock, outcome)
         return output
 
     def _at_stage(self, run: Run, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,16 +95,15 @@ class Denoiser:
         assert self._family is not None and run.schedule is not None
         first = next(iter(arguments))
         latents = arguments[first]
-        if run.layout is None:
-            latents, run.layout = run.schedule.initial(latents)
-            run.stage_latents = latents
-        elif run.step == 0:
-            latents = run.stage_latents  # another branch of the first step
+        if run.step == 0:
+            latents, layout = run.schedule.initial(latents)
+            run.layout, run.stage_shape = layout, latents.shape[1:]
+        assert run.layout is not None
         placed = self._family.place({**arguments, first: latents}, run.layout)
-        if self.name not in run.stage_children:
-            overrides = self._family.child_overrides(self.module, run.layout, latents.device)
-            run.stage_children[self.name] = overrides
-        return placed, run.stage_children[self.name]
+        key = self.name, latents.shape[0]
+        if key not in run.stage_children:
+            run.stage_children[key] = self._family.child_overrides(self.module, run.layout, latents)
+        return placed, run.stage_children[key]
 
     def _through_stack(
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
@@ -139,16 +138,32 @@ class Denoiser:
         self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any], cache: StepCache
     ) -> tuple[Any, Outcome]:
         """Run or skip the whole forward; a token cache acts in those that run."""
+        latents = next(iter(arguments.values()))
+        if run.schedule is not None and cache.stage_change == "carry" and latents.dim() != 3:
+            raise IncompatibleStack(
+                f"{cache.describe()} keeps whole latents, and those of {self.name} change their shape with the stage; "
+                "set stage_change='reset', or use a cache that skips blocks"
+            )
         inner: list[Outcome] = []
 
-        def compute(given: dict[str, Any]) -> Any:
-            output, outcome = self._through_tokens(given, children, self._token_pass(run, context, given))
-            inner.append(outcome)
-            return output
+        def compute(given: Mapping[str, Any], images: torch.Tensor | None) -> Any:
+            own = children
+            if images is not None and children:
+                assert self._family is not None and run.layout is not None
+                layout = run.layout.of_images(images)
+                given = self._family.place(dict(given), layout)
+                own = self._family.child_overrides(self.module, layout, next(iter(given.values())))
+
+            def forward(given: dict[str, Any]) -> Any:
+                output, outcome = self._through_tokens(given, own, self._token_pass(run, context, given))
+                inner.append(outcome)
+                return output
+
+            return through_hooks(self.module, dict(given), forward)
 
         passed = ForwardPass(cache, run)
         passed.begin(context, self._state(run, context, cache))
-        output = passed.forward(arguments, lambda given: through_hooks(self.module, dict(given), compute))
+        output = passed.forward(arguments, compute)
         run.weigh()
         return output, passed.end().around(inner[0] if inner else None)
 
@@ -202,14 +217,24 @@ class Denoiser:
         return self._meter[1]
 
     def _record(
-        self, run: Run, context: StepContext, arguments: dict[str, Any], clock: Clock, outcome: Outcome
+        self,
+        run: Run,
+        context: StepContext,
+        arguments: dict[str, Any],
+        children: dict[str, Any],
+        clock: Clock,
+        outcome: Outcome,
     ) -> None:
         first = next(iter(arguments.values()))
         latents = first if isinstance(first, torch.Tensor) else tensors_of(first)[0]
         batch = latents.shape[0] if isinstance(first, torch.Tensor) else len(first)
-        tokens = outcome.tokens if outcome.tokens is not None else latents.shape[1] if latents.dim() == 3 else None
+        tokens = outcome.tokens
+        if tokens is None and run.layout is not None:
+            tokens = run.layout.tokens
+        elif tokens is None and latents.dim() == 3:
+            tokens = latents.shape[1]
         sigma, meter = run.sigma(context.step), run.meter(self.name, self._current_meter)
-        key = meter.key(arguments)
+        key = meter.key(arguments, children)
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fastdit.run import Run
+from fastdit.structure import same_object_twin
 
 from .making import overriding, twin_class
 
@@ -46,7 +47,8 @@ def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ..
     for name in _SHARED:
         members[name] = _shared(session, name)
     for name in lifted:
-        members[name] = _lifting(session, cls, name)
+        if "." not in name:
+            members[name] = _lifting(session, cls, name)
     twin_cls: Any = twin_class(cls, members)
     twin = twin_cls.__new__(twin_cls)
     hidden = {*pipeline.components, *_SHARED}
@@ -80,10 +82,18 @@ def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
     return overriding(original, lifted)
 
 
+def lifting_component(component: Any, method: str, session: PipelineSession) -> Any:
+    """Stand in for a component: latents of an interrupted run reach its `method` at full size."""
+
+    def lifted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(component, method)(lift(session.active, latents), *args, **kwargs)
+
+    # A property, for a method that was replaced on the object itself (by a compiled one) comes before the class's.
+    return same_object_twin(component, twin_class(type(component), {method: property(lambda self: lifted)}))
+
+
 def lift(run: Run | None, latents: torch.Tensor) -> torch.Tensor:
     """Bring latents that a run left in an early stage to the full grid; others are returned as they are."""
-    if run is None or run.schedule is None or run.layout is None or latents.dim() != 3:
+    if run is None or run.schedule is None or run.layout is None or not run.layout.coarse:
         return latents
-    if latents.shape[1] != run.layout.tokens or latents.shape[1] == run.layout.rows * run.layout.columns:
-        return latents
-    return run.schedule.lift(latents)
+    return run.schedule.lift(latents) if latents.shape[1:] == run.stage_shape else latents

@@ -70,8 +70,8 @@ def _staged_step(
     """Take the class's own step between two sigmas of the stage, and switch stages after its last."""
     assert run.plan is not None and run.schedule is not None
     if run.step == 0:
-        # The pipeline still holds its full-size noise; the stage's own latents were made of it.
-        sample = run.stage_latents
+        # The pipeline still holds its full-size noise; the stage's own latents are made of it.
+        sample, _ = run.schedule.initial(sample)
     stage = run.plan.stages[run.stage]
     assert stage.sigmas is not None
     published = scheduler.sigmas
@@ -88,10 +88,8 @@ def _staged_step(
     run.tick()
     if ends:
         denoised = (sample.float() - sigma * model_output.float()).to(sample.dtype)
-        run.next_stage(*run.schedule.transition(number, latents, denoised))
-        latents = run.stage_latents
-    else:
-        run.stage_latents = None
+        latents, layout = run.schedule.transition(number, latents, denoised)
+        run.next_stage(latents, layout)
     if isinstance(result, tuple):
         return (latents, *result[1:])
     return type(result)(prev_sample=latents)
