@@ -59,7 +59,9 @@ def compare(
             return frechet_distance(target, features[rows], regularisation=1e-3)
 
         distances[name] = Metric(jackknife(distance, prompts))
-    return results.with_metric("frechet", distances)
+    # The records of single runs are for a reader of one report; a comparison of many would be megabytes of them.
+    bare = tuple(dataclasses.replace(configuration, records=()) for configuration in results.configurations)
+    return dataclasses.replace(results, configurations=bare).with_metric("frechet", distances)
 
 
 def _say(phase: str, done: int, total: int) -> None:
