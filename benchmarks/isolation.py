@@ -55,8 +55,11 @@ def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
             [RALU("4x", steps=dense, ends=late), TeaCache(0.2, forecast=line, stage_change="carry")],
             None,
         ),
+        "RALU of 3, 3, 4 steps at .45, .60": ([RALU("4x", steps=(3, 3, 4), ends=late)], None),
+        "TeaCache .3, Taylor": ([TeaCache(0.3, forecast=line)], 50),
         "TeaCache .4": ([TeaCache(0.4)], 50),
         "TeaCache .4, Taylor": ([TeaCache(0.4, forecast=line)], 50),
+        "TeaCache .4, Taylor, of 20 steps": ([TeaCache(0.4, forecast=line)], 20),
     }
 
 

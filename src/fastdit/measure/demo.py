@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
@@ -36,8 +37,10 @@ EXTENTS = {"full": Extent(prompts=18, rival_rounds=7), "quick": Extent(prompts=6
 
 def accelerated_configurations() -> list[Configuration]:
     """The stacks of the demo."""
+    full = {"num_inference_steps": FULL_STEPS}
     return [
-        Configuration("TeaCache", Stack([TeaCache(0.25)]), {"num_inference_steps": FULL_STEPS}),
+        Configuration("TeaCache", Stack([TeaCache(0.25)]), full),
+        Configuration("TeaCache, Taylor", Stack([TeaCache(0.25, forecast=Taylor(1))]), full),
         Configuration("RALU 4x", Stack([RALU("4x")])),
         Configuration("RALU 4x + TeaCache", Stack([RALU("4x"), TeaCache(0.25)])),
         Configuration("RALU 7x + TeaCache", Stack([RALU("7x"), TeaCache(0.25)])),
