@@ -35,6 +35,8 @@ def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
         **{f"{steps} steps": ([], steps) for steps in (50, 12, 10, 8, 6, 5)},
         "RALU 4x": ([RALU("4x")], None),
         "RALU 4x, paper": ([RALU("4x", fidelity="paper")], None),
+        "RALU 4x, restart 3": ([RALU("4x", restart=3.0)], None),
+        "RALU 4x, restart 30": ([RALU("4x", restart=30.0)], None),
         "RALU 4x, 14 last steps": ([RALU("4x", steps=(5, 6, 14))], None),
         "RALU 4x, all refined at once": ([RALU("4x", ratio=0.999)], None),
         "RALU 4x, switches at .15, .25": ([RALU("4x", ends=(0.15, 0.25))], None),
@@ -97,6 +99,7 @@ def main(
             "fewer_flops": runs["50 steps"].flops / runs[name].flops,
             "computed": runs[name].computed,
             "forwards": len(runs[name].steps),
+            "restart": _restart(runs[name]),
             "judge": mean(values["judge"]),
             "judge_difference": mean_difference(values["judge"], read[BASELINE]["judge"]),
             "intact": mean(values["intact"][single]),
@@ -108,6 +111,12 @@ def main(
         table.add_row(name, f"{row['fewer_flops']:.2f}", *(f"{value:.3f}" for value in shown))
     Console(width=150).print(table)
     save(out, {"prompts": prompts, "seed": seed, "baseline": BASELINE, "rows": results})
+
+
+def _restart(record: RunRecord) -> float | None:
+    """Give the noise level at which the last of several stages starts."""
+    last = record.steps[-1].stage
+    return None if last == 0 else next(step.sigma for step in record.steps if step.stage == last)
 
 
 if __name__ == "__main__":

@@ -113,18 +113,21 @@ def caching(results: Results) -> list[str]:
 
 
 def isolation(data: Mapping[str, Any]) -> list[str]:
-    lines = [f"| run | computed | fewer FLOPs | judge | judge - {data['baseline']} | intact, single objects |"]
-    lines[0] += f" intact - {data['baseline']} |"
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    rival = data["baseline"]
+    lines = [
+        f"| run | computed | last stage from | fewer FLOPs | judge | judge - {rival} | intact | intact - {rival} |"
+    ]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for row in data["rows"]:
         shown = (interval(row[key], 3) for key in ("judge", "judge_difference", "intact", "intact_difference"))
         computed = f"{row['computed']} of {row['forwards']}"
-        lines.append(f"| {row['name']} | {computed} | {row['fewer_flops']:.2f} | {' | '.join(shown)} |")
+        restart = "-" if row["restart"] is None else f"sigma {row['restart']:.3f}"
+        lines.append(f"| {row['name']} | {computed} | {restart} | {row['fewer_flops']:.2f} | {' | '.join(shown)} |")
     return [
         "## Where RALU's loss on the embedded pipeline comes from",
         f"{data['prompts']} held-out prompts in bfloat16, one setting changed at a time. *intact* is the judge's "
-        "probability that a picture has no damage; objects, backgrounds, sizes and places are right about as often in "
-        "every row. Differences are paired by picture. FLOPs are the denoiser's, so these are not equal times.",
+        "probability that a picture of a single object has no damage. Differences are paired by picture. FLOPs are the "
+        "denoiser's, so these are not equal times.",
         "\n".join(lines),
         machine(data),
     ]
