@@ -49,6 +49,11 @@ ROWS: dict[str, tuple[Any, Any, bool]] = {
     "Interval": (Interval(3), Interval(1), False),
     "Interval with DMD": (Interval(2, forecast=DMD(3)), Interval(1, forecast=DMD(3)), False),
     "Interval, per image": (Interval(3, per_image=True), Interval(1, per_image=True), False),
+    "Interval of whole forwards": (
+        Interval(3, scope="forward", forecast=Taylor(1)),
+        Interval(1, scope="forward", forecast=Taylor(1)),
+        False,
+    ),
     "TaylorSeer": (TaylorSeer(3, 2), TaylorSeer(1, 2), False),
     "FORA": (FORA(3), FORA(1), False),
     "StepMask": (

@@ -78,6 +78,23 @@ def test_a_whole_stack_and_lists_that_agree_give_the_same_picture() -> None:
     assert [s.action for s in lists.fastdit.last_run.steps] == [s.action for s in stack.fastdit.last_run.steps]
 
 
+@pytest.mark.parametrize("cache", [Interval(3, scope="forward", policy=ALWAYS), EasyCache(100.0)], ids=str)
+def test_by_forward_a_skipped_step_runs_nothing(cache: Any) -> None:
+    pipe, call = deep_flux()
+    fast = accelerate(pipe, [cache])
+    with tiny.counted_blocks(pipe.transformer) as counts:
+        tiny.run(fast, call)
+    record = fast.fastdit.last_run
+    assert counts == [record.computed] * 9 and record.computed < STEPS
+    assert all(step.flops == 0 for step in record.steps if step.action == "reused")
+
+
+@pytest.mark.parametrize("make", [TeaCache, FirstBlockCache, SeaCache], ids=lambda make: make.__name__)
+def test_a_gate_whose_signal_lies_inside_can_t_skip_whole_forwards(make: Any) -> None:
+    with pytest.raises(InvalidConfig, match="scope"):
+        make(0.1, scope="forward")
+
+
 def test_more_fixed_blocks_than_there_are_is_refused_with_the_counts() -> None:
     pipe, call = deep_flux()
     fast = accelerate(pipe, [DBCache(0.1, 3, 2)])

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from fastdit.accelerator import Need, is_number, register
+from fastdit.accelerator import is_number, register
 from fastdit.errors import InvalidConfig
 from fastdit.run import StepContext
 
@@ -40,16 +40,15 @@ class EasyCache(StepCache):
     _: dataclasses.KW_ONLY
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(first=2))
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    whole_forward: ClassVar[bool] = True
+    scope: str = "forward"
+
+    scopes: ClassVar = ("forward",)
     warm_up: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.threshold) or self.threshold < 0.0:
             raise InvalidConfig(f"EasyCache's threshold is a relative change of at least 0, got {self.threshold!r}")
-        if self.scope != "stack":
-            raise InvalidConfig("EasyCache skips whole forwards; leave scope at 'stack'")
 
     @property
     def neutral(self) -> bool:

@@ -10,6 +10,7 @@ observed; a skipped step still costs the leading and the trailing blocks.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,8 @@ class FirstBlockCache(StepCache):
     _: dataclasses.KW_ONLY
     leading: int = 1
     trailing: int = 0
+
+    scopes: ClassVar = ("stack", "list")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,6 +41,7 @@ class SeaCache(StepCache):
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(max_consecutive=2))
 
     needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.TOKEN_GRID, Need.WHOLE_FRAME})
+    scopes: ClassVar = ("stack",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +49,6 @@ class SeaCache(StepCache):
             raise InvalidConfig(f"SeaCache's threshold is an accumulated change of at least 0, got {self.threshold!r}")
         if not is_number(self.power) or self.power <= 0.0:
             raise InvalidConfig(f"SeaCache's power is the exponent of a spectrum, above 0, got {self.power!r}")
-        if self.scope != "stack":
-            raise InvalidConfig("SeaCache watches the tokens that enter the first block; leave scope at 'stack'")
 
     @property
     def neutral(self) -> bool:

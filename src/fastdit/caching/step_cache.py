@@ -25,8 +25,8 @@ from .policy import SkipPolicy
 #: What to do with histories when a schedule changes the tokens.
 STAGE_CHANGES = ("reset", "carry")
 
-#: What one decision stands for: all that follows it, or its own block list.
-SCOPES = ("stack", "list")
+#: What one decision stands for: all blocks that follow it, those of its own block list, or the whole forward.
+SCOPES = ("stack", "list", "forward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ class StepCache(Accelerator):
     """Base of the step caches.
 
     `per_image` decides and executes for each image of a batch by itself, so that an image does not depend on its
-    batch-mates. `scope` "stack" takes one decision a step; "list" takes one at the start of every block list.
+    batch-mates. `scope` "stack" takes one decision a step; "list" takes one at the start of every block list; "forward"
+    skips whole forwards, (output - latents) taking the place of the blocks' residual, and needs no block lists.
     `stage_change` says what becomes of the histories when a schedule changes the tokens: "reset" computes the first
     step of every stage, "carry" copies them to the new tokens.
     """
@@ -90,8 +91,8 @@ class StepCache(Accelerator):
     needs: ClassVar = frozenset({Need.BLOCK_LISTS})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.WHOLE_GRAPH})
 
-    #: Whether the skipped part is the whole forward, (output - latents) taking the place of the blocks' residual.
-    whole_forward: ClassVar[bool] = False
+    #: The scopes that the gate's signal allows.
+    scopes: ClassVar[tuple[str, ...]] = SCOPES
 
     #: How many steps must have been computed before the gate can skip one.
     warm_up: ClassVar[int] = 1
@@ -103,20 +104,27 @@ class StepCache(Accelerator):
             raise InvalidConfig(f"policy is a SkipPolicy, got {self.policy!r}")
         if not isinstance(self.per_image, bool):
             raise InvalidConfig(f"per_image is True or False, got {self.per_image!r}")
-        if self.scope not in SCOPES or self.stage_change not in STAGE_CHANGES:
+        if self.scope not in self.scopes or self.stage_change not in STAGE_CHANGES:
             raise InvalidConfig(
-                f"scope is one of {', '.join(SCOPES)} and stage_change one of {', '.join(STAGE_CHANGES)}; got "
-                f"{self.scope!r} and {self.stage_change!r}"
+                f"{type(self).__name__}'s scope is one of {', '.join(self.scopes)}, where its signal is, and its "
+                f"stage_change one of {', '.join(STAGE_CHANGES)}; got {self.scope!r} and {self.stage_change!r}"
             )
 
     @property
     def effects(self) -> Effects:
         declared = super().effects
+        if self.whole_forward:
+            declared = dataclasses.replace(declared, needs=declared.needs - {Need.BLOCK_LISTS})
         if self.forecast.amplifies:
             declared = declared.adding(needs={Need.PRECISE_ACTIVATIONS})
         if self.per_image:
             return declared.adding(changes={Change.BATCH_ROWS}, needs={Need.SEPARABLE_ROWS})
         return declared.adding(breaks={Break.BATCH_INVARIANCE})
+
+    @property
+    def whole_forward(self) -> bool:
+        """Whether the skipped part is the whole forward."""
+        return self.scope == "forward"
 
     @property
     def leading_blocks(self) -> int:

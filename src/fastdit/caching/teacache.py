@@ -36,13 +36,12 @@ class TeaCache(StepCache):
     coefficients: Coefficients | str | tuple[float, ...] | None = None
 
     needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.MODULATED_SIGNAL})
+    scopes: ClassVar = ("stack",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.threshold) or self.threshold < 0.0:
             raise InvalidConfig(f"TeaCache's threshold is an accumulated change of at least 0, got {self.threshold!r}")
-        if self.scope != "stack":
-            raise InvalidConfig("TeaCache watches the first block list's input alone; leave scope at 'stack'")
         if isinstance(self.coefficients, str):
             named(self.coefficients)
         elif isinstance(self.coefficients, (tuple, list)):
