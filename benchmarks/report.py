@@ -154,11 +154,19 @@ def evaluation(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
+SECTIONS = (
+    ("flops", flops),
+    ("flops-sd3-medium", flops),
+    ("overhead", overhead),
+    ("overhead-mini", overhead),
+    ("efficiency", efficiency),
+)
+
+
 def main() -> None:
     """Write the page from whatever results are there."""
     parts = ["# Results", "Written by `benchmarks/report.py` from the JSON files in `benchmarks/results/`."]
-    sections = (("flops", flops), ("flops-sd3-medium", flops), ("overhead", overhead), ("efficiency", efficiency))
-    for name, section in sections:
+    for name, section in SECTIONS:
         if (path := RESULTS / f"{name}.json").exists():
             parts += section(json.loads(path.read_text(encoding="utf-8")))
     if (path := RESULTS / "quality.json").exists():
