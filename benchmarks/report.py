@@ -30,9 +30,9 @@ def overhead(data: Mapping[str, Any]) -> list[str]:
     lines = ["| twin | over plain |", "|---|--:|"]
     lines += [f"| {name} | {interval(ratio, 4)} |" for name, ratio in data["ratios"].items()]
     return [
-        "## What a stack costs where it saves nothing",
+        f"## What a stack costs where it saves nothing: {data['model']}",
         f"An empty stack, and caches whose threshold lets them skip nothing: twin over plain, paired, {rounds} rounds "
-        f"of {data['steps']} steps at {data['tokens']} tokens on the {data['model']} (bar {data['bar']}).",
+        f"of {data['steps']} steps at {data['tokens']} tokens (bar {data['bar']}).",
         "\n".join(lines),
         machine(data),
     ]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from fastdit.testing import flux_transformer, kl_autoencoder, seed_weights
+from fastdit.testing import counted_calls, flux_transformer, kl_autoencoder, seed_weights
 
 Kwargs = dict[str, Any]
 Built = tuple[DiffusionPipeline, Kwargs]
@@ -500,24 +500,9 @@ def main_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [block for name in names for block in getattr(transformer, name)]
 
 
-@contextmanager
-def counted_blocks(transformer: nn.Module) -> Iterator[list[int]]:
-    """Count real calls of each main block, with forward hooks, while the context is open."""
-    blocks = main_blocks(transformer)
-    counts = [0] * len(blocks)
-
-    def counter(index: int) -> Callable[..., None]:
-        def count(*_: Any) -> None:
-            counts[index] += 1
-
-        return count
-
-    handles = [block.register_forward_hook(counter(i)) for i, block in enumerate(blocks)]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
+def counted_blocks(transformer: nn.Module) -> AbstractContextManager[list[int]]:
+    """Count real calls of each main block while the context is open."""
+    return counted_calls(transformer, main_blocks(transformer))
 
 
 def recorded_calls(pipe: DiffusionPipeline, call: Kwargs) -> list[tuple[tuple[Any, ...], Kwargs]]:

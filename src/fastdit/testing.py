@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -129,9 +129,10 @@ def generate(pipeline: Any, call: _Call, *, seeds: tuple[int, ...] | int = 0, **
 
 
 @contextmanager
-def counted_calls(transformer: nn.Module) -> Iterator[list[int]]:
-    """Count the real calls of each block of a transformer's block lists, in order."""
-    blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+def counted_calls(transformer: nn.Module, blocks: Sequence[nn.Module] | None = None) -> Iterator[list[int]]:
+    """Count the real calls of `blocks`, in order; without them of every block of the transformer's block lists."""
+    if blocks is None:
+        blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
     counts = [0] * len(blocks)
 
     def counter(index: int) -> Any:
