@@ -213,7 +213,7 @@ class Run:
         self.step = 0
         self.stage = 0
         self.stage_step = 0
-        self.sigmas: Any = None
+        self.sigmas: tuple[Any, ...] = ()
         self.stage_sigmas: list[torch.Tensor] = []
         self.doubts = 0
         self.grid: TokenLayout | None = None
@@ -344,7 +344,7 @@ class Run:
     def sigma(self, step: int) -> Any:
         """Give the noise level of a step as the scheduler holds it (a 0-d tensor, not read here), or None."""
         index = step + self._first_index
-        return self.sigmas[index] if self.sigmas is not None and index < len(self.sigmas) else None
+        return self.sigmas[index] if index < len(self.sigmas) else None
 
     def finish(self, *, completed: bool) -> RunRecord:
         """Close the run: drop all state and give the record."""

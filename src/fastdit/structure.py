@@ -139,6 +139,32 @@ def refilled(value: Any, fillings: Iterator[Any]) -> Any:
     return value
 
 
+class ArgumentNames:
+    """Names the arguments of a forward's calls, without its `self` and in its own order.
+
+    `defaults` adds what a call leaves out. Calls that give everything by keyword, as pipelines do, are not bound.
+    """
+
+    def __init__(self, forward: Callable[..., Any], *, defaults: bool = False) -> None:
+        self._signature = inspect.signature(forward)
+        self._defaults = defaults
+        own = list(self._signature.parameters.values())[1:]
+        named = [p for p in own if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)]
+        self._given = {p.name: p.default for p in named}
+        self._required = {p.name for p in named if p.default is inspect.Parameter.empty}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a call's arguments by name. Raises `TypeError` where the forward itself would."""
+        if not args and self._required <= kwargs.keys() <= self._given.keys():
+            if self._defaults:
+                return {**self._given, **kwargs}
+            return {name: kwargs[name] for name in self._given if name in kwargs}
+        bound = self._signature.bind(None, *args, **kwargs)
+        if self._defaults:
+            bound.apply_defaults()
+        return dict(list(named_arguments(bound).items())[1:])
+
+
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
     """Give a call's arguments by name, those that a `**kwargs` took among them."""
     named = dict(bound.arguments)

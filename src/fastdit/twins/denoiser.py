@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import nn
 
 from fastdit.caching.decision import BranchState
 from fastdit.caching.passes import BlockPass, ForwardPass, run_plainly
+from fastdit.caching.segments import Cut
 from fastdit.caching.step_cache import StepCache
 from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState
 from fastdit.errors import IncompatibleStack, NoActiveRun
@@ -19,8 +19,8 @@ from fastdit.flops import FlopMeter
 from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
 from fastdit.run import Clock, Outcome, Run, StepContext, StepRecord
-from fastdit.structure import named_arguments, same_object_twin, structural_twin, tensors_of
-from fastdit.wiring import Wiring, observe, wiring_key, with_handler
+from fastdit.structure import ArgumentNames, same_object_twin, structural_twin, tensors_of
+from fastdit.wiring import observe, wiring_key, with_handler
 
 from .hooks import rank_sum, through_hooks
 from .making import overriding, twin_class
@@ -40,7 +40,7 @@ class Denoiser:
     """Everything a denoiser twin does beyond its class: kept outside the module, so that the module stays untouched.
 
     `name` is the component's name in its pipeline ("transformer"). The wiring that was observed is kept between runs,
-    keyed by which arguments were given; it describes the model and holds no tensors.
+    keyed by which arguments were given, as it is cut for the cache; it describes the model and holds no tensors.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Denoiser:
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
         self._family = family
-        self._wirings: dict[str, Wiring] = {}
+        self._cuts: dict[Hashable, Cut] = {}
         self._proved: set[Hashable] = set()
         self._meter: tuple[tuple[int, ...], FlopMeter] | None = None
-        self._signature = inspect.signature(type(module).forward)
+        self._names = ArgumentNames(type(module).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one forward in the open run and record it."""
@@ -77,7 +77,7 @@ class Denoiser:
         if not self.session.idle_is_plain:
             refuse_foreign_behaviour(self.module, self.name)
         context = run.enter(self.name)
-        arguments = _named(self._signature, args, kwargs)
+        arguments = self._names(args, kwargs)
         children: dict[str, Any] = {}
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
@@ -178,12 +178,12 @@ class Denoiser:
     ) -> tuple[Any, Outcome]:
         """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
         key = wiring_key(arguments)
-        seen = None if key in self._wirings else observe(self.module, arguments, children)
+        seen = None if key in self._cuts else observe(self.module, arguments, children)
         if seen is not None:
-            self._wirings[key] = seen.wiring
+            self._cuts[key] = Cut(seen.wiring, cache)
         passed = BlockPass(
             cache,
-            self._wirings[key],
+            self._cuts[key],
             run,
             reduce=rank_sum(self.module),
             run_block=tokens.call if tokens is not None else run_plainly,
@@ -282,16 +282,11 @@ def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
             f"{name} already has a cache of diffusers enabled, and two caches would feed on each other; call "
             f"{name}.disable_cache() first"
         )
-    if hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None:
+    if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
         raise IncompatibleStack(
             f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
             "blocks with compile_repeated_blocks() if you wish"
         )
-
-
-def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward, without its `self`, in the forward's order."""
-    return dict(list(named_arguments(signature.bind(None, *args, **kwargs)).items())[1:])
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:

@@ -28,7 +28,8 @@ def scheduler_twin(scheduler: Any, run: Run) -> Any:
             cls.set_timesteps(self, *args, **kwargs)
         else:
             _set_stages(self, run, kwargs.get("device"))
-        run.sigmas = getattr(self, "sigmas", None)
+        sigmas = getattr(self, "sigmas", None)
+        run.sigmas = () if sigmas is None else tuple(sigmas)
         run.begin(len(self.timesteps))
 
     def set_begin_index(self: Any, begin_index: int = 0) -> None:
