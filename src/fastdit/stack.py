@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -306,7 +307,7 @@ class Acceleration:
     def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the pipeline's class in a run of its own."""
         function = type(self.base).__call__
-        bound = inspect.signature(function).bind(twin, *args, **kwargs)
+        bound = _signature(function).bind(twin, *args, **kwargs)
         given = named_arguments(bound)
         bound.apply_defaults()
         arguments = named_arguments(bound)
@@ -469,6 +470,11 @@ def accelerate(
     family = family_of(pipeline) if stack.schedule is not None else None
     lifted = family.pipeline_overrides() if family is not None else ()
     return cast(_Base, pipeline_twin(pipeline, controller, lifted))
+
+
+@lru_cache(maxsize=64)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _pipeline_type() -> type:

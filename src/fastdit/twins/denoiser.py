@@ -211,7 +211,7 @@ class Denoiser:
 
     def _current_meter(self) -> FlopMeter:
         """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
-        structure = tuple(id(module) for module in self.module.modules())
+        structure = tuple(_identities(self.module))
         if self._meter is None or self._meter[0] != structure:
             self._meter = (structure, FlopMeter(self.module))
         return self._meter[1]
@@ -287,6 +287,16 @@ def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
             f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
             "blocks with compile_repeated_blocks() if you wish"
         )
+
+
+def _identities(module: nn.Module) -> list[int]:
+    """Name the objects that a module is made of, in order. `modules()` also looks for repeats, in every run anew."""
+    found, waiting = [], [module]
+    while waiting:
+        part = waiting.pop()
+        found.append(id(part))
+        waiting.extend(child for child in part._modules.values() if child is not None)
+    return found
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
