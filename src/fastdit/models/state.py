@@ -79,9 +79,10 @@ def _first_rounding(module: nn.Module) -> str | None:
 
 def _rounding(part: nn.Module) -> str | None:
     """Say how a layer rounds what enters it; None where it does not."""
-    if known := _class_rounding(type(part)):
+    cls: Any = type(part)
+    if known := _class_rounding(cls):
         return known
-    if _has_any(part, _ATTRIBUTES):
+    if _class_has_any(cls, _ATTRIBUTES) or _holds_any(part, _ATTRIBUTES):
         if hasattr(part, "activation_qtype"):  # quanto's layers have scales whether they use them or not
             return "with quantised activations" if part.activation_qtype is not None else None
         quantizer: Any = getattr(part, "input_quantizer", None)
@@ -104,10 +105,10 @@ def _class_rounding(cls: type[Any]) -> str | None:
     return next((ROUNDING_LAYERS[one.__name__] for one in classes if one.__name__ in ROUNDING_LAYERS), None)
 
 
-def _has_any(part: nn.Module, names: frozenset[str]) -> bool:
-    """Whether a layer has any of some attributes: every layer is asked at each run, and most have none of them."""
+def _holds_any(part: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a layer itself holds any of some attributes. Every layer is asked at each run, and most hold none."""
     held = (part.__dict__, part._parameters, part._buffers, part._modules)
-    return _class_has_any(type(part), names) or not all(holder.keys().isdisjoint(names) for holder in held)
+    return not all(holder.keys().isdisjoint(names) for holder in held)
 
 
 @lru_cache(maxsize=256)
