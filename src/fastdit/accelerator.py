@@ -109,7 +109,7 @@ def register(cls: _Type) -> _Type:
     return cls
 
 
-def _load_type(name: Any) -> None:
+def _load_type(name: str) -> None:
     """Import what may register a configuration of this name: the library's own, then an installed adapter's.
 
     An adapter names its classes as entry points of the group `fastdit.accelerators`; only the one asked for is loaded.
@@ -118,9 +118,14 @@ def _load_type(name: Any) -> None:
 
     for public in fastdit.__all__:
         getattr(fastdit, public)
-    if name not in _REGISTRY and isinstance(name, str):
-        for entry in entry_points(group="fastdit.accelerators", name=name):
+    entry = None if name in _REGISTRY else next(iter(entry_points(group="fastdit.accelerators", name=name)), None)
+    if entry is not None:
+        try:
             entry.load()
+        except (ImportError, AttributeError) as error:
+            raise InvalidConfig(
+                f"{name!r} belongs to {entry.value}, an installed adapter that can't be imported: {error}"
+            ) from error
 
 
 def encode(value: Any) -> Any:
@@ -143,9 +148,9 @@ def decode(data: Any, where: str = "stack") -> Any:
         return data
     fields = dict(data)
     name = fields.pop("type", None)
-    if name not in _REGISTRY:
+    if isinstance(name, str) and name not in _REGISTRY:
         _load_type(name)
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
         raise InvalidConfig(
             f"{where}: unknown type {name!r}; the allowed types are {known}, and those of adapters once installed"
