@@ -295,6 +295,15 @@ def test_compiled_blocks_are_compiled_once_more_for_each_kernel_and_call_no_othe
     assert compiler.frame_count == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="names what a CPU lacks")
+def test_the_trial_is_in_the_precision_that_the_model_computes_in() -> None:
+    pipe, _ = tiny.flux()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.transformer.norm_out.to(torch.float32)  # as diffusers keeps some weights
+    with pytest.raises(UnsupportedModel, match=r"on cpu in torch\.bfloat16"):
+        accelerate(pipe, [Attention("_native_cudnn")])
+
+
 def test_a_bare_module_takes_a_kernel() -> None:
     pipe, call = tiny.flux(steps=1)
     ((_, kwargs),) = tiny.recorded_calls(pipe, call)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -182,11 +183,14 @@ class _Switch(TorchFunctionMode):
 def _target(pipeline: Any, transformer: nn.Module) -> tuple[torch.device, torch.dtype, int]:
     """Say where a transformer will run, in which precision, and how large its heads are."""
     hook: Any = transformer.__dict__.get("_hf_hook")
-    weights = [weight for weight in transformer.parameters() if weight.is_floating_point()]
-    own = weights[0].device if weights else torch.device("cpu")
+    own = next((weight.device for weight in transformer.parameters()), torch.device("cpu"))
     device = getattr(pipeline, "_execution_device", None) or getattr(hook, "execution_device", None) or own
-    dtype = getattr(transformer, "dtype", None) or (weights[0].dtype if weights else torch.float32)
-    return torch.device(device), dtype, _head_size(transformer)
+    # Some weights are kept in another precision than the model computes in: a few in float32, or most of them packed.
+    held = Counter({torch.float32: 0})
+    for weight in transformer.parameters():
+        if weight.is_floating_point() and weight.element_size() > 1:
+            held[weight.dtype] += weight.numel()
+    return torch.device(device), held.most_common(1)[0][0], _head_size(transformer)
 
 
 def _head_size(transformer: nn.Module) -> int:
