@@ -216,6 +216,8 @@ class Run:
         self.sigmas: tuple[Any, ...] = ()
         self.stage_sigmas: list[torch.Tensor] = []
         self.doubts = 0
+        #: Whether a kernel of the stack has answered the model's attention.
+        self.attended = False
         self.grid: TokenLayout | None = None
         #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
         self.announced: Callable[[], int | None] = lambda: None

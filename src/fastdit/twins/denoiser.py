@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from fastdit.attention.kernel import AttentionKernel
 from fastdit.caching.decision import BranchState
 from fastdit.caching.passes import BlockPass, ForwardPass, run_plainly
 from fastdit.caching.segments import Cut
@@ -51,6 +52,7 @@ class Denoiser:
         cache: StepCache | None,
         family: Family | None,
         token_cache: TokenCache | None = None,
+        attention: AttentionKernel | None = None,
     ) -> None:
         refuse_foreign_behaviour(module, name)
         self.module = module
@@ -58,6 +60,7 @@ class Denoiser:
         self.session = session
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
+        self._attention = attention if attention is not None and not attention.neutral else None
         self._family = family
         self._cuts: dict[Hashable, Cut] = {}
         self._proved: set[Hashable] = set()
@@ -82,10 +85,11 @@ class Denoiser:
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
         clock = Clock(_device(arguments))
-        if self._cache is None and self._token_cache is None and not children:
-            output, outcome = self.module(**arguments), Outcome()
-        else:
-            output, outcome = self._through_stack(run, context, arguments, children)
+        with self._attention.acting(run) if self._attention is not None else nullcontext():
+            if self._cache is None and self._token_cache is None and not children:
+                output, outcome = self.module(**arguments), Outcome()
+            else:
+                output, outcome = self._through_stack(run, context, arguments, children)
         clock.stop()
         self._record(run, context, arguments, children, clock, outcome)
         return output
