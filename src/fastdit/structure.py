@@ -29,11 +29,14 @@ _HOOKS = (
 def structural_twin(module: _Module, children: Mapping[str, Any], *, hooks: bool = True) -> _Module:
     """Copy a module's own `__dict__` and replace some children; weights and the other children are the same objects.
 
+    A part that is no module is replaced alike, by a module.
+
     Neither the module nor its class is written to. Hooks of offloading libraries that sit on the module object are
     left out: they belong to the object that the user holds. The user's forward hooks are left out without `hooks`.
     """
     twin = type(module).__new__(type(module))
-    attributes = {name: value for name, value in module.__dict__.items() if name not in _BEHAVIOUR}
+    hidden = {*_BEHAVIOUR, *children}
+    attributes = {name: value for name, value in module.__dict__.items() if name not in hidden}
     attributes["_modules"] = {**module._modules, **children}
     attributes["_compiled_call_impl"] = None
     if not hooks:

@@ -76,9 +76,17 @@ class Family(Protocol):
 def families() -> tuple[Family, ...]:
     """List the described families."""
     from .flux import BRIA, CHROMA, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
+    from .flux2 import FLUX2
+    from .hidream import HIDREAM
+    from .lumina2 import LUMINA2
+    from .placed import COGVIEW4, HUNYUAN_IMAGE
+    from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_PLUS
     from .sd3 import SD3
+    from .z_image import Z_IMAGE
 
-    return (FLUX, SD3, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA)
+    tokens = (FLUX, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2, QWEN_IMAGE, QWEN_IMAGE_EDIT_PLUS)
+    frames = (SD3, HUNYUAN_IMAGE, COGVIEW4, LUMINA2, Z_IMAGE, HIDREAM)
+    return (*tokens, *frames)
 
 
 def family_of(pipeline: Any) -> Family | None:

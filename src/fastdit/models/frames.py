@@ -54,6 +54,13 @@ class FrameFamily:
             return f"latents of shape {tuple(latents.shape)} are not frames [B, C, h, w] {sides}; reshape them"
         return refused_arguments(arguments, self.refused)
 
+    def too_large(self, pipeline: Any, arguments: Mapping[str, Any], most: int) -> str | None:
+        """Say that the finest stage has no positions, which the model itself would only say when it is reached."""
+        rows, columns = self.grid(pipeline, *self.size(pipeline, arguments))
+        if max(rows, columns) <= most:
+            return None
+        return f"{rows} x {columns} tokens are more than the model's {most} positions a side; choose a smaller size"
+
     def tokens(self, latents: torch.Tensor) -> torch.Tensor:
         return patches(latents, self.patch)
 

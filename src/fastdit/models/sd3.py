@@ -37,7 +37,7 @@ class SD3Family(FrameFamily):
         if arguments.get("mu") is not None:
             return "mu= shifts the pipeline's own timesteps, which the schedule owns; leave it out, or set base_shift"
         unfit = super().refusal(pipeline, arguments) or self._unfit(pipeline.transformer)
-        return unfit or self._too_large(pipeline, arguments)
+        return unfit or self.too_large(pipeline, arguments, pipeline.transformer.pos_embed.pos_embed_max_size)
 
     def place(
         self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
@@ -74,14 +74,6 @@ class SD3Family(FrameFamily):
                 "is no place between two tokens; drop the schedule"
             )
         return None
-
-    def _too_large(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
-        """Say that the finest stage has no positions, which the model itself would only say when it is reached."""
-        rows, columns = self.grid(pipeline, *self.size(pipeline, arguments))
-        most = pipeline.transformer.pos_embed.pos_embed_max_size
-        if max(rows, columns) <= most:
-            return None
-        return f"{rows} x {columns} tokens are more than the model's {most} positions a side; choose a smaller size"
 
 
 def position_rows(embed: Any, layout: TokenLayout, device: torch.device) -> torch.Tensor:
