@@ -6,6 +6,7 @@ prompts. `size` is (height, width) in pixels, `batch` the number of prompts. Not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,7 +96,7 @@ def _relative(name: str, transformer: str, size: Size, steps: int, batch: int, p
         joint_attention_dim=32,
         **{"patch_size": 1, "axes_dims_rope": (4, 6, 6), **_HEADS, **config},
     )
-    pipeline = assembled(name, ("text_encoder", "tokenizer", *parts.pop("absent", ())), transformer=model, **parts)
+    pipeline = assembled(name, transformer=model, **parts)
     embeds = {"prompt_embeds": randn(batch, 6, 32, seed=21), "negative_prompt_embeds": randn(batch, 6, 32, seed=23)}
     return pipeline, _call(size, steps, **embeds, guidance_scale=2.0)
 
@@ -111,20 +112,9 @@ def chroma(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
 
 
 def ovis_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
-    """Ovis-Image."""
+    """Ovis-Image; its pipeline takes no embeddings of a negative prompt, so one branch."""
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
-    return _relative(
-        "OvisImagePipeline", "OvisImageTransformer2DModel", size, steps, batch, parts, out_channels=16
-    )
-
-
-def longcat_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
-    """LongCat-Image: the image's positions begin where the text's end."""
-    parts = {"scheduler": flow_matching(), "vae": kl_autoencoder(), "absent": ("text_processor",)}
-    pipeline, call = _relative(
-        "LongCatImagePipeline", "LongCatImageTransformer2DModel", size, steps, batch, parts, pooled_projection_dim=32
-    )
-    return pipeline, call | {"enable_prompt_rewrite": False}
+    return _relative("OvisImagePipeline", "OvisImageTransformer2DModel", size, steps, batch, parts, out_channels=16)
 
 
 def bria(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
@@ -268,7 +258,7 @@ def hunyuan_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> B
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(4, 8, 8, 16),
+        block_out_channels=(32, 32, 32, 32),
         layers_per_block=1,
         spatial_compression_ratio=8,
         sample_size=64,
@@ -384,7 +374,7 @@ def hidream(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
         caption_channels=[32, 16],
         text_emb_dim=16,
         axes_dims_rope=(4, 6, 6),
-        max_resolution=(16, 16),
+        max_resolution=(32, 32),
         llama_layers=[0, 1],
         force_inference_output=True,
         **_HEADS,
@@ -397,7 +387,7 @@ def hidream(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
         transformer=transformer,
     )
     # The pipeline makes every picture's area that of a square of this side.
-    pipeline.default_sample_size = round((size[0] * size[1]) ** 0.5) // 8
+    pipeline.default_sample_size = math.ceil((size[0] * size[1]) ** 0.5 / 8)
     embeds = {
         f"{prefix}{name}": randn(*shape, seed=seed + index)
         for prefix, seed in (("", 21), ("negative_", 31))
@@ -483,7 +473,6 @@ PIPELINES: dict[str, Builder] = {
     "FluxKontextPipeline": flux_kontext,
     "ChromaPipeline": chroma,
     "OvisImagePipeline": ovis_image,
-    "LongCatImagePipeline": longcat_image,
     "BriaPipeline": bria,
     "Flux2Pipeline": flux2,
     "QwenImagePipeline": qwen_image,

@@ -18,7 +18,7 @@ from fastdit.layout import TokenLayout, assembled, patches
 from fastdit.structure import refilled, tensors_of
 
 from .family import PICTURE_ADAPTERS, decoded, refused_arguments
-from .rotary import PerImagePositions
+from .rotary import PerImagePositions, guided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PackedFamily:
         placed = {**arguments, name: torch.cat([latents, appended], dim=1) if appended.shape[1] else latents}
         if arguments.get("attention_mask") is not None:
             placed["attention_mask"] = _mask_of(arguments["attention_mask"], given.tokens, layout.tokens)
-        return {**placed, **self._positions(arguments, appended.shape[1], layout, latents.device)}
+        return {**placed, **self._positions(arguments, appended.shape[1], layout, latents)}
 
     def velocity(self, output: Any, layout: TokenLayout) -> Any:
         return refilled(output, (tokens[:, : layout.tokens] for tokens in tensors_of(output)))
@@ -94,15 +94,15 @@ class PackedFamily:
         return (self.unpacking,)
 
     def _positions(
-        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, device: torch.device
+        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, latents: torch.Tensor
     ) -> dict[str, Any]:
         """Make the ids of a layout; where images have places of their own, side by side [S, B * axes]."""
         ids, text = (_shared(arguments[name])[:, : self.axes] for name in ("img_ids", "txt_ids"))
         own = len(ids) - appended
         # Fractional places are exact in float32 and not in bfloat16, so the ids' dtype is not kept. The ids count from
         # that of the first place, which a layout without a token there is half a place away from.
-        places = nn.functional.pad(layout.positions(device), (1, self.axes - 3))
-        places = places + ids[:own].float().amin(dim=0).floor()
+        places = guided(layout.positions(latents.device), latents.shape[0])
+        places = nn.functional.pad(places, (1, self.axes - 3)) + ids[:own].float().amin(dim=0).floor()
         images = len(places)
         beside = torch.cat([places.transpose(0, 1).flatten(1), ids[own:].float().repeat(1, images)])
         return {"img_ids": beside, "txt_ids": text.repeat(1, images)}

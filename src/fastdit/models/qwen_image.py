@@ -49,7 +49,7 @@ class QwenImageFamily(PackedFamily):
         return {"pos_embed": _PlacedRotary(transformer.pos_embed, layout, latents)}
 
     def _positions(
-        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, device: torch.device
+        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, latents: torch.Tensor
     ) -> dict[str, Any]:
         # A strip for the model, which counts tokens by these sizes; `_PlacedRotary` knows the layout's extent.
         own = (1, *layout.extent) if layout.whole else (1, 1, layout.tokens)

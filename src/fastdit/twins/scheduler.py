@@ -47,6 +47,9 @@ def scheduler_twin(scheduler: Any, run: Run) -> Any:
         for name, function in (("set_timesteps", set_timesteps), ("set_begin_index", set_begin_index), ("step", step))
         if hasattr(cls, name)
     }
+    if not hasattr(cls, "scale_model_input"):
+        # Pipelines that compare a scheduler's class, and not what it can do, ask it of every other class.
+        members["scale_model_input"] = lambda self, sample, *args, **kwargs: sample
     twin.__class__ = twin_class(cls, members)
     return twin
 
