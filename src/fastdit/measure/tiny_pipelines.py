@@ -112,9 +112,11 @@ def chroma(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
 
 
 def ovis_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
-    """Ovis-Image; its pipeline takes no embeddings of a negative prompt, so one branch."""
+    """Ovis-Image."""
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
-    return _relative("OvisImagePipeline", "OvisImageTransformer2DModel", size, steps, batch, parts, out_channels=16)
+    config = {"out_channels": 16}
+    pipeline, call = _relative("OvisImagePipeline", "OvisImageTransformer2DModel", size, steps, batch, parts, **config)
+    return pipeline, call | {"negative_prompt": None}
 
 
 def bria(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:

@@ -79,7 +79,8 @@ class PackedFamily:
         appended = tokens[:, given.tokens :]
         placed = {**arguments, name: torch.cat([latents, appended], dim=1) if appended.shape[1] else latents}
         if arguments.get("attention_mask") is not None:
-            placed["attention_mask"] = _mask_of(arguments["attention_mask"], given.tokens, layout.tokens)
+            text = arguments["attention_mask"][:, : arguments["encoder_hidden_states"].shape[1]]
+            placed["attention_mask"] = torch.cat([text, text.new_ones(placed[name].shape[:2])], dim=1)
         return {**placed, **self._positions(arguments, appended.shape[1], layout, latents)}
 
     def velocity(self, output: Any, layout: TokenLayout) -> Any:
@@ -111,9 +112,3 @@ class PackedFamily:
 def _shared(ids: torch.Tensor) -> torch.Tensor:
     """Give ids without a batch; those of a batch are alike, and models take the first."""
     return ids[0] if ids.dim() == 3 else ids
-
-
-def _mask_of(mask: torch.Tensor, given: int, tokens: int) -> torch.Tensor:
-    """Make a mask [B, S] over text and then image tokens of which none is masked fit a stage's number of those."""
-    text = mask[:, : mask.shape[1] - given]
-    return torch.cat([text, text.new_ones(len(text), tokens)], dim=1)
