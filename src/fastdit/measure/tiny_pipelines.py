@@ -1,7 +1,8 @@
 """Pipelines of the installed diffusers out of its real classes, with seeded random weights, thousands of times smaller.
 
 Each builder gives a pipeline without text encoders and the keyword arguments of one call, which holds embeddings of
-prompts. `size` is (height, width) in pixels, `batch` the number of prompts. Nothing is downloaded.
+prompts. `size` is (height, width) in pixels, or the side of a square, `batch` the number of prompts. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastdit.testing import flux_transformer, kl_autoencoder, seed_weights
 
 Call = dict[str, Any]
 Built = tuple[Any, Call]
-Size = tuple[int, int]
+Size = int | tuple[int, int]
 Builder = Callable[..., Built]
 
 _HEADS: Call = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -53,15 +54,20 @@ def assembled(name: str, absent: Iterable[str] = ("text_encoder", "tokenizer"), 
     return pipeline
 
 
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _call(size: Size, steps: int, **arguments: Any) -> Call:
-    return {"height": size[0], "width": size[1], "num_inference_steps": steps, "output_type": "pt", **arguments}
+    height, width = _sides(size)
+    return {"height": height, "width": width, "num_inference_steps": steps, "output_type": "pt", **arguments}
 
 
 def _numbered(*names: str, last: int = 2) -> list[str]:
     return [f"{name}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, last + 1))) for name in names]
 
 
-def flux(*, size: Size = (64, 64), steps: int = 4, batch: int = 1, guidance: bool = True, **weights: Any) -> Built:
+def flux(*, size: Size = 64, steps: int = 4, batch: int = 1, guidance: bool = True, **weights: Any) -> Built:
     """FLUX.1; without `guidance` as in schnell, which is distilled to four steps."""
     pipeline = assembled(
         "FluxPipeline",
@@ -79,10 +85,10 @@ def _flux_sibling(name: str, size: Size, steps: int, batch: int, **arguments: An
     return assembled(name, (), **pipeline.components), {**call, **arguments}
 
 
-def flux_kontext(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def flux_kontext(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """FLUX.1 Kontext with a picture to edit."""
     picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(3))
-    area = {"_auto_resize": False, "max_area": size[0] * size[1]}
+    area = {"_auto_resize": False, "max_area": math.prod(_sides(size))}
     return _flux_sibling("FluxKontextPipeline", size, steps, batch, image=picture, **area)
 
 
@@ -101,7 +107,7 @@ def _relative(name: str, transformer: str, size: Size, steps: int, batch: int, p
     return pipeline, _call(size, steps, **embeds, guidance_scale=2.0)
 
 
-def chroma(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def chroma(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """Chroma: one embedding for all blocks, cut into rows; a mask over text and image."""
     config = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
@@ -111,7 +117,7 @@ def chroma(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
     return pipeline, call | {"prompt_attention_mask": mask, "negative_prompt_attention_mask": torch.ones(batch, 6)}
 
 
-def ovis_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def ovis_image(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """Ovis-Image."""
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
     config = {"out_channels": 16}
@@ -119,13 +125,13 @@ def ovis_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Buil
     return pipeline, call | {"negative_prompt": None}
 
 
-def bria(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def bria(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """Bria 3."""
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
     return _relative("BriaPipeline", "BriaTransformer2DModel", size, steps, batch, parts)
 
 
-def flux2(*, size: Size = (32, 32), steps: int = 4, batch: int = 1) -> Built:
+def flux2(*, size: Size = 16, steps: int = 4, batch: int = 1) -> Built:
     """FLUX.2: latents of 4 x 4 channels a token, position ids of four axes, one embedding stream."""
     transformer = component(
         "Flux2Transformer2DModel",
@@ -156,7 +162,7 @@ def flux2(*, size: Size = (32, 32), steps: int = 4, batch: int = 1) -> Built:
     return pipeline, _call(size, steps, prompt_embeds=randn(batch, 6, 32, seed=21))
 
 
-def qwen_image(*, size: Size = (32, 32), steps: int = 4, batch: int = 1) -> Built:
+def qwen_image(*, size: Size = 32, steps: int = 4, batch: int = 1) -> Built:
     """Qwen-Image with true classifier-free guidance: two calls a step."""
     transformer = component(
         "QwenImageTransformer2DModel",
@@ -194,7 +200,7 @@ def qwen_image(*, size: Size = (32, 32), steps: int = 4, batch: int = 1) -> Buil
 
 def sd3(
     *,
-    size: Size = (64, 64),
+    size: Size = 64,
     steps: int = 4,
     batch: int = 1,
     three_five: bool = False,
@@ -237,7 +243,7 @@ def sd3(
     )
 
 
-def hunyuan_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def hunyuan_image(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """HunyuanImage 2.1: every latent pixel is a token; a guider calls the branches one by one."""
     from diffusers.guiders import ClassifierFreeGuidance
 
@@ -284,7 +290,7 @@ def hunyuan_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> B
     return pipeline, _call(size, steps, **embeds, **masks)
 
 
-def cogview4(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def cogview4(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """CogView4: rotary indices spread over a fixed range."""
     transformer = component(
         "CogView4Transformer2DModel",
@@ -306,7 +312,7 @@ def cogview4(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
     return pipeline, _call(size, steps, **embeds, guidance_scale=2.0)
 
 
-def lumina2(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def lumina2(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """Lumina-Image 2.0: text and image in one stream, refiners before it, prompts of different lengths."""
     transformer = component(
         "Lumina2Transformer2DModel",
@@ -337,7 +343,7 @@ def lumina2(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
     )
 
 
-def z_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def z_image(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """Z-Image: lists of images and captions, refiners before the main blocks."""
     transformer = component(
         "ZImageTransformer2DModel",
@@ -364,7 +370,7 @@ def z_image(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
     )
 
 
-def hidream(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def hidream(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """HiDream-I1: blocks inside wrappers, a mixture of experts, both branches in one batch."""
     transformer = component(
         "HiDreamImageTransformer2DModel",
@@ -389,7 +395,7 @@ def hidream(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
         transformer=transformer,
     )
     # The pipeline makes every picture's area that of a square of this side.
-    pipeline.default_sample_size = math.ceil((size[0] * size[1]) ** 0.5 / 8)
+    pipeline.default_sample_size = math.ceil(math.prod(_sides(size)) ** 0.5 / 8)
     embeds = {
         f"{prefix}{name}": randn(*shape, seed=seed + index)
         for prefix, seed in (("", 21), ("negative_", 31))
@@ -404,7 +410,7 @@ def hidream(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
     return pipeline, _call(size, steps, **embeds, guidance_scale=2.0)
 
 
-def pixart(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
+def pixart(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """PixArt-Sigma: cross attention, a position buffer, a multistep DPM solver, both branches in one batch."""
     transformer = component(
         "PixArtTransformer2DModel",
@@ -433,7 +439,7 @@ def pixart(*, size: Size = (64, 64), steps: int = 4, batch: int = 1) -> Built:
     )
 
 
-def wan(*, size: Size = (32, 32), steps: int = 4, batch: int = 1) -> Built:
+def wan(*, size: Size = 32, steps: int = 4, batch: int = 1) -> Built:
     """Wan text to video, five frames, with a multistep scheduler and two calls a step."""
     transformer = component(
         "WanTransformer3DModel",
