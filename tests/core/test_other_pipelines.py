@@ -48,12 +48,6 @@ def test_image_to_image_counts_the_steps_that_really_run(strength: float, steps:
     assert abs(len(ran) - steps) <= 1
 
 
-def test_image_to_image_is_refused_for_a_schedule() -> None:
-    pipe, _ = tiny.flux(size=128)
-    with pytest.raises(UnsupportedModel, match="FluxImg2ImgPipeline"):
-        accelerate(of_class(FluxImg2ImgPipeline, pipe), [SHORT])
-
-
 def test_kontext_takes_caches_and_the_schedule_with_a_picture_and_without_one() -> None:
     pipe, call = tiny.flux(size=128, steps=6)
     pipe = of_class(FluxKontextPipeline, pipe)

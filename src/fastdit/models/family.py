@@ -80,13 +80,14 @@ def families() -> tuple[Family, ...]:
     from .hidream import HIDREAM
     from .lumina2 import LUMINA2
     from .placed import COGVIEW4, HUNYUAN_IMAGE
-    from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_PLUS
+    from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
     from .sd3 import SD3
     from .z_image import Z_IMAGE
 
-    tokens = (FLUX, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2, QWEN_IMAGE, QWEN_IMAGE_EDIT_PLUS)
+    flux = (FLUX, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
+    qwen = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)
     frames = (SD3, HUNYUAN_IMAGE, COGVIEW4, LUMINA2, Z_IMAGE, HIDREAM)
-    return (*tokens, *frames)
+    return (*flux, *qwen, *frames)
 
 
 def family_of(pipeline: Any) -> Family | None:

@@ -32,8 +32,8 @@ class FluxFamily(PackedFamily):
         return super().refusal(pipeline, arguments)
 
 
-FLUX = FluxFamily("FLUX.1", ("FluxPipeline", "FluxKontextPipeline"))
-CHROMA = PackedFamily("Chroma", ("ChromaPipeline",))
+FLUX = FluxFamily("FLUX.1", ("FluxPipeline", "FluxKontextPipeline", "FluxImg2ImgPipeline"))
+CHROMA = PackedFamily("Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"))
 OVIS_IMAGE = PackedFamily("Ovis-Image", ("OvisImagePipeline",))
 LONGCAT_IMAGE = PackedFamily("LongCat-Image", ("LongCatImagePipeline",))
 BRIA = PackedFamily("Bria", ("BriaPipeline",), cell=1)

@@ -30,13 +30,13 @@ class QwenImageFamily(PackedFamily):
     Editing pipelines append the tokens of pictures; the one at index `sample` decides the size if none is asked for.
     """
 
-    sample: int = 0
+    sample: int | None = None
 
     def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         image = arguments.get("image")
-        picture = image[self.sample] if isinstance(image, list) else image
+        picture = image[self.sample or 0] if isinstance(image, list) else image
         shape = getattr(picture, "size", None)
-        if not isinstance(shape, tuple):
+        if self.sample is None or not isinstance(shape, tuple):
             return super().size(pipeline, arguments)
         width = math.sqrt(_AREA * shape[0] / shape[1])
         height = width * shape[1] / shape[0]
@@ -94,6 +94,7 @@ def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
 
 
 QWEN_IMAGE = QwenImageFamily(
-    "Qwen-Image", ("QwenImagePipeline", "QwenImageEditPipeline"), refused=(), decoding=_decoded
+    "Qwen-Image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline"), refused=(), decoding=_decoded
 )
+QWEN_IMAGE_EDIT = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPipeline",), sample=0)
 QWEN_IMAGE_EDIT_PLUS = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPlusPipeline",), sample=-1)

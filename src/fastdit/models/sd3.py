@@ -126,5 +126,7 @@ def _is_sinusoidal(table: torch.Tensor) -> bool:
 
 
 SD3 = SD3Family(
-    "Stable Diffusion 3", ("StableDiffusion3Pipeline",), refused=("ip_adapter_image", "ip_adapter_image_embeds")
+    "Stable Diffusion 3",
+    ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+    refused=("ip_adapter_image", "ip_adapter_image_embeds"),
 )

@@ -101,7 +101,7 @@ class Denoiser:
         assert given is not None
         latents = self._family.latents_of(arguments, given)
         if run.step == 0:
-            latents, layout = run.schedule.initial(latents)
+            latents, layout = run.first_latents(latents)
             run.layout, run.stage_shape = layout, latents.shape[1:]
         assert run.layout is not None
         placed = self._family.place(arguments, given, latents, run.layout)

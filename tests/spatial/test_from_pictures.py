@@ -1,0 +1,104 @@
+"""Runs that begin with a picture: the schedule starts at the stage that the strength reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from fastdit import RALU, FirstBlockCache, InvalidConfig, accelerate
+from fastdit.measure.tiny_pipelines import PIPELINES, assembled
+from fastdit.models.flux import FLUX
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma, in diffusers
+
+SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
+#: Image to image by the text to image that it shares its parts with.
+FROM_PICTURES = {
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "ChromaImg2ImgPipeline": "ChromaPipeline",
+    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "ZImageImg2ImgPipeline": "ZImagePipeline",
+}
+TOKENS = [24, 24, 45, 45, 96, 96]
+
+
+def built(name: str) -> tiny.Built:
+    side = 8 if "Qwen" in name else 16
+    size = (8 * side, 12 * side)
+    pipe, call = PIPELINES[FROM_PICTURES[name]](size=size, steps=6, batch=2)
+    pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3))
+    return assembled(name, (), **pipe.components), {**call, "image": pictures}
+
+
+def only(call: dict[str, Any], image: int) -> dict[str, Any]:
+    names = [name for name in call if "embeds" in name or "mask" in name or name == "image"]
+    return {**call, **{name: call[name][image : image + 1] for name in names}}
+
+
+@pytest.mark.parametrize(("strength", "left_out"), [(1.0, 0), (0.75, 1), (0.6, 2), (0.34, 3), (0.3, 4)])
+@pytest.mark.parametrize("name", FROM_PICTURES)
+def test_a_run_starts_at_the_stage_that_the_strength_reaches_and_an_image_equals_its_own_run(
+    name: str, strength: float, left_out: int, generators: Callable[..., Any]
+) -> None:
+    pipe, call = built(name)
+    call |= {"strength": strength}
+    plain = tiny.run(pipe, call, generator=generators(1, 2))
+    assert torch.equal(tiny.run(accelerate(pipe, []), call, generator=generators(1, 2)), plain)
+    fast = accelerate(pipe, [SHORT])
+    together = tiny.run(fast, call, generator=generators(1, 2))
+    assert torch.isfinite(together).all()
+    assert together.shape == plain.shape
+    steps = {step.step: step for step in fast.fastdit.last_run.steps}
+    assert [step.tokens for step in steps.values()] == TOKENS[left_out:]
+    assert steps[0].stage == left_out // 2
+    for image in (0, 1):
+        alone = tiny.run(fast, only(call, image), generator=generators(image + 1))
+        torch.testing.assert_close(together[image : image + 1], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_picture_is_averaged_and_its_noise_stays_unit_noise(stage: int) -> None:
+    pipe, _ = tiny.flux(size=(64, 96))
+    clean, noise = tiny.randn(1, 4, 8, 12, seed=1), tiny.randn(1, 4, 8, 12, seed=2)
+    sigma = 0.6
+    latents = FLUX.pack((1 - sigma) * clean + sigma * noise)
+    state = SHORT.begin(SHORT.plan(4, 6, None), FLUX, pipe, torch.Generator().manual_seed(0))
+    found, layout = state.resume(stage, latents, clean, sigma)
+    if stage == 2:
+        assert torch.equal(found, latents)
+        return
+    coarse = torch.empty(1, 4, 4, 6)
+    for row in range(4):
+        for column in range(6):
+            window = (slice(None), slice(None), slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+            average, draw = clean[window].sum(dim=(2, 3)) / 4, noise[window].sum(dim=(2, 3)) / 2
+            coarse[:, :, row, column] = (1 - sigma) * average + sigma * draw
+    expected = FLUX.pack(coarse)
+    if stage == 1:
+        assert layout.kept is not None and layout.refined is not None
+        cells = [
+            (2 * (p // 3) + i) * 6 + 2 * (p % 3) + j for p in layout.refined[0].tolist() for i in (0, 1) for j in (0, 1)
+        ]
+        expected = torch.cat([expected[:, layout.kept[0]], latents[:, cells]], dim=1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_cache_inside_sees_the_shorter_run() -> None:
+    pipe, call = built("FluxImg2ImgPipeline")
+    long = RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3)
+    fast = accelerate(pipe, [long, FirstBlockCache(1.0)], strict=True)
+    found = tiny.run(fast, {**call, "num_inference_steps": 18}, strength=0.6)
+    assert torch.isfinite(found).all()
+    assert len(fast.fastdit.last_run.steps) == 11
+    assert fast.fastdit.last_run.skipped
+
+
+def test_latents_of_the_user_s_tell_nothing_of_the_picture_and_are_refused() -> None:
+    pipe, call = built("FluxImg2ImgPipeline")
+    with pytest.raises(InvalidConfig, match="latents"):
+        tiny.run(accelerate(pipe, [SHORT]), call, strength=0.6, latents=torch.zeros(2, 96, 16))
