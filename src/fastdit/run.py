@@ -264,8 +264,8 @@ class Run:
             return self.schedule.resume(self.stage, latents, self.picture, sigmas[self.stage_step])
         if self._first_index:
             raise InvalidConfig(
-                "a run that leaves out timesteps begins with a picture, whose latents the scheduler was not given; leave "
-                "latents= out, or drop the schedule"
+                "a run that leaves out timesteps begins with a picture, whose latents the scheduler was not given; "
+                "leave latents= out, or drop the schedule"
             )
         return self.schedule.initial(latents)
 
