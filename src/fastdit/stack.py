@@ -32,6 +32,7 @@ from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired
 from .layout import TokenLayout
 from .models.family import Family, family_of
 from .models.state import changes_of
+from .models.undescribed import why_not
 from .run import Run, RunRecord
 from .structure import named_arguments
 from .twins.denoiser import Denoiser, denoiser_twin
@@ -510,12 +511,15 @@ def _require_family(base: Any, accelerator: Accelerator) -> Family:
     family = None if isinstance(base, nn.Module) else family_of(base)
     if family is None:
         raise UnsupportedModel(
-            f"{accelerator.describe()} must place tokens, and fastdit has no description of how "
-            f"{type(base).__name__} lays them out; use it with a described pipeline (FluxPipeline, "
-            "StableDiffusion3Pipeline), describe the family in fastdit.models, or keep to accelerators that need no "
-            "token positions"
+            f"{accelerator.describe()} must place tokens, and can't in {type(base).__name__}: {_why_not(base)}; "
+            "use it with a pipeline that `fastdit matrix` lists, describe the family in fastdit.models, or keep to "
+            "accelerators that need no token positions"
         )
     return family
+
+
+def _why_not(base: Any) -> str:
+    return "a bare module has no description of its pipeline" if isinstance(base, nn.Module) else why_not(type(base))
 
 
 def _schedule_plan(

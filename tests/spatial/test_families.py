@@ -12,7 +12,7 @@ import torch
 import tiny
 from fastdit import RALU, InvalidConfig, UnsupportedModel, accelerate
 from fastdit.layout import TokenLayout, gather_tokens
-from fastdit.measure.tiny_pipelines import PIPELINES
+from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
 from fastdit.models.family import Family, families, family_of
 from fastdit.models.rotary import PerImageTable, rotary
 from fastdit.structure import named_arguments, structural_twin, tensors_of
@@ -23,9 +23,9 @@ pytestmark = [
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 DISTILLED = RALU(steps=(1, 1, 2), ends=(0.3, 0.45), ratio=0.3)
-#: Pixels a token, where they are not 16.
-PIXELS = {"Flux2Pipeline": 4, "QwenImagePipeline": 8, "HunyuanImagePipeline": 8}
-DESCRIBED = [name for name in PIPELINES if any(name in family.pipelines for family in families())]
+DESCRIBED = [
+    name for name in PIPELINES if "Img2Img" not in name and any(name in family.pipelines for family in families())
+]
 #: Two calls of the transformer a step, one a branch.
 TWO_CALLS = ("ChromaPipeline", "OvisImagePipeline", "QwenImagePipeline", "HunyuanImagePipeline", "CogView4Pipeline",
              "Lumina2Pipeline")  # fmt: skip
@@ -34,7 +34,7 @@ UNCOUNTED = ("HunyuanImagePipeline", "Lumina2Pipeline", "HiDreamImagePipeline")
 
 
 def built(name: str, rows: int = 8, columns: int = 12, **options: Any) -> tiny.Built:
-    side = PIXELS.get(name, 16)
+    side = TOKEN_PIXELS.get(name, 16)
     return PIPELINES[name](size=(side * rows, side * columns), **{"steps": 6, "batch": 2, **options})
 
 

@@ -10,29 +10,19 @@ import torch
 
 import tiny
 from fastdit import RALU, FirstBlockCache, InvalidConfig, accelerate
-from fastdit.measure.tiny_pipelines import PIPELINES, assembled
+from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
 from fastdit.models.flux import FLUX
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma, in diffusers
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
-#: Image to image by the text to image that it shares its parts with.
-FROM_PICTURES = {
-    "FluxImg2ImgPipeline": "FluxPipeline",
-    "ChromaImg2ImgPipeline": "ChromaPipeline",
-    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
-    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
-    "ZImageImg2ImgPipeline": "ZImagePipeline",
-}
+FROM_PICTURES = [name for name in PIPELINES if "Img2Img" in name]
 TOKENS = [24, 24, 45, 45, 96, 96]
 
 
-def built(name: str) -> tiny.Built:
-    side = 8 if "Qwen" in name else 16
-    size = (8 * side, 12 * side)
-    pipe, call = PIPELINES[FROM_PICTURES[name]](size=size, steps=6, batch=2)
-    pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3))
-    return assembled(name, (), **pipe.components), {**call, "image": pictures}
+def built(name: str, **options: Any) -> tiny.Built:
+    side = TOKEN_PIXELS.get(name, 16)
+    return PIPELINES[name](size=(8 * side, 12 * side), steps=6, batch=2, **options)
 
 
 def only(call: dict[str, Any], image: int) -> dict[str, Any]:
@@ -45,8 +35,7 @@ def only(call: dict[str, Any], image: int) -> dict[str, Any]:
 def test_a_run_starts_at_the_stage_that_the_strength_reaches_and_an_image_equals_its_own_run(
     name: str, strength: float, left_out: int, generators: Callable[..., Any]
 ) -> None:
-    pipe, call = built(name)
-    call |= {"strength": strength}
+    pipe, call = built(name, strength=strength)
     plain = tiny.run(pipe, call, generator=generators(1, 2))
     assert torch.equal(tiny.run(accelerate(pipe, []), call, generator=generators(1, 2)), plain)
     fast = accelerate(pipe, [SHORT])

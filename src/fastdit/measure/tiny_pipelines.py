@@ -92,6 +92,17 @@ def flux_kontext(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     return _flux_sibling("FluxKontextPipeline", size, steps, batch, image=picture, **area)
 
 
+def from_picture(name: str, base: Builder) -> Builder:
+    """Give the builder of an image-to-image pipeline of the parts of a text-to-image one."""
+
+    def build(*, size: Size = 64, batch: int = 1, strength: float = 1.0, **options: Any) -> Built:
+        pipeline, call = base(size=size, batch=batch, **options)
+        pictures = torch.rand(batch, 3, *_sides(size), generator=torch.Generator().manual_seed(3))
+        return assembled(name, (), **pipeline.components), {**call, "image": pictures, "strength": strength}
+
+    return build
+
+
 def _relative(name: str, transformer: str, size: Size, steps: int, batch: int, parts: Call, **config: Any) -> Built:
     """Make a relative of FLUX.1, with two branches."""
     model = component(
@@ -377,13 +388,13 @@ def hidream(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=2,
+        num_single_layers=2,
         caption_channels=[32, 16],
         text_emb_dim=16,
         axes_dims_rope=(4, 6, 6),
         max_resolution=(32, 32),
-        llama_layers=[0, 1],
+        llama_layers=[0, 1, 0, 1],
         force_inference_output=True,
         **_HEADS,
     )
@@ -492,4 +503,18 @@ PIPELINES: dict[str, Builder] = {
     "HiDreamImagePipeline": hidream,
     "PixArtSigmaPipeline": pixart,
     "WanPipeline": wan,
+    "FluxImg2ImgPipeline": from_picture("FluxImg2ImgPipeline", flux),
+    "ChromaImg2ImgPipeline": from_picture("ChromaImg2ImgPipeline", chroma),
+    "QwenImageImg2ImgPipeline": from_picture("QwenImageImg2ImgPipeline", qwen_image),
+    "StableDiffusion3Img2ImgPipeline": from_picture("StableDiffusion3Img2ImgPipeline", sd3),
+    "ZImageImg2ImgPipeline": from_picture("ZImageImg2ImgPipeline", z_image),
+}
+
+#: Pixels on a side of a token, where they are not 16.
+TOKEN_PIXELS: dict[str, int] = {
+    "Flux2Pipeline": 4,
+    "QwenImagePipeline": 8,
+    "QwenImageImg2ImgPipeline": 8,
+    "HunyuanImagePipeline": 8,
+    "WanPipeline": 8,
 }

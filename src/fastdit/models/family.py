@@ -22,6 +22,10 @@ class Family(Protocol):
     def name(self) -> str:
         """What the family is called; published settings belong to it."""
 
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The names of the pipeline classes that the description holds for."""
+
     def matches(self, pipeline: Any) -> bool:
         """Whether this description holds for a pipeline (by its class)."""
 
