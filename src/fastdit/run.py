@@ -217,6 +217,8 @@ class Run:
         self.stage_sigmas: list[torch.Tensor] = []
         #: The latents of the picture that a run begins with, where it does not begin with noise alone.
         self.picture: torch.Tensor | None = None
+        #: Brings latents of the full grid to a layout; with `noise=True` so that unit noise stays unit noise.
+        self.follow: Callable[..., torch.Tensor] | None = None
         self.doubts = 0
         self.grid: TokenLayout | None = None
         #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
@@ -254,6 +256,12 @@ class Run:
     def index(self) -> int:
         """The place of the present step in the scheduler's timesteps."""
         return self._first_index + self.step
+
+    def followed(self, latents: torch.Tensor, *, noise: bool = False) -> torch.Tensor:
+        """Bring latents of the full grid to the layout that the run stands in."""
+        if self.follow is None or self.layout is None:
+            return latents
+        return self.follow(latents, self.layout, noise=noise)
 
     def first_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Make the first step's latents and layout of what the pipeline holds at full size."""

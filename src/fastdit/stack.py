@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,7 @@ from .caching.token_cache import TokenCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
+from .models.following import followed
 from .models.state import changes_of
 from .models.undescribed import why_not
 from .run import Run, RunRecord
@@ -363,7 +365,7 @@ class Acceleration:
 
     def _open(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Run:
         """Check a call's arguments and make its run; nothing has happened yet if this raises."""
-        plan = schedule = None
+        plan = schedule = follow = None
         if self.stack.schedule is not None:
             if given.get("sigmas") is not None or given.get("timesteps") is not None:
                 raise InvalidConfig(
@@ -376,7 +378,9 @@ class Acceleration:
             plan = _schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
             assert plan is not None
             schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
+            follow = partial(followed, self._family)
         run = Run(plan=plan, schedule=schedule, checks=self._checks())
+        run.follow = follow
         if self._family is not None:
             size = self._family.size(self.base, arguments)
             run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)

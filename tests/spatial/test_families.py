@@ -24,7 +24,10 @@ pytestmark = [
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 DISTILLED = RALU(steps=(1, 1, 2), ends=(0.3, 0.45), ratio=0.3)
 DESCRIBED = [
-    name for name in PIPELINES if "Img2Img" not in name and any(name in family.pipelines for family in families())
+    name
+    for name in PIPELINES
+    if not name.endswith(("Img2ImgPipeline", "InpaintPipeline"))
+    and any(name in family.pipelines for family in families())
 ]
 #: Two calls of the transformer a step, one a branch.
 TWO_CALLS = ("ChromaPipeline", "OvisImagePipeline", "QwenImagePipeline", "HunyuanImagePipeline", "CogView4Pipeline",

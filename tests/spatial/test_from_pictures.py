@@ -10,13 +10,16 @@ import torch
 
 import tiny
 from fastdit import RALU, FirstBlockCache, InvalidConfig, accelerate
+from fastdit.layout import TokenLayout
 from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
 from fastdit.models.flux import FLUX
+from fastdit.models.following import followed
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma, in diffusers
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
-FROM_PICTURES = [name for name in PIPELINES if "Img2Img" in name]
+FROM_PICTURES = [name for name in PIPELINES if "Img2Img" in name or "Inpaint" in name]
+INPAINTING = [name for name in FROM_PICTURES if "Inpaint" in name]
 TOKENS = [24, 24, 45, 45, 96, 96]
 
 
@@ -26,7 +29,7 @@ def built(name: str, **options: Any) -> tiny.Built:
 
 
 def only(call: dict[str, Any], image: int) -> dict[str, Any]:
-    names = [name for name in call if "embeds" in name or "mask" in name or name == "image"]
+    names = [name for name in call if "embeds" in name or "mask" in name or "image" in name]
     return {**call, **{name: call[name][image : image + 1] for name in names}}
 
 
@@ -91,3 +94,39 @@ def test_latents_of_the_user_s_tell_nothing_of_the_picture_and_are_refused() -> 
     pipe, call = built("FluxImg2ImgPipeline")
     with pytest.raises(InvalidConfig, match="latents"):
         tiny.run(accelerate(pipe, [SHORT]), call, strength=0.6, latents=torch.zeros(2, 96, 16))
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", INPAINTING)
+def test_what_the_mask_protects_is_the_picture_and_the_rest_is_not(name: str, strength: float) -> None:
+    pipe, call = built(name, strength=strength)
+    fast = accelerate(pipe, [SHORT])
+    found = tiny.run(fast, call, output_type="latent")
+    nothing = tiny.run(fast, call, output_type="latent", mask_image=torch.zeros_like(call["mask_image"]))
+    everything = tiny.run(fast, call, output_type="latent", mask_image=torch.ones_like(call["mask_image"]))
+    # Of a picture that is protected as a whole, the plain pipeline leaves the same.
+    plain = tiny.run(pipe, call, output_type="latent", mask_image=torch.zeros_like(call["mask_image"]))
+    torch.testing.assert_close(nothing, plain)
+    frames = [
+        latents if latents.dim() == 4 else FLUX.unpack(latents, 8, 12) for latents in (found, nothing, everything)
+    ]
+    torch.testing.assert_close(frames[0][..., :12], frames[1][..., :12])
+    assert not torch.allclose(frames[0][..., 12:], frames[1][..., 12:], atol=0.1)
+    assert not torch.allclose(frames[0], frames[2], atol=0.1)
+
+
+def test_a_mask_is_averaged_under_coarse_tokens_and_itself_under_fine_ones() -> None:
+    mask = torch.zeros(1, 4, 8, 12)
+    mask[..., 5:] = 1.0
+    kept, refined = torch.tensor([[0, 1, 3, 4]]), torch.tensor([[2, 5]])
+    layout = TokenLayout(4, 6, True, kept, refined)
+    found = followed(FLUX, FLUX.pack(mask), layout)
+    half = torch.nn.functional.avg_pool2d(mask, 2)
+    assert half.unique().tolist() == [0.0, 0.5, 1.0]
+    cells = [(2 * (p // 3) + i) * 6 + 2 * (p % 3) + j for p in (2, 5) for i in (0, 1) for j in (0, 1)]
+    assert torch.equal(found, torch.cat([FLUX.pack(half)[:, kept[0]], FLUX.pack(mask)[:, cells]], dim=1))
+    assert torch.equal(followed(FLUX, FLUX.pack(mask), TokenLayout(4, 6, coarse=False)), FLUX.pack(mask))
+    assert torch.equal(followed(FLUX, FLUX.pack(mask), TokenLayout(4, 6, coarse=True), noise=True), 2 * FLUX.pack(half))

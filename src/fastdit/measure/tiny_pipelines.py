@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -93,12 +94,18 @@ def flux_kontext(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
 
 
 def from_picture(name: str, base: Builder) -> Builder:
-    """Give the builder of an image-to-image pipeline of the parts of a text-to-image one."""
+    """Give the builder of a pipeline that begins with pictures of the parts of a text-to-image one."""
 
     def build(*, size: Size = 64, batch: int = 1, strength: float = 1.0, **options: Any) -> Built:
         pipeline, call = base(size=size, batch=batch, **options)
         pictures = torch.rand(batch, 3, *_sides(size), generator=torch.Generator().manual_seed(3))
-        return assembled(name, (), **pipeline.components), {**call, "image": pictures, "strength": strength}
+        call |= {"image": pictures, "strength": strength}
+        if "Inpaint" in name:
+            # The left half is kept.
+            mask = torch.zeros(batch, 1, *_sides(size))
+            mask[..., _sides(size)[1] // 2 :] = 1.0
+            call["mask_image"] = mask
+        return assembled(name, (), **pipeline.components), call
 
     return build
 
@@ -216,6 +223,7 @@ def sd3(
     batch: int = 1,
     three_five: bool = False,
     positions: int = 16,
+    channels: int = 4,
 ) -> Built:
     """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch.
 
@@ -225,8 +233,8 @@ def sd3(
         "SD3Transformer2DModel",
         sample_size=16,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=3,
         joint_attention_dim=32,
         caption_projection_dim=32,
@@ -241,7 +249,7 @@ def sd3(
         _numbered("text_encoder", "tokenizer", last=3),
         transformer=transformer,
         scheduler=flow_matching(),
-        vae=kl_autoencoder(),
+        vae=kl_autoencoder(latent_channels=channels),
     )
     return pipeline, _call(
         size,
@@ -507,6 +515,10 @@ PIPELINES: dict[str, Builder] = {
     "ChromaImg2ImgPipeline": from_picture("ChromaImg2ImgPipeline", chroma),
     "QwenImageImg2ImgPipeline": from_picture("QwenImageImg2ImgPipeline", qwen_image),
     "StableDiffusion3Img2ImgPipeline": from_picture("StableDiffusion3Img2ImgPipeline", sd3),
+    "FluxInpaintPipeline": from_picture("FluxInpaintPipeline", flux),
+    "ZImageInpaintPipeline": from_picture("ZImageInpaintPipeline", z_image),
+    "QwenImageInpaintPipeline": from_picture("QwenImageInpaintPipeline", qwen_image),
+    "StableDiffusion3InpaintPipeline": from_picture("StableDiffusion3InpaintPipeline", partial(sd3, channels=16)),
     "ZImageImg2ImgPipeline": from_picture("ZImageImg2ImgPipeline", z_image),
 }
 
@@ -515,6 +527,7 @@ TOKEN_PIXELS: dict[str, int] = {
     "Flux2Pipeline": 4,
     "QwenImagePipeline": 8,
     "QwenImageImg2ImgPipeline": 8,
+    "QwenImageInpaintPipeline": 8,
     "HunyuanImagePipeline": 8,
     "WanPipeline": 8,
 }

@@ -32,7 +32,7 @@ class FluxFamily(PackedFamily):
         return super().refusal(pipeline, arguments)
 
 
-FLUX = FluxFamily("FLUX.1", ("FluxPipeline", "FluxKontextPipeline", "FluxImg2ImgPipeline"))
+FLUX = FluxFamily("FLUX.1", ("FluxPipeline", "FluxKontextPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"))
 CHROMA = PackedFamily("Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"))
 OVIS_IMAGE = PackedFamily("Ovis-Image", ("OvisImagePipeline",))
 LONGCAT_IMAGE = PackedFamily("LongCat-Image", ("LongCatImagePipeline",))

@@ -94,7 +94,10 @@ def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
 
 
 QWEN_IMAGE = QwenImageFamily(
-    "Qwen-Image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline"), refused=(), decoding=_decoded
+    "Qwen-Image",
+    ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    refused=(),
+    decoding=_decoded,
 )
 QWEN_IMAGE_EDIT = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPipeline",), sample=0)
 QWEN_IMAGE_EDIT_PLUS = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPlusPipeline",), sample=-1)

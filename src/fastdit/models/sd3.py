@@ -127,6 +127,6 @@ def _is_sinusoidal(table: torch.Tensor) -> bool:
 
 SD3 = SD3Family(
     "Stable Diffusion 3",
-    ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+    ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     refused=("ip_adapter_image", "ip_adapter_image_embeds"),
 )

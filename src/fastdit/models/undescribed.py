@@ -17,6 +17,7 @@ _SOUND = "it makes no picture, so its tokens have no rows and columns"
 #: By the pipeline's class, where the class itself and not its transformer is the reason.
 BY_PIPELINE: dict[str, str] = {
     "BriaFibo2Pipeline": "it makes the ids of image and gist tokens inside its forward, undescribed",
+    "ChromaInpaintPipeline": "it asks its transformer for guidance_embeds, which that has not, so it can't be called",
     "Flux2KleinKVPipeline": "it keeps keys and values of the reference's tokens for the token count of its first step",
     "HunyuanImageRefinerPipeline": "it joins the latents with those of a picture of the full size at every step",
     "LongCatImageEditPipeline": "it appends a picture's tokens as FLUX.1 Kontext does, undescribed",

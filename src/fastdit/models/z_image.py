@@ -64,4 +64,4 @@ class _PlacedEmbedder(nn.Module):
         return rows.to(torch.complex64)
 
 
-Z_IMAGE = ZImageFamily("Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline"))
+Z_IMAGE = ZImageFamily("Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"))

@@ -41,6 +41,9 @@ def scheduler_twin(scheduler: Any, run: Run) -> Any:
         if run.step == 0:
             # Autoencoders of videos give a picture an axis of one frame.
             run.picture = sample.flatten(1, 2) if sample.dim() == 5 else sample
+        else:
+            # Between steps, what a mask protects is given the next step's noise.
+            sample, noise = run.followed(sample), run.followed(noise, noise=True)
         # The class looks for its place in the timesteps, where the end of a stage is not the next one's start.
         self._step_index, self._begin_index = None, run.index
         return cls.scale_noise(self, sample, timestep, noise)
