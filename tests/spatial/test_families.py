@@ -26,7 +26,7 @@ DISTILLED = RALU(steps=(1, 1, 2), ends=(0.3, 0.45), ratio=0.3)
 DESCRIBED = [
     name
     for name in PIPELINES
-    if not name.endswith(("Img2ImgPipeline", "InpaintPipeline"))
+    if not name.endswith(("Img2ImgPipeline", "InpaintPipeline", "FillPipeline"))
     and any(name in family.pipelines for family in families())
 ]
 #: Two calls of the transformer a step, one a branch.

@@ -18,7 +18,7 @@ from fastdit.models.following import followed
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma, in diffusers
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
-FROM_PICTURES = [name for name in PIPELINES if "Img2Img" in name or "Inpaint" in name]
+FROM_PICTURES = [name for name in PIPELINES if "Img2Img" in name or "Inpaint" in name or "Fill" in name]
 INPAINTING = [name for name in FROM_PICTURES if "Inpaint" in name]
 TOKENS = [24, 24, 45, 45, 96, 96]
 
@@ -116,6 +116,26 @@ def test_what_the_mask_protects_is_the_picture_and_the_rest_is_not(name: str, st
     torch.testing.assert_close(frames[0][..., :12], frames[1][..., :12])
     assert not torch.allclose(frames[0][..., 12:], frames[1][..., 12:], atol=0.1)
     assert not torch.allclose(frames[0], frames[2], atol=0.1)
+
+
+def test_fill_s_mask_is_that_of_a_picture_half_as_large_in_the_first_stage() -> None:
+    pipe, call = built("FluxFillPipeline")
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    seen: list[dict[str, Any]] = []
+    mask = torch.rand(2, 1, 128, 192, generator=torch.Generator().manual_seed(4)).round()
+    fast = accelerate(pipe, [SHORT])
+    tiny.run(fast, call, mask_image=mask)
+    joined = [given["hidden_states"] for given in seen]
+    assert [tuple(tokens.shape) for tokens in joined] == [(2, tokens, 288) for tokens in TOKENS]
+    half = torch.nn.functional.avg_pool2d(mask, 2)
+    arguments = (2, 4, 1, 64, 96, torch.float32, "cpu", None)
+    small, _ = pipe.prepare_mask_latents(half, torch.zeros(2, 3, 64, 96), *arguments)
+    large, _ = pipe.prepare_mask_latents(mask, torch.zeros(2, 3, 128, 192), 2, 4, 1, 128, 192, *arguments[5:])
+    for step in (0, 1):
+        torch.testing.assert_close(joined[step][:, :, 32:], small)
+    assert torch.equal(joined[5][:, :, 32:], large)
+    picture = FLUX.unpack(joined[5][:, :, 16:32], 8, 12)
+    torch.testing.assert_close(joined[0][:, :, 16:32], FLUX.pack(torch.nn.functional.avg_pool2d(picture, 2)))
 
 
 def test_a_mask_is_averaged_under_coarse_tokens_and_itself_under_fine_ones() -> None:

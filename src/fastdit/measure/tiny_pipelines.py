@@ -110,6 +110,27 @@ def from_picture(name: str, base: Builder) -> Builder:
     return build
 
 
+def flux_fill(*, size: Size = 64, batch: int = 1, strength: float = 1.0, **options: Any) -> Built:
+    """FLUX.1 Fill: the masked picture and the mask are joined with the latents, channel by channel."""
+    pipeline, call = from_picture("FluxInpaintPipeline", flux)(size=size, batch=batch, strength=strength, **options)
+    transformer = component(
+        "FluxTransformer2DModel",
+        patch_size=1,
+        in_channels=16 + 16 + 256,
+        out_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+        **_HEADS,
+    )
+    absent = [name for name in pipeline.components if name in ("image_encoder", "feature_extractor")]
+    parts = {name: part for name, part in pipeline.components.items() if name not in absent}
+    return assembled("FluxFillPipeline", (), **{**parts, "transformer": transformer}), call
+
+
 def _relative(name: str, transformer: str, size: Size, steps: int, batch: int, parts: Call, **config: Any) -> Built:
     """Make a relative of FLUX.1, with two branches."""
     model = component(
@@ -515,6 +536,8 @@ PIPELINES: dict[str, Builder] = {
     "ChromaImg2ImgPipeline": from_picture("ChromaImg2ImgPipeline", chroma),
     "QwenImageImg2ImgPipeline": from_picture("QwenImageImg2ImgPipeline", qwen_image),
     "StableDiffusion3Img2ImgPipeline": from_picture("StableDiffusion3Img2ImgPipeline", sd3),
+    "FluxFillPipeline": flux_fill,
+    "FluxKontextInpaintPipeline": from_picture("FluxKontextInpaintPipeline", flux_kontext),
     "FluxInpaintPipeline": from_picture("FluxInpaintPipeline", flux),
     "ZImageInpaintPipeline": from_picture("ZImageInpaintPipeline", z_image),
     "QwenImageInpaintPipeline": from_picture("QwenImageInpaintPipeline", qwen_image),

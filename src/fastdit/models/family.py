@@ -50,6 +50,9 @@ class Family(Protocol):
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
         """Undo `unpack`."""
 
+    def halved(self, frames: torch.Tensor) -> torch.Tensor:
+        """Bring frames of a picture, or of its mask, to half their height and width."""
+
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         """Decode latent frames to pixels [B, 3, H, W] in about [-1, 1]."""
 
@@ -79,7 +82,7 @@ class Family(Protocol):
 
 def families() -> tuple[Family, ...]:
     """List the described families."""
-    from .flux import BRIA, CHROMA, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
+    from .flux import BRIA, CHROMA, FLUX, FLUX_FILL, LONGCAT_IMAGE, OVIS_IMAGE
     from .flux2 import FLUX2
     from .hidream import HIDREAM
     from .lumina2 import LUMINA2
@@ -88,7 +91,7 @@ def families() -> tuple[Family, ...]:
     from .sd3 import SD3
     from .z_image import Z_IMAGE
 
-    flux = (FLUX, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
+    flux = (FLUX, FLUX_FILL, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
     qwen = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)
     frames = (SD3, HUNYUAN_IMAGE, COGVIEW4, LUMINA2, Z_IMAGE, HIDREAM)
     return (*flux, *qwen, *frames)

@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
+from .family import PICTURE_ADAPTERS
 from .packed import PackedFamily
 
 
@@ -32,7 +36,30 @@ class FluxFamily(PackedFamily):
         return super().refusal(pipeline, arguments)
 
 
-FLUX = FluxFamily("FLUX.1", ("FluxPipeline", "FluxKontextPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"))
+@dataclasses.dataclass(frozen=True)
+class FluxFillFamily(FluxFamily):
+    """Tokens of FLUX.1 Fill: the latents' channels, then those of the masked picture, then the mask's.
+
+    The mask has a channel for each of `side` x `side` pixels that make a latent one.
+    """
+
+    side: int = 8
+
+    def channels(self, given: int) -> int:
+        return (given - self.patch**2 * self.side**2) // 2
+
+    def halved(self, frames: torch.Tensor) -> torch.Tensor:
+        split = frames.shape[1] - self.side**2
+        mask = nn.functional.pixel_shuffle(frames[:, split:], self.side)
+        pooled = nn.functional.avg_pool2d(frames[:, :split], 2)
+        return torch.cat([pooled, nn.functional.pixel_unshuffle(super().halved(mask), self.side)], dim=1)
+
+
+FLUX = FluxFamily(
+    "FLUX.1",
+    ("FluxPipeline", "FluxKontextPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextInpaintPipeline"),
+)
+FLUX_FILL = FluxFillFamily("FLUX.1", ("FluxFillPipeline",), refused=(*PICTURE_ADAPTERS, "masked_image_latents"))
 CHROMA = PackedFamily("Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"))
 OVIS_IMAGE = PackedFamily("Ovis-Image", ("OvisImagePipeline",))
 LONGCAT_IMAGE = PackedFamily("LongCat-Image", ("LongCatImagePipeline",))

@@ -75,6 +75,9 @@ class FrameFamily:
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
         return patches(frames, self.patch)
 
+    def halved(self, frames: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(frames, 2)
+
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         return decoded(pipeline.vae, frames)
 

@@ -18,6 +18,7 @@ from fastdit.layout import TokenLayout, assembled, patches
 from fastdit.structure import refilled, tensors_of
 
 from .family import PICTURE_ADAPTERS, decoded, refused_arguments
+from .following import followed
 from .rotary import PerImagePositions, guided
 
 
@@ -65,18 +66,28 @@ class PackedFamily:
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
         return patches(frames, self.patch)
 
+    def halved(self, frames: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(frames, 2)
+
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         return self.decoding(pipeline.vae, frames)
 
     def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
-        latents: torch.Tensor = next(iter(arguments.values()))[:, : layout.tokens]
-        return latents
+        tokens: torch.Tensor = next(iter(arguments.values()))
+        return tokens[:, : layout.tokens, : self.channels(tokens.shape[2])]
+
+    def channels(self, given: int) -> int:
+        """Say how many of a token's channels are the latents'; the rest describe a picture and follow the layout."""
+        return given
 
     def place(
         self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
     ) -> dict[str, Any]:
         name, tokens = next(iter(arguments.items()))
-        appended = tokens[:, given.tokens :]
+        appended, joined = tokens[:, given.tokens :], tokens[:, : given.tokens, latents.shape[2] :]
+        if joined.shape[2]:
+            # The pipeline joins what follows the stages, but for the first step, which it begins at the full size.
+            latents = torch.cat([latents, joined if given is layout else followed(self, joined, layout)], dim=2)
         placed = {**arguments, name: torch.cat([latents, appended], dim=1) if appended.shape[1] else latents}
         if arguments.get("attention_mask") is not None:
             text = arguments["attention_mask"][:, : arguments["encoder_hidden_states"].shape[1]]

@@ -35,8 +35,7 @@ BY_PIPELINE: dict[str, str] = {
 #: By a part of the pipeline's name, in this order.
 BY_KIND: dict[str, str] = {
     "ControlNet": "a ControlNet's residuals are added token by token, and it makes them for a whole frame",
-    "Inpaint": "its loop blends the latents with a mask of the full size after every step",
-    "Fill": "its loop joins the latents with masked channels of the full size at every step",
+    "Inpaint": "it appends or joins a picture beside the mask that its loop blends with, undescribed",
     "Control": "its loop joins the latents with a control picture's channels of the full size at every step",
 }
 

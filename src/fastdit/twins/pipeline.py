@@ -9,7 +9,7 @@ import torch
 
 from fastdit.models.following import Following
 from fastdit.run import Run
-from fastdit.structure import same_object_twin
+from fastdit.structure import map_tensors, same_object_twin
 
 from .making import overriding, twin_class
 
@@ -17,7 +17,7 @@ from .making import overriding, twin_class
 _SHARED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "num_fused_loras", "_merged_adapters")
 
 
-#: The method by which pipelines that inpaint make their mask, which it gives first.
+#: The method by which pipelines make their mask, and the latents of the picture that it hides.
 _MASKS = "prepare_mask_latents"
 
 
@@ -90,13 +90,13 @@ def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
 
 
 def _following(session: PipelineSession, cls: type) -> Any:
-    """Wrap what makes a mask: the loop gets one that follows the stages of the run."""
+    """Wrap what makes a mask: the loop gets what follows the stages of the run."""
     original = getattr(cls, _MASKS)
 
     def following(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mask, *others = original(self, *args, **kwargs)
+        made = original(self, *args, **kwargs)
         run = session.active
-        return (mask if run is None else Following(mask, run.followed), *others)
+        return made if run is None else map_tensors(made, lambda full: Following(full, run.followed))
 
     return overriding(original, following)
 
