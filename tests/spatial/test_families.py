@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from fastdit import RALU, InvalidConfig, UnsupportedModel, accelerate
 from fastdit.layout import TokenLayout, gather_tokens
 from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
 from fastdit.models.family import Family, families, family_of
+from fastdit.models.flux import LONGCAT_IMAGE
 from fastdit.models.rotary import PerImageTable, rotary
 from fastdit.structure import named_arguments, structural_twin, tensors_of
 
@@ -30,8 +32,8 @@ DESCRIBED = [
     and any(name in family.pipelines for family in families())
 ]
 #: Two calls of the transformer a step, one a branch.
-TWO_CALLS = ("ChromaPipeline", "OvisImagePipeline", "QwenImagePipeline", "HunyuanImagePipeline", "CogView4Pipeline",
-             "Lumina2Pipeline")  # fmt: skip
+TWO_CALLS = ("ChromaPipeline", "OvisImagePipeline", "Flux2KleinPipeline", "QwenImagePipeline", "HunyuanImagePipeline",
+             "CogView4Pipeline", "Lumina2Pipeline")  # fmt: skip
 #: Their forwards read lengths of prompts or the choices of experts, which shapes alone don't have.
 UNCOUNTED = ("HunyuanImagePipeline", "Lumina2Pipeline", "HiDreamImagePipeline")
 
@@ -165,6 +167,51 @@ def test_tokens_of_one_resolution_in_any_order_give_the_plain_forward(case: Any,
     found = output_tokens(family, pipe, family.place(arguments, fine, strip, layout), children, layout)
     torch.testing.assert_close(found, gather_tokens(expected, places), rtol=0, atol=2e-5)
     assert not torch.allclose(found, expected, atol=1e-2)
+
+
+def test_the_tokens_of_a_picture_that_qwen_image_edits_stay_in_place() -> None:
+    pipe, call = built("QwenImagePipeline")
+    family, arguments, fine = forwards(pipe, call)
+    picture, sizes = tiny.randn(2, 15, 16, seed=9), [[(1, 8, 12), (1, 3, 5)]] * 2
+    edited = {
+        **arguments,
+        "hidden_states": torch.cat([arguments["hidden_states"], picture], dim=1),
+        "img_shapes": sizes,
+    }
+    assert torch.equal(family.latents_of(edited, fine), arguments["hidden_states"])
+    raster, order = arguments["hidden_states"], permuted(2, 24)
+    layout = TokenLayout(8, 12, True, torch.empty(2, 0, dtype=torch.long), order, "fine")
+    places = layout.to_raster(torch.arange(96)[None, :, None].expand(2, -1, -1)).squeeze(2).argsort(dim=1)
+    strip = gather_tokens(raster, places)
+    placed = family.place(edited, fine, strip, layout)
+    assert torch.equal(placed["hidden_states"][:, 96:], picture)
+    children = family.child_overrides(pipe.transformer, layout, strip)
+    found = output_tokens(family, pipe, placed, children, layout)
+    plain = output_tokens(family, pipe, edited, {}, fine)
+    torch.testing.assert_close(found, gather_tokens(plain, places), rtol=0, atol=2e-5)
+    assert not torch.allclose(plain, output_tokens(family, pipe, arguments, {}, fine), atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "picture"), [("QwenImageEditPipeline", 0), ("QwenImageEditPlusPipeline", -1)])
+def test_the_picture_that_is_edited_decides_the_size_that_was_not_asked_for(name: str, picture: int) -> None:
+    family = next(family for family in families() if name in family.pipelines)
+    pipe, _ = built("QwenImagePipeline")
+    images = [Image.new("RGB", (320, 160)), Image.new("RGB", (100, 100))]
+    size = [(736, 1440), (1024, 1024)][picture]
+    assert family.size(pipe, {"image": images, "height": None, "width": None}) == size
+    assert family.size(pipe, {"image": images, "height": 64, "width": None}) == (64, size[1])
+
+
+def test_ids_that_count_from_elsewhere_are_counted_on_from_there() -> None:
+    fine = TokenLayout(4, 4, coarse=False)
+    ids = torch.tensor([[1, 7 + row, 9 + column] for row in range(4) for column in range(4)])
+    given = {"hidden_states": torch.zeros(1, 16, 2), "img_ids": ids, "txt_ids": torch.zeros(3, 3)}
+    mixed = TokenLayout(4, 4, True, torch.tensor([[0, 1, 3]]), torch.tensor([[2]]), "fine")
+    placed = LONGCAT_IMAGE.place(given, fine, torch.zeros(1, 7, 2), mixed)
+    kept = [[1, 7.5, 9.5], [1, 7.5, 11.5], [1, 9.5, 11.5]]
+    assert placed["img_ids"].tolist() == [*kept, [1, 9, 9], [1, 9, 10], [1, 10, 9], [1, 10, 10]]
+    again = LONGCAT_IMAGE.place(placed, mixed, torch.zeros(1, 7, 2), mixed)
+    assert torch.equal(again["img_ids"], placed["img_ids"])
 
 
 def test_places_between_cogview_s_tokens_are_those_of_a_picture_twice_as_large() -> None:

@@ -201,6 +201,16 @@ def flux2(*, size: Size = 16, steps: int = 4, batch: int = 1) -> Built:
     return pipeline, _call(size, steps, prompt_embeds=randn(batch, 6, 32, seed=21))
 
 
+def flux2_klein(*, size: Size = 16, steps: int = 4, batch: int = 1) -> Built:
+    """FLUX.2 Klein with a picture to edit; two calls a step."""
+    from PIL import Image
+
+    pipeline, call = flux2(size=size, steps=steps, batch=batch)
+    negative = {"negative_prompt_embeds": randn(batch, 6, 32, seed=23), "guidance_scale": 2.0}
+    picture = {"image": Image.new("RGB", (64, 64), (200, 30, 30))}
+    return assembled("Flux2KleinPipeline", (), **pipeline.components), {**call, **negative, **picture}
+
+
 def qwen_image(*, size: Size = 32, steps: int = 4, batch: int = 1) -> Built:
     """Qwen-Image with true classifier-free guidance: two calls a step."""
     transformer = component(
@@ -523,6 +533,7 @@ PIPELINES: dict[str, Builder] = {
     "OvisImagePipeline": ovis_image,
     "BriaPipeline": bria,
     "Flux2Pipeline": flux2,
+    "Flux2KleinPipeline": flux2_klein,
     "QwenImagePipeline": qwen_image,
     "StableDiffusion3Pipeline": sd3,
     "HunyuanImagePipeline": hunyuan_image,
@@ -548,6 +559,7 @@ PIPELINES: dict[str, Builder] = {
 #: Pixels on a side of a token, where they are not 16.
 TOKEN_PIXELS: dict[str, int] = {
     "Flux2Pipeline": 4,
+    "Flux2KleinPipeline": 4,
     "QwenImagePipeline": 8,
     "QwenImageImg2ImgPipeline": 8,
     "QwenImageInpaintPipeline": 8,
