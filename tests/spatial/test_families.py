@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import tiny
-from fastdit import RALU, InvalidConfig, UnsupportedModel, accelerate
+from fastdit import RALU, EasyCache, FirstBlockCache, InvalidConfig, SeaCache, UnsupportedModel, accelerate
 from fastdit.layout import TokenLayout, gather_tokens
 from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
 from fastdit.models.family import Family, families, family_of
@@ -115,6 +115,23 @@ def test_latents_that_are_asked_for_have_the_full_size_whenever_the_run_was_inte
     assert stopped.shape == whole.shape
     # Lumina's pipeline can't be interrupted.
     assert torch.equal(stopped, whole) is (name == "Lumina2Pipeline")
+
+
+@pytest.mark.parametrize(
+    "cache", [FirstBlockCache(1.0), SeaCache(0.9), EasyCache(5.0)], ids=lambda cache: cache.describe()
+)
+def test_a_cache_inside_the_stages_skips_or_is_refused_by_name(case: Any, cache: Any) -> None:
+    name, pipe, call = case
+    stack = [RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3), cache]
+    fast = accelerate(pipe, stack, strict=True)
+    if name == "HiDreamImagePipeline":
+        with pytest.raises(UnsupportedModel, match=r"no output of a block|latents' own shape"):
+            tiny.run(fast, call, num_inference_steps=18)
+        return
+    found = tiny.run(fast, call, num_inference_steps=18)
+    assert torch.isfinite(found).all()
+    assert fast.fastdit.last_run.skipped
+    assert torch.equal(tiny.run(fast, call, num_inference_steps=18), found)
 
 
 # ------------------------------------------------------------------------------------------------- places of tokens
