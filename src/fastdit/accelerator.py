@@ -240,6 +240,14 @@ class SchedulePlan:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def at(self, index: int) -> tuple[int, int]:
+        """Give the stage of a step of the run, and its number in that stage."""
+        stage = 0
+        while stage + 1 < len(self.stages) and index >= self.stages[stage].steps:
+            index -= self.stages[stage].steps
+            stage += 1
+        return stage, index
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Accelerator):
@@ -264,6 +272,16 @@ class ScheduleRun:
 
         Latents are in the pipeline's own shape throughout. Every forward of the first step calls this with its own
         batch, so it depends on nothing but the noise.
+        """
+        raise NotImplementedError
+
+    def resume(
+        self, stage: int, latents: torch.Tensor, clean: torch.Tensor, sigma: float
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        """Turn a picture with noise of level `sigma`, at full size, into the latents and layout of `stage`.
+
+        A run that does not begin with noise alone begins there; `clean` are the picture's own latents. Like `initial`
+        it is called by every forward of the first step.
         """
         raise NotImplementedError
 

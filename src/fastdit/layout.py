@@ -110,13 +110,16 @@ class TokenLayout:
             parents = torch.arange(self.rows * self.columns // 4, device=latents.device)[None]
         else:
             return latents
+        return gather_tokens(latents, self.cells(parents).argsort(dim=1))
+
+    def cells(self, parents: torch.Tensor) -> torch.Tensor:
+        """List the fine grid's raster indices of the four children of each coarse token, [B, 4 K] for [B, K]."""
         half = self.columns // 2
         row, column = parents // half, parents % half
         offset_row = torch.tensor([0, 0, 1, 1], device=parents.device)
         offset_column = torch.tensor([0, 1, 0, 1], device=parents.device)
-        target = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
-        order = target.flatten(1).argsort(dim=1)
-        return gather_tokens(latents, order.repeat(latents.shape[0] // len(order), 1))
+        cells = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
+        return cells.flatten(1)
 
     def sources(self, following: TokenLayout) -> torch.Tensor:
         """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens]."""
@@ -154,5 +157,9 @@ def assembled(tokens: torch.Tensor, rows: int, columns: int, size: int = 2) -> t
 
 
 def gather_tokens(latents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pick tokens [B, K, C] of `latents` [B, N, C] by `index` [B, K]."""
+    """Pick tokens [B, K, C] of `latents` [B, N, C] by `index` [B, K].
+
+    Latents that hold the index's batch several times in a row (guidance) are picked from alike in each.
+    """
+    index = index.repeat(latents.shape[0] // len(index), 1)
     return latents.gather(1, index[..., None].expand(-1, -1, latents.shape[2]))

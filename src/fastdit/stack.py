@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,7 +33,9 @@ from .caching.token_cache import TokenCache
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
+from .models.following import followed
 from .models.state import changes_of
+from .models.undescribed import why_not
 from .run import Run, RunRecord
 from .structure import named_arguments
 from .twins.denoiser import Denoiser, denoiser_twin
@@ -374,7 +376,7 @@ class Acceleration:
 
     def _open(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Run:
         """Check a call's arguments and make its run; nothing has happened yet if this raises."""
-        plan = schedule = None
+        plan = schedule = follow = None
         if self.stack.schedule is not None:
             if given.get("sigmas") is not None or given.get("timesteps") is not None:
                 raise InvalidConfig(
@@ -387,7 +389,9 @@ class Acceleration:
             plan = _schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
             assert plan is not None
             schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
+            follow = partial(followed, self._family)
         run = Run(plan=plan, schedule=schedule, checks=self._checks())
+        run.follow = follow
         if self._family is not None:
             size = self._family.size(self.base, arguments)
             run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)
@@ -537,12 +541,15 @@ def _require_family(base: Any, accelerator: Accelerator) -> Family:
     family = None if isinstance(base, nn.Module) else family_of(base)
     if family is None:
         raise UnsupportedModel(
-            f"{accelerator.describe()} must place tokens, and fastdit has no description of how "
-            f"{type(base).__name__} lays them out; use it with a described pipeline (FluxPipeline, "
-            "StableDiffusion3Pipeline), describe the family in fastdit.models, or keep to accelerators that need no "
-            "token positions"
+            f"{accelerator.describe()} must place tokens, and can't in {type(base).__name__}: {_why_not(base)}; "
+            "use it with a pipeline that `fastdit matrix` lists, describe the family in fastdit.models, or keep to "
+            "accelerators that need no token positions"
         )
     return family
+
+
+def _why_not(base: Any) -> str:
+    return "a bare module has no description of its pipeline" if isinstance(base, nn.Module) else why_not(type(base))
 
 
 def _schedule_plan(

@@ -32,7 +32,7 @@ from fastdit.accelerator import (
     register,
 )
 from fastdit.errors import InvalidConfig
-from fastdit.layout import FRAMES, TokenLayout
+from fastdit.layout import FRAMES, TokenLayout, gather_tokens
 from fastdit.models.family import Family, family_of
 
 from . import edges, matching, renoise
@@ -191,6 +191,7 @@ class _RALURun(ScheduleRun):
         self._rows, self._columns = plan.rows, plan.columns
         self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
         self._layout = self._fine
+        self._begun: torch.Tensor | None = None
 
     def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         frames = self._family.unpack(self._family.tokens(latents), self._rows, self._columns)
@@ -198,6 +199,29 @@ class _RALURun(ScheduleRun):
         pooled = torch.nn.functional.avg_pool2d(frames.float(), 2).mul(2.0).to(latents.dtype)
         self._layout = TokenLayout(self._rows, self._columns, coarse=True, frame=self._ralu.frame)
         return self._family.latents(self._family.pack(pooled), self._layout), self._layout
+
+    def resume(
+        self, stage: int, latents: torch.Tensor, clean: torch.Tensor, sigma: float
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        if stage == 2:
+            self._layout = self._fine
+            return latents, self._fine
+        tokens = self._family.tokens(latents)
+        batch = tokens.shape[0]
+        frames = self._family.unpack(tokens, self._rows, self._columns).float()
+        own = torch.nn.functional.avg_pool2d(clean.float(), 2)
+        picture = (1.0 - sigma) * own.repeat(batch // len(own), 1, 1, 1)
+        # The picture is averaged as pictures are, and its noise so that it stays a unit normal.
+        pooled = picture + 2.0 * (torch.nn.functional.avg_pool2d(frames, 2) - picture)
+        coarse = self._family.pack(pooled.to(latents.dtype))
+        self._layout = TokenLayout(self._rows, self._columns, coarse=True, frame=self._ralu.frame)
+        if stage == 1:
+            if self._begun is None:
+                self._begun = self._select(self._family.pack(own).to(latents.dtype))
+            mixed, self._layout = self._layout.refine(coarse, self._begun)
+            children = gather_tokens(tokens, self._layout.cells(self._begun.sort(dim=1).values))
+            coarse = torch.cat([mixed[:, : mixed.shape[1] - children.shape[1]], children], dim=1)
+        return self._family.latents(coarse, self._layout), self._layout
 
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         tokens = self._family.tokens(latents)

@@ -91,19 +91,24 @@ class Denoiser:
             else:
                 output, outcome = self._through_stack(run, context, arguments, children)
         clock.stop()
+        if run.schedule is not None:
+            assert self._family is not None and run.layout is not None
+            output = self._family.velocity(output, run.layout)
         self._record(run, context, arguments, children, clock, outcome)
         return output
 
     def _at_stage(self, run: Run, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put the stage's latents and token positions in place."""
         assert self._family is not None and run.schedule is not None
-        first = next(iter(arguments))
-        latents = arguments[first]
+        # At the first step the pipeline still holds its full-size noise.
+        given = run.grid if run.step == 0 else run.layout
+        assert given is not None
+        latents = self._family.latents_of(arguments, given)
         if run.step == 0:
-            latents, layout = run.schedule.initial(latents)
+            latents, layout = run.first_latents(latents)
             run.layout, run.stage_shape = layout, latents.shape[1:]
         assert run.layout is not None
-        placed = self._family.place({**arguments, first: latents}, run.layout)
+        placed = self._family.place(arguments, given, latents, run.layout)
         key = self.name, latents.shape[0]
         if key not in run.stage_children:
             run.stage_children[key] = self._family.child_overrides(self.module, run.layout, latents)
@@ -155,8 +160,9 @@ class Denoiser:
             if images is not None and children:
                 assert self._family is not None and run.layout is not None
                 layout = run.layout.of_images(images)
-                given = self._family.place(dict(given), layout)
-                own = self._family.child_overrides(self.module, layout, next(iter(given.values())))
+                latents = self._family.latents_of(given, layout)
+                given = self._family.place(given, layout, latents, layout)
+                own = self._family.child_overrides(self.module, layout, latents)
 
             def forward(given: dict[str, Any]) -> Any:
                 output, outcome = self._through_tokens(given, own, self._token_pass(run, context, given))
