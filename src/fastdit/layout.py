@@ -76,18 +76,21 @@ class TokenLayout:
         children = places[self.refined.to(device)][:, :, None, :] + raster(2, 2, device) / 2
         return torch.cat([kept, scale * children.flatten(1, 2)], dim=1)
 
+    def refined_at(self, refined: torch.Tensor) -> TokenLayout:
+        """Give the mixed layout in which the coarse tokens `refined` [B, R] of this coarse one are split."""
+        count = self.rows * self.columns // 4
+        mask = torch.ones(refined.shape[0], count, dtype=torch.bool, device=refined.device)
+        mask.scatter_(1, refined, False)
+        kept = mask.nonzero()[:, 1].view(refined.shape[0], count - refined.shape[1])
+        return TokenLayout(self.rows, self.columns, True, kept, refined.sort(dim=1).values, self.frame)
+
     def refine(self, latents: torch.Tensor, refined: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Split the coarse tokens `refined` [B, R] of a coarse stage by copying each to its four children.
 
         `latents` [B, tokens, C] become [B, K + 4R, C] in the mixed order.
         """
-        count = latents.shape[1]
-        mask = torch.ones(refined.shape[0], count, dtype=torch.bool, device=refined.device)
-        mask.scatter_(1, refined, False)
-        kept = mask.nonzero()[:, 1].view(refined.shape[0], count - refined.shape[1])
-        refined = refined.sort(dim=1).values
-        parts = [gather_tokens(latents, kept), gather_tokens(latents, refined).repeat_interleave(4, dim=1)]
-        return torch.cat(parts, dim=1), TokenLayout(self.rows, self.columns, True, kept, refined, self.frame)
+        following = self.refined_at(refined)
+        return gather_tokens(latents, self.sources(following)), following
 
     def complete(self, latents: torch.Tensor) -> torch.Tensor:
         """Copy what is still coarse to its children: [new children of `kept`, in its order] ++ [the fine tokens].

@@ -56,6 +56,9 @@ class Family(Protocol):
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         """Decode latent frames to pixels [B, 3, H, W] in about [-1, 1]."""
 
+    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode pixels [B, 3, H, W] in [-1, 1] to latent frames, as the pipeline's own would be scaled."""
+
     def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
         """Find the latents of a layout among a forward's arguments, in the shape in which the scheduler gets them."""
 
@@ -124,3 +127,12 @@ def decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     scaled = frames / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     pixels: torch.Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
     return pixels
+
+
+def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels to latent frames: the undoing of `decoded`. Distributions give their mode, so nothing is drawn."""
+    made = vae.encode(pixels.to(vae.dtype))
+    latents: torch.Tensor = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled: torch.Tensor = (latents - shift) * vae.config.scaling_factor
+    return scaled

@@ -27,10 +27,23 @@ class Flux2Family(PackedFamily):
 
 def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     """Decode frames of normalised tokens."""
-    mean, variance = (statistic.view(1, -1, 1, 1) for statistic in (vae.bn.running_mean, vae.bn.running_var))
-    latents = frames * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-    pixels: torch.Tensor = vae.decode(nn.functional.pixel_shuffle(latents, 2).to(vae.dtype), return_dict=False)[0]
+    mean, deviation = _statistics(vae)
+    latents = nn.functional.pixel_shuffle(frames * deviation + mean, 2)
+    pixels: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return pixels
+
+
+def _encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels to frames of normalised tokens."""
+    latents = nn.functional.pixel_unshuffle(vae.encode(pixels.to(vae.dtype)).latent_dist.mode(), 2)
+    mean, deviation = _statistics(vae)
+    return (latents - mean) / deviation
+
+
+def _statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the mean and the deviation of every channel of a token, [1, C, 1, 1]."""
+    mean, variance = (statistic.view(1, -1, 1, 1) for statistic in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
 
 
 FLUX2 = Flux2Family(
@@ -41,4 +54,5 @@ FLUX2 = Flux2Family(
     unpacking="_unpack_latents_with_ids",
     refused=(),
     decoding=_decoded,
+    encoding=_encoded,
 )

@@ -15,7 +15,7 @@ import torch
 
 from fastdit.layout import TokenLayout, assembled, patches
 
-from .family import decoded, refused_arguments
+from .family import decoded, encoded, refused_arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,9 @@ class FrameFamily:
 
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         return decoded(pipeline.vae, frames)
+
+    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return encoded(pipeline.vae, pixels)
 
     def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
         latents: torch.Tensor = next(iter(arguments.values()))

@@ -17,7 +17,7 @@ from torch import nn
 from fastdit.layout import TokenLayout, assembled, patches
 from fastdit.structure import refilled, tensors_of
 
-from .family import PICTURE_ADAPTERS, decoded, refused_arguments
+from .family import PICTURE_ADAPTERS, decoded, encoded, refused_arguments
 from .following import followed
 from .rotary import PerImagePositions, guided
 
@@ -39,6 +39,7 @@ class PackedFamily:
     unpacking: str = "_unpack_latents"
     refused: tuple[str, ...] = PICTURE_ADAPTERS
     decoding: Callable[[Any, torch.Tensor], torch.Tensor] = decoded
+    encoding: Callable[[Any, torch.Tensor], torch.Tensor] = encoded
 
     def matches(self, pipeline: Any) -> bool:
         return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
@@ -71,6 +72,9 @@ class PackedFamily:
 
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         return self.decoding(pipeline.vae, frames)
+
+    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return self.encoding(pipeline.vae, pixels)
 
     def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
         tokens: torch.Tensor = next(iter(arguments.values()))

@@ -83,14 +83,27 @@ def _sizes(entry: Any) -> list[tuple[int, int, int]]:
     return list(entry) if isinstance(entry, list) else [entry]
 
 
+def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the mean and the deviation of every latent channel, [1, C, 1, 1, 1]."""
+    mean, deviation = (
+        like.new_tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    return mean, deviation
+
+
 def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     """Decode frames whose channels are normalised one by one, with an autoencoder of videos."""
-    mean, deviation = (
-        frames.new_tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
-    )
+    mean, deviation = _statistics(vae, frames)
     latents = (frames[:, :, None] * deviation + mean).to(vae.dtype)
     pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0][:, :, 0]
     return pixels
+
+
+def _encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels to frames whose channels are normalised one by one, with an autoencoder of videos."""
+    latents: torch.Tensor = vae.encode(pixels[:, :, None].to(vae.dtype)).latent_dist.mode()
+    mean, deviation = _statistics(vae, latents)
+    return ((latents - mean) / deviation)[:, :, 0]
 
 
 QWEN_IMAGE = QwenImageFamily(
@@ -98,6 +111,7 @@ QWEN_IMAGE = QwenImageFamily(
     ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     refused=(),
     decoding=_decoded,
+    encoding=_encoded,
 )
 QWEN_IMAGE_EDIT = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPipeline",), sample=0)
 QWEN_IMAGE_EDIT_PLUS = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPlusPipeline",), sample=-1)
