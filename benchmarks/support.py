@@ -18,7 +18,9 @@ class itself under RALU (two prompts, a picture that is not square), and, where 
 another pipeline with the same one under the caches (FirstBlockCache for the step caches, ToCa for the token caches).
 
 Mixed-resolution stages work with {described} of these pipelines. Image-to-image starts at the stage that the strength
-reaches; the tokens of pictures that an editing pipeline appends stay in place at every stage.
+reaches, masks follow the stages, and the tokens of pictures that an editing pipeline appends stay in place. Where a
+reason ends in "undescribed", nothing is known to be in the way but the description. `EasyCache` and the like, which
+skip whole forwards, need no blocks, so they also work where the step caches here say no.
 """
 
 

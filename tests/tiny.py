@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, WanPipeline
 from torch import Tensor, nn
 
+from fastdit import UnsupportedModel
 from fastdit.measure import tiny_pipelines
 from fastdit.measure.tiny_pipelines import flux2, pixart, qwen_image, randn, wan, z_image
 from fastdit.testing import counted_calls, flux_transformer, kl_autoencoder, seed_weights
@@ -220,6 +222,16 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 
 
 # ------------------------------------------------------------------------------------------------------------ use
+
+
+def described(name: str, rows: int = 8, columns: int = 12, **options: Any) -> Built:
+    """A tiny pipeline by its class's name, for two prompts and a picture of so many tokens, or a skipped test."""
+    side = tiny_pipelines.TOKEN_PIXELS.get(name, 16)
+    options = {"steps": 6, "batch": 2, **options}
+    try:
+        return tiny_pipelines.PIPELINES[name](size=(side * rows, side * columns), **options)
+    except UnsupportedModel as error:
+        pytest.skip(str(error))
 
 
 def run(pipe: DiffusionPipeline, call: Kwargs, *, seed: int | None = 0, **changes: Any) -> Any:

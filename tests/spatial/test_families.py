@@ -13,7 +13,7 @@ from PIL import Image
 import tiny
 from fastdit import RALU, EasyCache, FirstBlockCache, InvalidConfig, SeaCache, UnsupportedModel, accelerate
 from fastdit.layout import TokenLayout, gather_tokens
-from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
+from fastdit.measure.tiny_pipelines import PIPELINES
 from fastdit.models.family import Family, families, family_of
 from fastdit.models.flux import LONGCAT_IMAGE
 from fastdit.models.rotary import PerImageTable, rotary
@@ -38,11 +38,6 @@ TWO_CALLS = ("ChromaPipeline", "OvisImagePipeline", "Flux2KleinPipeline", "QwenI
 UNCOUNTED = ("HunyuanImagePipeline", "Lumina2Pipeline", "HiDreamImagePipeline")
 
 
-def built(name: str, rows: int = 8, columns: int = 12, **options: Any) -> tiny.Built:
-    side = TOKEN_PIXELS.get(name, 16)
-    return PIPELINES[name](size=(side * rows, side * columns), **{"steps": 6, "batch": 2, **options})
-
-
 def only(call: dict[str, Any], image: int) -> dict[str, Any]:
     """The call of one prompt of two."""
 
@@ -56,7 +51,7 @@ def only(call: dict[str, Any], image: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=DESCRIBED)
 def case(request: pytest.FixtureRequest) -> tuple[str, Any, dict[str, Any]]:
-    return request.param, *built(request.param)
+    return request.param, *tiny.described(request.param)
 
 
 def test_an_empty_stack_is_bit_equal_to_the_pipeline(case: Any, generators: Callable[..., Any]) -> None:
@@ -165,7 +160,7 @@ def permuted(images: int, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["fine", "coarse"])
 def test_tokens_of_one_resolution_in_any_order_give_the_plain_forward(case: Any, kind: str, images: int) -> None:
     name, pipe, _ = case
-    call = built(name, batch=images)[1]
+    call = tiny.described(name, batch=images)[1]
     family, arguments, fine = forwards(pipe, call)
     noise = family.latents_of(arguments, fine)
     raster = family.tokens(noise)
@@ -187,7 +182,7 @@ def test_tokens_of_one_resolution_in_any_order_give_the_plain_forward(case: Any,
 
 
 def test_the_tokens_of_a_picture_that_qwen_image_edits_stay_in_place() -> None:
-    pipe, call = built("QwenImagePipeline")
+    pipe, call = tiny.described("QwenImagePipeline")
     family, arguments, fine = forwards(pipe, call)
     picture, sizes = tiny.randn(2, 15, 16, seed=9), [[(1, 8, 12), (1, 3, 5)]] * 2
     edited = {
@@ -212,7 +207,7 @@ def test_the_tokens_of_a_picture_that_qwen_image_edits_stay_in_place() -> None:
 @pytest.mark.parametrize(("name", "picture"), [("QwenImageEditPipeline", 0), ("QwenImageEditPlusPipeline", -1)])
 def test_the_picture_that_is_edited_decides_the_size_that_was_not_asked_for(name: str, picture: int) -> None:
     family = next(family for family in families() if name in family.pipelines)
-    pipe, _ = built("QwenImagePipeline")
+    pipe, _ = tiny.described("QwenImagePipeline")
     images = [Image.new("RGB", (320, 160)), Image.new("RGB", (100, 100))]
     size = [(736, 1440), (1024, 1024)][picture]
     assert family.size(pipe, {"image": images, "height": None, "width": None}) == size
@@ -232,7 +227,7 @@ def test_ids_that_count_from_elsewhere_are_counted_on_from_there() -> None:
 
 
 def test_places_between_cogview_s_tokens_are_those_of_a_picture_twice_as_large() -> None:
-    pipe, call = built("CogView4Pipeline")
+    pipe, call = tiny.described("CogView4Pipeline")
     family, arguments, fine = forwards(pipe, call)
     empty, order = torch.empty(2, 0, dtype=torch.long), permuted(2, 24)
     latents = family.latents_of(arguments, fine)
@@ -281,7 +276,7 @@ def test_a_table_of_a_batch_refuses_what_it_can_t_answer() -> None:
     ],
 )
 def test_what_a_family_can_t_honour_is_refused_by_name(name: str, arguments: dict[str, Any], named: str) -> None:
-    pipe, call = built(name)
+    pipe, call = tiny.described(name)
     with pytest.raises(InvalidConfig, match=named):
         tiny.run(accelerate(pipe, [SHORT]), call, **arguments)
 
@@ -289,7 +284,7 @@ def test_what_a_family_can_t_honour_is_refused_by_name(name: str, arguments: dic
 def test_hunyuan_image_refuses_what_ties_one_step_to_the_next() -> None:
     from diffusers.guiders import AdaptiveProjectedMixGuidance
 
-    pipe, call = built("HunyuanImagePipeline")
+    pipe, call = tiny.described("HunyuanImagePipeline")
     pipe.register_modules(guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_momentum=-0.5))
     with pytest.raises(InvalidConfig, match="momentum"):
         tiny.run(accelerate(pipe, [SHORT]), call)
@@ -299,7 +294,7 @@ def test_hunyuan_image_refuses_what_ties_one_step_to_the_next() -> None:
 
 
 def test_kontext_keeps_the_picture_s_tokens_at_every_stage_and_sees_them() -> None:
-    pipe, call = built("FluxKontextPipeline")
+    pipe, call = tiny.described("FluxKontextPipeline")
     fast = accelerate(pipe, [SHORT])
     first = tiny.run(fast, call)
     other = tiny.run(fast, call, image=torch.zeros(1, 3, 64, 96))

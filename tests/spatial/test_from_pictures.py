@@ -11,7 +11,7 @@ import torch
 import tiny
 from fastdit import RALU, FirstBlockCache, InvalidConfig, accelerate
 from fastdit.layout import TokenLayout
-from fastdit.measure.tiny_pipelines import PIPELINES, TOKEN_PIXELS
+from fastdit.measure.tiny_pipelines import PIPELINES
 from fastdit.models.flux import FLUX
 from fastdit.models.following import followed
 
@@ -21,11 +21,6 @@ SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 FROM_PICTURES = [name for name in PIPELINES if "Img2Img" in name or "Inpaint" in name or "Fill" in name]
 INPAINTING = [name for name in FROM_PICTURES if "Inpaint" in name]
 TOKENS = [24, 24, 45, 45, 96, 96]
-
-
-def built(name: str, **options: Any) -> tiny.Built:
-    side = TOKEN_PIXELS.get(name, 16)
-    return PIPELINES[name](size=(8 * side, 12 * side), steps=6, batch=2, **options)
 
 
 def only(call: dict[str, Any], image: int) -> dict[str, Any]:
@@ -38,7 +33,7 @@ def only(call: dict[str, Any], image: int) -> dict[str, Any]:
 def test_a_run_starts_at_the_stage_that_the_strength_reaches_and_an_image_equals_its_own_run(
     name: str, strength: float, left_out: int, generators: Callable[..., Any]
 ) -> None:
-    pipe, call = built(name, strength=strength)
+    pipe, call = tiny.described(name, strength=strength)
     plain = tiny.run(pipe, call, generator=generators(1, 2))
     assert torch.equal(tiny.run(accelerate(pipe, []), call, generator=generators(1, 2)), plain)
     fast = accelerate(pipe, [SHORT])
@@ -81,7 +76,7 @@ def test_a_picture_is_averaged_and_its_noise_stays_unit_noise(stage: int) -> Non
 
 
 def test_a_cache_inside_sees_the_shorter_run() -> None:
-    pipe, call = built("FluxImg2ImgPipeline")
+    pipe, call = tiny.described("FluxImg2ImgPipeline")
     long = RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3)
     fast = accelerate(pipe, [long, FirstBlockCache(1.0)], strict=True)
     found = tiny.run(fast, {**call, "num_inference_steps": 18}, strength=0.6)
@@ -91,7 +86,7 @@ def test_a_cache_inside_sees_the_shorter_run() -> None:
 
 
 def test_latents_of_the_user_s_tell_nothing_of_the_picture_and_are_refused() -> None:
-    pipe, call = built("FluxImg2ImgPipeline")
+    pipe, call = tiny.described("FluxImg2ImgPipeline")
     with pytest.raises(InvalidConfig, match="latents"):
         tiny.run(accelerate(pipe, [SHORT]), call, strength=0.6, latents=torch.zeros(2, 96, 16))
 
@@ -102,7 +97,7 @@ def test_latents_of_the_user_s_tell_nothing_of_the_picture_and_are_refused() -> 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("name", INPAINTING)
 def test_what_the_mask_protects_is_the_picture_and_the_rest_is_not(name: str, strength: float) -> None:
-    pipe, call = built(name, strength=strength)
+    pipe, call = tiny.described(name, strength=strength)
     fast = accelerate(pipe, [SHORT])
     found = tiny.run(fast, call, output_type="latent")
     nothing = tiny.run(fast, call, output_type="latent", mask_image=torch.zeros_like(call["mask_image"]))
@@ -119,7 +114,7 @@ def test_what_the_mask_protects_is_the_picture_and_the_rest_is_not(name: str, st
 
 
 def test_fill_s_mask_is_that_of_a_picture_half_as_large_in_the_first_stage() -> None:
-    pipe, call = built("FluxFillPipeline")
+    pipe, call = tiny.described("FluxFillPipeline")
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     seen: list[dict[str, Any]] = []
     mask = torch.rand(2, 1, 128, 192, generator=torch.Generator().manual_seed(4)).round()
