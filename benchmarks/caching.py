@@ -36,11 +36,11 @@ def stacks() -> dict[str, list[Accelerator]]:
     """fastdit's caches, several settings each."""
     spaced, free = SkipPolicy(first=3, last=0), SkipPolicy()
     return {
-        "TeaCache .12": [TeaCache(0.12)],
         "TeaCache .2": [TeaCache(0.2)],
         "TeaCache .12, Taylor 1": [TeaCache(0.12, forecast=Taylor(1))],
         "TeaCache .18, Taylor 1": [TeaCache(0.18, forecast=Taylor(1))],
         "TeaCache .12, FoCa": [TeaCache(0.12, forecast=FoCa())],
+        "TeaCache .18, FoCa": [TeaCache(0.18, forecast=FoCa())],
         "TeaCache .3, Taylor 1": [TeaCache(0.3, forecast=Taylor(1))],
         "TeaCache .3, FoCa": [TeaCache(0.3, forecast=FoCa())],
         "SeaCache .1, Taylor 1": [SeaCache(0.1, forecast=Taylor(1), policy=free)],
@@ -49,7 +49,6 @@ def stacks() -> dict[str, list[Accelerator]]:
         "MagCache .06, Taylor 1": [MagCache(0.06, forecast=Taylor(1))],
         "Interval 3, Taylor 1": [Interval(3, forecast=Taylor(1), policy=spaced)],
         "Interval 4, Taylor 1": [Interval(4, forecast=Taylor(1), policy=spaced)],
-        "Interval 4, Taylor 2": [Interval(4, forecast=Taylor(2), policy=spaced)],
         "Interval 3, DMD": [Interval(3, forecast=DMD(4), policy=spaced)],
         "ToCa 3": [ToCa(3)],
         "DuCa 4": [DuCa(4)],

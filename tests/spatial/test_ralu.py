@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from fastdit import RALU, InvalidConfig, UnsupportedModel, accelerate
+from fastdit import RALU, InvalidConfig, PixelLift, UnsupportedModel, accelerate
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 
@@ -72,7 +72,7 @@ def test_a_call_without_a_generator_works_and_varies(built: tiny.Built) -> None:
     assert not torch.equal(tiny.run(fast, call, seed=None), tiny.run(fast, call, seed=None))
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("4x", 18), ("5x", 15), ("7x", 10)])
+@pytest.mark.parametrize(("preset", "steps"), [("4x", 23), ("5x", 19), ("7x", 14)])
 def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, steps: int) -> None:
     pipe, call = built
     fast = accelerate(pipe, [RALU(preset)])
@@ -264,7 +264,7 @@ def test_a_size_that_the_stages_cannot_tile_is_refused_by_name(built: tiny.Built
 @pytest.mark.parametrize("steps", [1, 2])
 def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: int) -> None:
     pipe, call = built
-    fast = accelerate(pipe, [RALU("4x")])
+    fast = accelerate(pipe, [SHORT])
     with pytest.raises(InvalidConfig, match="3"):
         tiny.run(fast, call, num_inference_steps=steps)
 
@@ -273,9 +273,16 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
     "arguments",
     [
         {"preset": "9x"},
-        {"preset": "4x", "steps": (5, 6)},
+        {"preset": "4x", "steps": (5, 6, 7)},
         {"steps": (5, 6, 7)},
         {"steps": (5, 6), "ends": (0.3, 0.45), "ratio": 0.3},
+        {"steps": (5, 6), "ends": (0.3,), "ratio": 0.3},
+        {"steps": (5, 6, 7), "ends": (0.3, 0.45)},
+        {"steps": (5, 6), "ends": (0.3,), "starts": (0.2,)},
+        {"steps": (5, 6), "ends": (0.3,), "starts": (0.1, 0.2), "lift": PixelLift()},
+        {"steps": (5, 6), "ends": (0.3,), "starts": (0.4,), "lift": PixelLift()},
+        {"steps": (5, 6), "ends": (0.3,), "starts": (0.1,), "restart": 4.0, "lift": PixelLift()},
+        {"steps": (5, 6), "ends": (0.3,), "lift": "pixels"},
         {"steps": (5, 0, 7), "ends": (0.3, 0.45), "ratio": 0.3},
         {"steps": (5, 6, -7), "ends": (0.3, 0.45), "ratio": 0.3},
         {"steps": (5, 6, 7), "ends": (0.45, 0.3), "ratio": 0.3},
@@ -297,11 +304,23 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 
 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
-    late = RALU("4x", ends=(0.45, 0.60))
-    assert late.settings == RALU(steps=(5, 6, 7), ends=(0.45, 0.60), ratio=0.3).settings
+    late = RALU("4x", ends=(0.8,))
+    assert late.settings == RALU(steps=(15, 8), ends=(0.8,), starts=(0.15,), lift=PixelLift()).settings
     pipe, _ = tiny.flux()
-    notes = (accelerate(pipe, [ralu]).fastdit.plan(128, 128).stages for ralu in (late, RALU("4x")))
-    assert [[stage.steps for stage in stages] for stages in notes] == [[5, 6, 7]] * 2
+    plans = [accelerate(pipe, [ralu]).fastdit.plan(128, 128) for ralu in (late, RALU("4x"))]
+    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[15, 8]] * 2
+    assert plans[0].stages[0].sigmas[-1] == pytest.approx(0.2)
+    restarted = RALU("4x", restart=6.0)
+    assert restarted.settings.starts is None
+
+
+def test_the_papers_recipe_is_kept_with_and_without_the_flaws_of_its_code() -> None:
+    assert RALU.paper("4x") == RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3, fidelity="paper")
+    assert RALU.paper("7x", fidelity="exact", restart=4.0) == RALU(
+        steps=(2, 3, 5), ends=(0.2, 0.3), ratio=0.1, restart=4.0
+    )
+    with pytest.raises(InvalidConfig, match=r"4x.*5x.*7x"):
+        RALU.paper("9x")
 
 
 def test_the_message_for_an_unknown_preset_names_the_known_ones() -> None:

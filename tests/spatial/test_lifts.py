@@ -1,0 +1,134 @@
+"""Lifts of the clean estimate: a straight-line loop, the marginal that they leave, and what they refuse."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tiny
+from fastdit import RALU, InvalidConfig, LatentLift, PixelLift, TokenCopy, accelerate
+from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.models.flux import FLUX
+from fastdit.spatial.lift import Lift, Switch
+
+SIDE = 8
+LIFTS = [LatentLift(), LatentLift(resize="bicubic"), PixelLift(), PixelLift(noise="fresh")]
+
+
+def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Two whole-frame stages written out, without twins: the tokens at the end, [1, SIDE * SIDE, C]."""
+    plan = ralu.plan(SIDE, SIDE, None)
+    vae = pipe.vae
+
+    def stage(tokens: Tensor, side: int, sigmas: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([[0.0, row, column] for row in range(side) for column in range(side)])
+        clean = tokens
+        for now, following in pairwise(sigmas):
+            velocity = pipe.transformer(
+                hidden_states=tokens,
+                timestep=torch.full((1,), now),
+                guidance=torch.full((1,), call.get("guidance_scale", 3.5)),
+                pooled_projections=call["pooled_prompt_embeds"],
+                encoder_hidden_states=call["prompt_embeds"],
+                txt_ids=torch.zeros(call["prompt_embeds"].shape[1], 3),
+                img_ids=ids,
+                return_dict=False,
+            )[0]
+            clean = tokens - now * velocity
+            tokens = tokens + (following - now) * velocity
+        return tokens, clean
+
+    frames = assembled(noise, SIDE, SIDE)
+    coarse = patches(sum(frames[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 2)
+    _, clean = stage(coarse, SIDE // 2, plan.stages[0].sigmas)
+    small = assembled(clean, SIDE // 2, SIDE // 2)
+    if isinstance(ralu.lift, PixelLift):
+        pixels = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+        large = functional.interpolate(pixels, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        latents = (vae.encode(large).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    else:
+        latents = functional.interpolate(small, scale_factor=2, mode=ralu.lift.resize)
+    start = plan.stages[1].sigmas[0]
+    drawn = noise if ralu.lift.noise == "shared" else torch.randn(noise.shape, generator=generator)
+    return stage((1 - start) * patches(latents) + start * drawn, SIDE, plan.stages[1].sigmas)[0]
+
+
+@pytest.mark.parametrize("lift", LIFTS, ids=str)
+def test_two_whole_frame_stages_equal_the_straight_line_loop(lift: Any) -> None:
+    pipe, call = tiny.flux(size=128, steps=5)
+    ralu = RALU(steps=(3, 2), ends=(0.6,), starts=(0.2,), lift=lift)
+    noise = tiny.randn(1, SIDE * SIDE, 16, seed=5)
+    found = tiny.run(accelerate(pipe, [ralu]), call, latents=noise, output_type="latent", seed=4)
+    with torch.no_grad():
+        expected = straight_line(pipe, call, ralu, noise, torch.Generator().manual_seed(4))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def switched(lift: Lift, before: TokenLayout, after: TokenLayout, clean: Tensor, start: float) -> Tensor:
+    batch, channels = len(clean), clean.shape[2]
+    generator = torch.Generator().manual_seed(11)
+    field = torch.randn(batch, before.rows * before.columns, channels, generator=generator)
+
+    def draw(shape: Any, device: Any) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator)
+
+    return lift(Switch(FLUX, None, before, after, clean, clean, field, 0.7, start, draw))
+
+
+@pytest.mark.parametrize("noise", ["shared", "fresh"])
+@pytest.mark.parametrize("stages", [("coarse", "fine"), ("coarse", "mixed"), ("mixed", "fine")], ids="-".join)
+def test_the_latents_after_a_switch_follow_the_flow_given_the_clean_ones(stages: tuple[str, str], noise: str) -> None:
+    batch, start = 4000, 0.3
+    coarse = TokenLayout(4, 4, coarse=True)
+    split = torch.tensor([[0, 3]]).expand(batch, -1)
+    layouts = {"coarse": coarse, "mixed": coarse.refined_at(split), "fine": TokenLayout(4, 4, coarse=False)}
+    before, after = (layouts[name] for name in stages)
+    clean = torch.full((batch, before.tokens, 4), 0.8)
+    found = switched(LatentLift(noise=noise), before, after, clean, start)
+    rest = (found - start * 0.8).flatten(1) / (1 - start)
+    assert found.shape == (batch, after.tokens, 4)
+    assert rest.mean().abs() < 4 / rest.numel() ** 0.5
+    covariance = rest.T @ rest / batch
+    torch.testing.assert_close(covariance, torch.eye(rest.shape[1]), rtol=0, atol=6 * (2 / batch) ** 0.5)
+
+
+def test_shared_noise_is_that_of_the_same_place_and_needs_no_generator() -> None:
+    pipe, call = tiny.flux(size=128, steps=5)
+    fast = accelerate(pipe, [RALU(steps=(3, 2), ends=(0.6,), starts=(0.2,), lift=PixelLift())])
+    latents = tiny.randn(1, SIDE * SIDE, 16, seed=5)
+    first = tiny.run(fast, call, latents=latents, seed=1)
+    assert torch.equal(tiny.run(fast, call, latents=latents, seed=2), first)
+
+
+def test_what_a_mixed_stage_has_refined_is_not_lifted_again() -> None:
+    coarse = TokenLayout(4, 4, coarse=True)
+    mixed, fine = coarse.refined_at(torch.tensor([[1]])), TokenLayout(4, 4, coarse=False)
+    clean = tiny.randn(1, mixed.tokens, 4, seed=3)
+    found = switched(LatentLift(), mixed, fine, clean, 1.0 - 1e-6)
+    cells = mixed.cells(torch.tensor([[1]]))[0]
+    torch.testing.assert_close(found[0, cells], clean[0, -4:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lift", "ends", "starts"),
+    [(PixelLift(), (0.5,), (0.5,)), (LatentLift(), (0.5,), (0.7,)), (TokenCopy(), (0.5,), (0.4,))],
+    ids=str,
+)
+def test_a_start_that_a_lift_can_t_go_back_to_is_refused(lift: Lift, ends: Any, starts: Any) -> None:
+    with pytest.raises(InvalidConfig):
+        RALU(steps=(2, 2), ends=ends, starts=starts, lift=lift)
+
+
+def test_token_copy_may_start_as_late_as_its_covariance_allows() -> None:
+    assert RALU(steps=(2, 2), ends=(0.5,), starts=(0.5 / 1.5,), lift=TokenCopy()).settings.starts == (0.5 / 1.5,)
+
+
+@pytest.mark.parametrize("arguments", [{"noise": "loud"}, {"resize": "sinc"}], ids=str)
+def test_a_lift_of_no_known_kind_is_refused(arguments: dict[str, str]) -> None:
+    with pytest.raises(InvalidConfig):
+        LatentLift(**arguments)
