@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from PIL.Image import Image, fromarray
 
 from fastdit.measure.environment import Environment
 from fastdit.measure.experiment import Configuration, Experiment
@@ -18,7 +18,11 @@ from fastdit.measure.results import Metric, Results
 from fastdit.measure.statistics import jackknife
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
-from fastdit.mini.prompts import held_out
+from fastdit.mini.prompts import held_out, parse
+from fastdit.mini.train.render import draw, random_picture
+
+#: Renders that pictures are compared with by their Frechet distance.
+RENDERED = 400
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
@@ -34,8 +38,8 @@ def compare(
 ) -> Results:
     """Make every configuration's pictures of held-out prompts in turns; time them, score them.
 
-    The baseline is the plain run of 50 steps; the Frechet distance is to such a run on other seeds. `first` leaves out
-    that many held-out prompts at the start, for a comparison on fresh ones.
+    The baseline is the plain run of 50 steps; the Frechet distance is to renders of what other prompts ask for. `first`
+    leaves out that many held-out prompts at the start, for a comparison on fresh ones.
     """
     pipeline = load_mini()
     pipeline.set_progress_bar_config(disable=True)
@@ -43,14 +47,7 @@ def compare(
     asked = held_out(first + prompts, seed, background=True)[first:]
     experiment = Experiment(pipeline, asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
     results, images = experiment.run(configurations, title=title, baseline="50 steps")
-    reference = [
-        image
-        for start in range(0, prompts, batch)
-        for image in pipeline(
-            list(asked[start : start + batch]), generator=torch.Generator().manual_seed(10_000 + start)
-        ).images
-    ]
-    target = judge.features(reference).numpy()
+    target = judge.features(renders(RENDERED, seed + 1)).numpy()
     distances = {}
     for name, made in images.items():
         features = judge.features(made).numpy()
@@ -62,6 +59,13 @@ def compare(
     # The records of single runs are for a reader of one report; a comparison of many would be megabytes of them.
     bare = tuple(dataclasses.replace(configuration, records=()) for configuration in results.configurations)
     return dataclasses.replace(results, configurations=bare).with_metric("frechet", distances)
+
+
+def renders(count: int, seed: int) -> list[Image]:
+    """Draw what `count` held-out prompts ask for, as the training pictures were drawn."""
+    random = np.random.default_rng(seed)
+    drawn = (draw(random_picture(parse(prompt), random), 256) for prompt in held_out(count, seed, background=True))
+    return [fromarray((pixels * 255.0).astype(np.uint8)) for pixels in drawn]
 
 
 def _say(phase: str, done: int, total: int) -> None:

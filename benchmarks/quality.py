@@ -16,60 +16,46 @@ from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
+from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
 
 
 def configurations() -> list[Configuration]:
     """The plain runs that every method must beat, and the methods."""
-    late, line = (0.45, 0.60), Taylor(1)
-    stacks = {
-        "TeaCache .2": [TeaCache(0.2)],
-        "TeaCache .2, Taylor": [TeaCache(0.2, forecast=line)],
-        "TeaCache .4, Taylor": [TeaCache(0.4, forecast=line)],
-        "TeaCache .6, Taylor": [TeaCache(0.6, forecast=line)],
-        "FirstBlockCache .3, Taylor": [FirstBlockCache(0.3, forecast=line)],
-        "RALU 4x": [RALU("4x")],
-        "RALU 4x, paper": [RALU("4x", fidelity="paper")],
-        "RALU 5x": [RALU("5x")],
-        "RALU 7x": [RALU("7x")],
-        "RALU 4x at .45, .60": [RALU("4x", ends=late)],
-        "RALU 5x at .45, .60": [RALU("5x", ends=late)],
-        "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
-        "RALU 5x at .45, .60 + TeaCache .16, Taylor": [RALU("5x", ends=late), TeaCache(0.16, forecast=line)],
-        "RALU 7x at .55, .70 + TeaCache .16, Taylor": [
-            RALU("7x", ends=(0.55, 0.70)),
-            TeaCache(0.16, forecast=line),
-        ],
-        "RALU 7x + TeaCache .2": [RALU("7x"), TeaCache(0.2)],
-    }
-    methods = [
-        Configuration(name, Stack(stack), {} if Stack(stack).schedule is not None else {"num_inference_steps": 50})
-        for name, stack in stacks.items()
-    ]
-    return [*map(plain, (50, 28, 15, 12, 10, 9, 8, 7, 6, 5)), *methods]
-
-
-def fast_configurations() -> list[Configuration]:
-    """What is about six times faster and more: caches alone, on few steps too, beside RALU with a cache."""
     line = Taylor(1)
-    alone: dict[str, tuple[list[Accelerator], int]] = {
-        "TeaCache .6, Taylor, of 50 steps": ([TeaCache(0.6, forecast=line)], 50),
+    whole = {"steps": (13, 6), "ends": (0.5,), "starts": (0.15,)}
+    mixed = {"steps": (8, 3, 5), "ends": (0.5, 0.8), "starts": (0.2, 0.15), "ratio": 0.3, "frame": "fine"}
+    caches: dict[str, tuple[list[Accelerator], int]] = {
+        "TeaCache .2": ([TeaCache(0.2)], 50),
+        "TeaCache .2, Taylor": ([TeaCache(0.2, forecast=line)], 50),
+        "TeaCache .4, Taylor": ([TeaCache(0.4, forecast=line)], 50),
+        "TeaCache .6, Taylor": ([TeaCache(0.6, forecast=line)], 50),
+        "FirstBlockCache .3, Taylor": ([FirstBlockCache(0.3, forecast=line)], 50),
         "TeaCache .4, Taylor, of 20 steps": ([TeaCache(0.4, forecast=line)], 20),
         "TeaCache .3 of 15 steps": ([TeaCache(0.3)], 15),
         "TeaCache .25 of 12 steps": ([TeaCache(0.25)], 12),
         "FirstBlockCache .3 of 20 steps": ([FirstBlockCache(0.3)], 20),
     }
-    both: dict[str, list[Accelerator]] = {
+    schedules: dict[str, list[Accelerator]] = {
+        "RALU 4x": [RALU("4x")],
+        "RALU 5x": [RALU("5x")],
+        "RALU 7x": [RALU("7x")],
+        "RALU 4x, paper": [RALU.paper("4x")],
+        "RALU 5x, paper": [RALU.paper("5x")],
+        "RALU 7x, paper": [RALU.paper("7x")],
+        "RALU 5x, fresh noise": [RALU("5x", lift=PixelLift(noise="fresh"))],
+        "RALU 5x, latents enlarged": [RALU(**whole, lift=LatentLift(resize="bicubic", noise="fresh"))],
+        "RALU 5x, a mixed stage": [RALU(**mixed, lift=PixelLift())],
         "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
-        "RALU 4x, restart 30, + TeaCache .2": [RALU("4x", restart=30.0), TeaCache(0.2)],
-        "RALU 5x + TeaCache .2": [RALU("5x"), TeaCache(0.2)],
-        "RALU 5x + TeaCache .25, Taylor": [RALU("5x"), TeaCache(0.25, forecast=line)],
+        "RALU 4x + TeaCache .2, Taylor": [RALU("4x"), TeaCache(0.2, forecast=line)],
+        "RALU 5x + TeaCache .2, Taylor": [RALU("5x"), TeaCache(0.2, forecast=line)],
+        "RALU 7x + TeaCache .2, Taylor": [RALU("7x"), TeaCache(0.2, forecast=line)],
     }
     return [
-        *map(plain, (50, 8, 7, 6, 5)),
-        *(Configuration(name, Stack(stack), {"num_inference_steps": steps}) for name, (stack, steps) in alone.items()),
-        *(Configuration(name, Stack(stack)) for name, stack in both.items()),
+        *map(plain, (50, 28, 15, 12, 10, 8, 7, 6, 5)),
+        *(Configuration(name, Stack(stack), {"num_inference_steps": steps}) for name, (stack, steps) in caches.items()),
+        *(Configuration(name, Stack(stack)) for name, stack in schedules.items()),
     ]
 
 
@@ -78,11 +64,10 @@ def main(
     batch: int = 8,
     seed: int = 0,
     first: Annotated[int, typer.Option(help="Held-out prompts to leave out at the start.")] = 0,
-    fast: Annotated[bool, typer.Option(help="What is six times faster and more, instead of everything.")] = False,
     out: Path = Path("benchmarks/results/quality.json"),
 ) -> None:
     """Generate, time and score everything in turns."""
-    chosen = fast_configurations() if fast else configurations()
+    chosen = configurations()
     results = compare(chosen, title="quality at equal time", prompts=prompts, batch=batch, seed=seed, first=first)
     Console().print(rich_table(results))
     results.save(out)

@@ -59,14 +59,13 @@ def efficiency(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def quality(results: Results, title: str = "Quality at equal time on the embedded pipeline") -> list[str]:
+def quality(results: Results) -> list[str]:
     return [
-        f"## {title}",
+        "## Quality at equal time on the embedded pipeline",
         f"{len(results.prompts)} held-out prompts, {results.images_per_round} a call, calls in turns. The judge's soft "
         "score (0 to 1) is compared with plain sampling of fewer steps that takes as long.",
         markdown(results),
-        "The Frechet distance is in the judge's features to 50 plain steps on other seeds (jackknife interval), so it "
-        "favours what samples as plain sampling does.",
+        "The Frechet distance is in the judge's features, to real renders of other prompts (jackknife interval).",
         f"Machine: {results.environment}.",
     ]
 
@@ -171,8 +170,6 @@ def main() -> None:
             parts += section(json.loads(path.read_text(encoding="utf-8")))
     if (path := RESULTS / "quality.json").exists():
         parts += quality(Results.load(path))
-    if (path := RESULTS / "quality-fast.json").exists():
-        parts += quality(Results.load(path), "About six times faster, and more")
     if (path := RESULTS / "caching.json").exists():
         parts += caching(Results.load(path))
     if (path := RESULTS / "isolation.json").exists():
