@@ -34,19 +34,26 @@ def save(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def compare(
-    configurations: Sequence[Configuration], *, title: str, prompts: int, batch: int, seed: int, first: int = 0
+    configurations: Sequence[Configuration],
+    *,
+    title: str,
+    prompts: int,
+    batch: int,
+    seed: int,
+    first: int = 0,
+    mini: str = "flux",
 ) -> Results:
     """Make every configuration's pictures of held-out prompts in turns; time them, score them.
 
-    The baseline is the plain run of 50 steps; the Frechet distance is to renders of what other prompts ask for. `first`
+    The first configuration is the baseline; the Frechet distance is to renders of what other prompts ask for. `first`
     leaves out that many held-out prompts at the start, for a comparison on fresh ones.
     """
-    pipeline = load_mini()
+    pipeline = load_mini(mini)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge()
     asked = held_out(first + prompts, seed, background=True)[first:]
     experiment = Experiment(pipeline, asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
-    results, images = experiment.run(configurations, title=title, baseline="50 steps")
+    results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
     target = judge.features(renders(RENDERED, seed + 1)).numpy()
     distances = {}
     for name, made in images.items():

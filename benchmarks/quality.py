@@ -16,6 +16,7 @@ from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
+from fastdit.spatial.bottleneck import BottleneckSampling
 from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
@@ -47,6 +48,8 @@ def configurations() -> list[Configuration]:
         "RALU 5x, fresh noise": [RALU("5x", lift=PixelLift(noise="fresh"))],
         "RALU 5x, latents enlarged": [RALU(**whole, lift=LatentLift(resize="bicubic", noise="fresh"))],
         "RALU 5x, a mixed stage": [RALU(**mixed, lift=PixelLift())],
+        "BottleneckSampling": [BottleneckSampling()],
+        "BottleneckSampling, pixels": [BottleneckSampling(lift=PixelLift())],
         "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
         "RALU 4x + TeaCache .2, Taylor": [RALU("4x"), TeaCache(0.2, forecast=line)],
         "RALU 5x + TeaCache .2, Taylor": [RALU("5x"), TeaCache(0.2, forecast=line)],

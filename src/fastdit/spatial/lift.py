@@ -89,17 +89,22 @@ class CleanLift(Lift):
         """Bring frames [B, C, h, w] of clean coarse latents to twice the height and width."""
         raise NotImplementedError
 
+    def lowered(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
+        """Bring frames of clean fine latents to half the height and width, for schedules that go back."""
+        return functional.avg_pool2d(frames, 2)
+
     def __call__(self, switch: Switch) -> torch.Tensor:
         before, after, denoised = switch.before, switch.after, switch.denoised.float()
         rows, columns = before.rows, before.columns
-        coarse = coarse_tokens(switch.family, before, denoised)
-        frames = self.lifted(switch, switch.family.unpack(coarse, rows // 2, columns // 2))
-        fine = switch.family.pack(frames.float())
-        if before.mixed:
-            # What is fine already is not lifted a second time.
-            assert before.refined is not None
-            cells = before.cells(before.refined)[..., None].expand(-1, -1, fine.shape[2])
-            fine = fine.scatter(1, cells, denoised[:, before.kept.shape[1] :])  # type: ignore[union-attr]
+        if before.coarse:
+            coarse = coarse_tokens(switch.family, before, denoised)
+            fine = switch.family.pack(
+                self.lifted(switch, switch.family.unpack(coarse, rows // 2, columns // 2)).float()
+            )
+            fine = with_refined(before, denoised, fine)
+        else:
+            frames = self.lowered(switch, switch.family.unpack(denoised, rows, columns))
+            coarse, fine = switch.family.pack(frames.float()), denoised
         clean = on_layout(after, coarse, fine)
         field = self._noise_of(switch)
         return switch.start * clean + (1.0 - switch.start) * field
@@ -147,6 +152,10 @@ class PixelLift(CleanLift):
         enlarged = functional.interpolate(pixels, scale_factor=2, mode="bicubic").clamp(-1.0, 1.0)
         return switch.family.encode(switch.pipeline, enlarged)
 
+    def lowered(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
+        pixels = switch.family.decode(switch.pipeline, frames).float().clamp(-1.0, 1.0)
+        return switch.family.encode(switch.pipeline, functional.avg_pool2d(pixels, 2))
+
 
 def pooled(family: Family, noise: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Make unit noise of the coarse grid from that of the fine one [B, rows * columns, C]: four cells' sum, halved."""
@@ -166,6 +175,14 @@ def coarse_tokens(family: Family, layout: TokenLayout, clean: torch.Tensor) -> t
     frames = family.unpack(whole.scatter(1, cells, clean[:, count:]), layout.rows, layout.columns)
     coarse = family.pack(functional.avg_pool2d(frames, 2))
     return coarse.scatter(1, layout.kept[..., None].expand(-1, -1, clean.shape[2]), clean[:, :count])
+
+
+def with_refined(layout: TokenLayout, clean: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """Put what a mixed layout has refined already in its cells of the fine grid, where nothing need be lifted."""
+    if layout.kept is None or layout.refined is None:
+        return fine
+    cells = layout.cells(layout.refined)[..., None].expand(-1, -1, fine.shape[2])
+    return fine.scatter(1, cells, clean[:, layout.kept.shape[1] :])
 
 
 def on_layout(layout: TokenLayout, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:

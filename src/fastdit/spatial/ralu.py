@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
-
-import torch
 
 from fastdit.accelerator import (
     Break,
@@ -35,11 +32,12 @@ from fastdit.accelerator import (
     register,
 )
 from fastdit.errors import InvalidConfig
-from fastdit.layout import FRAMES, TokenLayout, gather_tokens
+from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
 
-from . import edges, matching
-from .lift import Lift, PixelLift, Switch, pooled
+from . import matching
+from .lift import Lift, PixelLift
+from .staged import StagedRun, is_time, proportional, rising
 from .token_copy import TokenCopy
 
 _FLUX, _SD3 = "FLUX.1", "Stable Diffusion 3"
@@ -216,113 +214,17 @@ class RALU(Schedule):
 
     def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
         """Make the state of one run."""
-        return _RALURun(self, plan, family, pipeline, generator)
-
-
-class _RALURun(ScheduleRun):
-    """The layout that one run stands in, the noise that it began with, and its switches."""
-
-    def __init__(self, ralu: RALU, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> None:
-        self._ralu = ralu
-        self._plan = plan
-        self._family = family
-        self._pipeline = pipeline
-        self._generator = generator
-        self._exact = ralu.fidelity == "exact"
-        self._rows, self._columns = plan.rows, plan.columns
-        self._coarse = TokenLayout(plan.rows, plan.columns, coarse=True, frame=ralu.frame)
-        self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
-        self._layout = self._fine
-        self._field: torch.Tensor | None = None
-        self._begun: torch.Tensor | None = None
-
-    def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        self._field = self._family.tokens(latents)
-        self._layout = self._coarse
-        # The sum of four unit normals over two is a unit normal, so seeds and `latents=` keep their meaning.
-        noise = pooled(self._family, self._field, self._rows, self._columns).to(latents.dtype)
-        return self._family.latents(noise, self._layout), self._layout
-
-    def resume(
-        self, stage: int, latents: torch.Tensor, clean: torch.Tensor, sigma: float
-    ) -> tuple[torch.Tensor, TokenLayout]:
-        if self._plan.stages[stage].layout == "fine":
-            self._layout = self._fine
-            return latents, self._fine
-        tokens = self._family.tokens(latents)
-        frames = self._family.unpack(tokens, self._rows, self._columns).float()
-        batches = len(tokens) // len(clean)
-        self._field = self._family.pack((frames - (1.0 - sigma) * clean.float().repeat(batches, 1, 1, 1)) / sigma)
-        own = torch.nn.functional.avg_pool2d(clean.float(), 2)
-        picture = (1.0 - sigma) * own.repeat(batches, 1, 1, 1)
-        # The picture is averaged as pictures are, and its noise so that it stays a unit normal.
-        averaged = picture + 2.0 * (torch.nn.functional.avg_pool2d(frames, 2) - picture)
-        coarse = self._family.pack(averaged.to(latents.dtype))
-        self._layout = self._coarse
-        if self._plan.stages[stage].layout == "mixed":
-            if self._begun is None:
-                self._begun = self._select(self._family.pack(own).to(latents.dtype))
-            mixed, self._layout = self._layout.refine(coarse, self._begun)
-            children = gather_tokens(tokens, self._layout.cells(self._begun.sort(dim=1).values))
-            coarse = torch.cat([mixed[:, : mixed.shape[1] - children.shape[1]], children], dim=1)
-        return self._family.latents(coarse, self._layout), self._layout
-
-    def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        assert self._field is not None
-        before, following = self._layout, self._plan.stages[stage + 1]
-        tokens, clean = self._family.tokens(latents), self._family.tokens(denoised)
-        after = before.refined_at(self._select(clean)) if following.layout == "mixed" else self._fine
-        starts = cast(tuple[float, ...], following.sigmas)
-        lifted = self._ralu.settings.lift(
-            Switch(
-                self._family,
-                self._pipeline,
-                before,
-                after,
-                tokens,
-                clean,
-                self._field,
-                self._ralu.settings.ends[stage],
-                1.0 - starts[0],
-                self._noise,
-                self._exact,
-            )
+        return StagedRun(
+            plan,
+            family,
+            pipeline,
+            generator,
+            lift=self.settings.lift,
+            ends=self.settings.ends,
+            refined=self.refined_count(plan.rows, plan.columns),
+            frame=self.frame,
+            exact=self.fidelity == "exact",
         )
-        self._layout = after
-        return self._family.latents(lifted.to(latents.dtype), after), after
-
-    def lift(self, latents: torch.Tensor) -> torch.Tensor:
-        tokens = self._layout.to_raster(self._layout.complete(self._family.tokens(latents)))
-        return self._family.latents(tokens, self._fine)
-
-    def _select(self, denoised: torch.Tensor) -> torch.Tensor:
-        rows, columns = self._rows // 2, self._columns // 2
-        count = self._ralu.refined_count(self._rows, self._columns)
-        frames = self._family.unpack(denoised, rows, columns)
-        pixels = self._family.decode(self._pipeline, frames)
-        scores = edges.edge_scores(pixels, rows, columns, paper=not self._exact)
-        if not self._exact:
-            scores = scores + 1e-6 * self._noise(scores.shape, torch.device("cpu"))
-        return edges.top_tokens(scores, count).to(denoised.device)
-
-    def _noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-        from diffusers.utils.torch_utils import randn_tensor
-
-        noise: torch.Tensor = randn_tensor(tuple(shape), generator=self._generator, device=device, dtype=torch.float32)
-        return noise
-
-
-def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
-    """Share `total` steps out in proportion to `steps`, at least one each, by largest remainder."""
-    exact = [total * count / sum(steps) for count in steps]
-    shares = [max(1, int(value)) for value in exact]
-    while sum(shares) < total:
-        index = max(range(len(shares)), key=lambda i: exact[i] - shares[i])
-        shares[index] += 1
-    while sum(shares) > total:
-        index = min((i for i in range(len(shares)) if shares[i] > 1), key=lambda i: exact[i] - shares[i])
-        shares[index] -= 1
-    return tuple(shares)
 
 
 def _plain(value: Any) -> Any:
@@ -338,7 +240,7 @@ def _validate(settings: _Recipe, restart: float | None, base_shift: float, fidel
     steps, ends, starts = settings.steps, settings.ends, settings.starts
     if not isinstance(steps, tuple) or len(steps) not in (2, 3) or not all(is_count(count, 1) for count in steps):
         raise InvalidConfig(f"RALU needs two or three step counts of at least 1, got steps={steps!r}")
-    if not _rising(ends, len(steps) - 1):
+    if not rising(ends, len(steps) - 1):
         raise InvalidConfig(
             f"{len(steps)} stages need {len(steps) - 1} end time{'s that rise' if len(steps) == 3 else ''} between 0 "
             f"and 1, got ends={ends!r}"
@@ -356,24 +258,10 @@ def _validate(settings: _Recipe, restart: float | None, base_shift: float, fidel
     if starts is not None:
         if restart is not None:
             raise InvalidConfig("starts and restart both say where stages start; give one of them")
-        if not isinstance(starts, tuple) or len(starts) != len(ends) or not all(map(_is_time, starts)):
+        if not isinstance(starts, tuple) or len(starts) != len(ends) or not all(map(is_time, starts)):
             raise InvalidConfig(f"{len(ends)} switches need as many start times between 0 and 1, got {starts!r}")
         settings.lift.check(ends, starts)
     if not is_number(base_shift) or base_shift <= 0.0:
         raise InvalidConfig(f"base_shift must be positive, got {base_shift!r}")
     if fidelity not in ("exact", "paper"):
         raise InvalidConfig(f'fidelity is "exact" or "paper", got {fidelity!r}')
-
-
-def _is_time(value: Any) -> bool:
-    return is_number(value) and 0.0 < value < 1.0
-
-
-def _rising(times: Any, count: int) -> bool:
-    """Whether these are so many rising times between noise and data."""
-    return (
-        isinstance(times, tuple)
-        and len(times) == count
-        and all(map(_is_time, times))
-        and all(early < late for early, late in pairwise(times))
-    )

@@ -1,0 +1,154 @@
+"""A run through stages of different token layouts, and what schedules of such stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+
+from fastdit.accelerator import SchedulePlan, ScheduleRun, is_number
+from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.models.family import Family
+
+from . import edges
+from .lift import Lift, Switch, pooled
+
+
+class StagedRun(ScheduleRun):
+    """One run: the layout that it stands in, the noise that it began with, and its switches.
+
+    The plan's stages are "coarse", "mixed" (after a coarse one) or "fine"; `ends` are the times at which all but the
+    last end, `refined` counts the coarse tokens that a mixed stage splits.
+    """
+
+    def __init__(
+        self,
+        plan: SchedulePlan,
+        family: Family,
+        pipeline: Any,
+        generator: Any,
+        *,
+        lift: Lift,
+        ends: Sequence[float],
+        refined: int = 0,
+        frame: str = "coarse",
+        exact: bool = True,
+    ) -> None:
+        self._plan = plan
+        self._lift, self._ends, self._refined = lift, tuple(ends), refined
+        self._family = family
+        self._pipeline = pipeline
+        self._generator = generator
+        self._exact = exact
+        self._rows, self._columns = plan.rows, plan.columns
+        self._coarse = TokenLayout(plan.rows, plan.columns, coarse=True, frame=frame)
+        self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
+        self._layout = self._fine
+        self._field: torch.Tensor | None = None
+        self._begun: torch.Tensor | None = None
+
+    def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        self._field = self._family.tokens(latents)
+        if self._plan.stages[0].layout == "fine":
+            return latents, self._fine
+        self._layout = self._coarse
+        # The sum of four unit normals over two is a unit normal, so seeds and `latents=` keep their meaning.
+        noise = pooled(self._family, self._field, self._rows, self._columns).to(latents.dtype)
+        return self._family.latents(noise, self._layout), self._layout
+
+    def resume(
+        self, stage: int, latents: torch.Tensor, clean: torch.Tensor, sigma: float
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        tokens = self._family.tokens(latents)
+        frames = self._family.unpack(tokens, self._rows, self._columns).float()
+        batches = len(tokens) // len(clean)
+        self._field = self._family.pack((frames - (1.0 - sigma) * clean.float().repeat(batches, 1, 1, 1)) / sigma)
+        if self._plan.stages[stage].layout == "fine":
+            self._layout = self._fine
+            return latents, self._fine
+        own = torch.nn.functional.avg_pool2d(clean.float(), 2)
+        picture = (1.0 - sigma) * own.repeat(batches, 1, 1, 1)
+        # The picture is averaged as pictures are, and its noise so that it stays a unit normal.
+        averaged = picture + 2.0 * (torch.nn.functional.avg_pool2d(frames, 2) - picture)
+        coarse = self._family.pack(averaged.to(latents.dtype))
+        self._layout = self._coarse
+        if self._plan.stages[stage].layout == "mixed":
+            if self._begun is None:
+                self._begun = self._select(self._family.pack(own).to(latents.dtype))
+            mixed, self._layout = self._layout.refine(coarse, self._begun)
+            children = gather_tokens(tokens, self._layout.cells(self._begun.sort(dim=1).values))
+            coarse = torch.cat([mixed[:, : mixed.shape[1] - children.shape[1]], children], dim=1)
+        return self._family.latents(coarse, self._layout), self._layout
+
+    def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        assert self._field is not None
+        before, following = self._layout, self._plan.stages[stage + 1]
+        tokens, clean = self._family.tokens(latents), self._family.tokens(denoised)
+        after = {"coarse": self._coarse, "fine": self._fine}.get(following.layout)
+        if after is None:
+            after = before.refined_at(self._select(clean))
+        switch = Switch(
+            self._family,
+            self._pipeline,
+            before,
+            after,
+            tokens,
+            clean,
+            self._field,
+            self._ends[stage],
+            1.0 - cast(tuple[float, ...], following.sigmas)[0],
+            self._noise,
+            self._exact,
+        )
+        lifted = self._lift(switch)
+        self._layout = after
+        return self._family.latents(lifted.to(latents.dtype), after), after
+
+    def lift(self, latents: torch.Tensor) -> torch.Tensor:
+        tokens = self._layout.to_raster(self._layout.complete(self._family.tokens(latents)))
+        return self._family.latents(tokens, self._fine)
+
+    def _select(self, denoised: torch.Tensor) -> torch.Tensor:
+        rows, columns = self._rows // 2, self._columns // 2
+        frames = self._family.unpack(denoised, rows, columns)
+        pixels = self._family.decode(self._pipeline, frames)
+        scores = edges.edge_scores(pixels, rows, columns, paper=not self._exact)
+        if not self._exact:
+            scores = scores + 1e-6 * self._noise(scores.shape, torch.device("cpu"))
+        return edges.top_tokens(scores, self._refined).to(denoised.device)
+
+    def _noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        noise: torch.Tensor = randn_tensor(tuple(shape), generator=self._generator, device=device, dtype=torch.float32)
+        return noise
+
+
+def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
+    """Share `total` steps out in proportion to `steps`, at least one each, by largest remainder."""
+    exact = [total * count / sum(steps) for count in steps]
+    shares = [max(1, int(value)) for value in exact]
+    while sum(shares) < total:
+        index = max(range(len(shares)), key=lambda i: exact[i] - shares[i])
+        shares[index] += 1
+    while sum(shares) > total:
+        index = min((i for i in range(len(shares)) if shares[i] > 1), key=lambda i: exact[i] - shares[i])
+        shares[index] -= 1
+    return tuple(shares)
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value is a time between noise and data."""
+    return is_number(value) and 0.0 < value < 1.0
+
+
+def rising(times: Any, count: int) -> bool:
+    """Whether these are so many rising times between noise and data."""
+    return (
+        isinstance(times, tuple)
+        and len(times) == count
+        and all(map(is_time, times))
+        and all(early < late for early, late in pairwise(times))
+    )
