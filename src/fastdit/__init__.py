@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from .caching.step_mask import Interval, StepMask
     from .caching.teacache import TeaCache
     from .caching.toca import ToCa
+    from .engines.compile import Compile
     from .errors import (
         ConcurrentCall,
+        EngineBuildFailed,
+        EngineMismatch,
+        EngineWarning,
         FastditError,
         FastditWarning,
         IncompatibleStack,
@@ -68,6 +72,7 @@ _HOMES = {
     "FoCa": "caching.forecast",
     "DMD": "caching.forecast",
     "Coefficients": "caching.coefficients",
+    "Compile": "engines.compile",
     "load_mini": "mini",
     "FastditError": "errors",
     "UnsupportedModel": "errors",
@@ -77,6 +82,9 @@ _HOMES = {
     "NoActiveRun": "errors",
     "FastditWarning": "errors",
     "NeverFired": "errors",
+    "EngineBuildFailed": "errors",
+    "EngineMismatch": "errors",
+    "EngineWarning": "errors",
 }
 
 __all__ = [
@@ -85,10 +93,14 @@ __all__ = [
     "RALU",
     "ClusCa",
     "Coefficients",
+    "Compile",
     "ConcurrentCall",
     "DBCache",
     "DuCa",
     "EasyCache",
+    "EngineBuildFailed",
+    "EngineMismatch",
+    "EngineWarning",
     "FastditError",
     "FastditWarning",
     "FirstBlockCache",

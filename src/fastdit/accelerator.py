@@ -42,6 +42,7 @@ class Change(Enum):
     BATCH_ROWS = "which images of a batch run through a block together"
     ACTIVATION_PRECISION = "the precision of activations, which it rounds to a few bits"
     SHARED_SEQUENCE = "where the tokens are, each rank holding a part of them"
+    BLOCK_PARTS = "which parts of a block run"
 
 
 class Need(Enum):
@@ -57,6 +58,7 @@ class Need(Enum):
     FIXED_ROWS = "the same images in every block call"
     PRECISE_ACTIVATIONS = "activations that are not rounded, since an extrapolation amplifies what rounding adds"
     WHOLE_FRAME = "all the image's tokens in one place"
+    WHOLE_BLOCKS = "blocks that run as a whole"
 
 
 class Break(Enum):
@@ -75,6 +77,7 @@ VIOLATIONS: dict[Need, Change] = {
     Need.FIXED_ROWS: Change.BATCH_ROWS,
     Need.PRECISE_ACTIVATIONS: Change.ACTIVATION_PRECISION,
     Need.WHOLE_FRAME: Change.SHARED_SEQUENCE,
+    Need.WHOLE_BLOCKS: Change.BLOCK_PARTS,
 }
 
 

@@ -28,6 +28,8 @@ from .accelerator import (
 )
 from .caching.step_cache import StepCache
 from .caching.token_cache import TokenCache
+from .engines.engine import Engine
+from .engines.workshop import Workshop
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
@@ -90,6 +92,11 @@ class Stack(Sequence[Accelerator]):
     def token_cache(self) -> TokenCache | None:
         """The accelerator of the token-cache level, if any."""
         return next((accelerator for accelerator in self if isinstance(accelerator, TokenCache)), None)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The accelerator of the engine level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, Engine)), None)
 
     def _check_declarations(self) -> None:
         """Derive every conflict from what the accelerators declare."""
@@ -257,6 +264,7 @@ class Acceleration:
         self.strict = strict
         self.active: Run | None = None
         self.last_run: RunRecord | None = None
+        self.workshop = Workshop(stack.engine) if stack.engine is not None else None
         self._family = family_of(base) if isinstance(base, _pipeline_type()) else None
         self._lock = threading.Lock()
         self._replaced: dict[str, Any] = {}
@@ -355,7 +363,8 @@ class Acceleration:
     def _twin_of(self, name: str, module: nn.Module) -> nn.Module:
         known = self._denoisers.get(name)
         if known is None or known[0].module is not module:
-            denoiser = Denoiser(module, name, self, self.stack.step_cache, self._family, self.stack.token_cache)
+            stack = self.stack
+            denoiser = Denoiser(module, name, self, stack.step_cache, self._family, stack.token_cache, self.workshop)
             known = (denoiser, denoiser_twin(denoiser, self))
             self._denoisers[name] = known
         return known[1]
