@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .caching.step_mask import Interval, StepMask
     from .caching.teacache import TeaCache
     from .caching.toca import ToCa
+    from .engines.aot import AOT
     from .engines.compile import Compile
     from .errors import (
         ConcurrentCall,
@@ -72,6 +73,7 @@ _HOMES = {
     "FoCa": "caching.forecast",
     "DMD": "caching.forecast",
     "Coefficients": "caching.coefficients",
+    "AOT": "engines.aot",
     "Compile": "engines.compile",
     "load_mini": "mini",
     "FastditError": "errors",
@@ -88,6 +90,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AOT",
     "DMD",
     "FORA",
     "RALU",

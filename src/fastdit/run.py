@@ -230,8 +230,9 @@ class Run:
         self.sigmas: Any = None
         self.stage_sigmas: list[torch.Tensor] = []
         self.doubts = 0
-        #: What the engine found out about each block, by the block's id.
+        #: What the engine found out about each block, and about each model's adapters, by their ids.
         self.admitted: dict[int, Any] = {}
+        self.adapters: dict[int, Any] = {}
         self.grid: TokenLayout | None = None
         #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
         self.announced: Callable[[], int | None] = lambda: None

@@ -111,6 +111,8 @@ def canonical_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def canonical(tensor: torch.Tensor) -> torch.Tensor:
     """Give a tensor in canonical strides: itself, a view of it where it counts as contiguous, else a copy."""
     strides = canonical_strides(tuple(tensor.shape))
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.stride() == strides:
         return tensor
     if tensor.is_contiguous():

@@ -137,11 +137,24 @@ def structure_of(module: nn.Module) -> str:
 
 def _part(name: str, part: nn.Module) -> tuple[Any, ...]:
     own = {key: value for key, value in vars(part).items() if key not in _INTERNALS}
-    tensors = [
-        (key, None if tensor is None else (tuple(tensor.shape), str(tensor.dtype), str(tensor.device), tensor.stride()))
-        for key, tensor in (*part._parameters.items(), *part._buffers.items())
-    ]
+    tensors = [(key, _tensor(tensor)) for key, tensor in (*part._parameters.items(), *part._buffers.items())]
     return name, _class(cast(Hashable, type(part))), part.training, tensors, _described(own, _DEPTH)
+
+
+def _tensor(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    kind, shape = type(tensor).__name__, tuple(tensor.shape)
+    return kind, shape, tensor.stride(), str(tensor.dtype), str(tensor.device), tensor.requires_grad
+
+
+def adapters_of(module: nn.Module) -> tuple[Any, ...]:
+    """Say which LoRA layers of a module act, and how strongly: what may change between two steps of one run."""
+    return tuple(
+        (str(getattr(part, "active_adapters", "")), str(part.scaling), str(getattr(part, "merged_adapters", "")))
+        for part in module.modules()
+        if isinstance(getattr(part, "scaling", None), dict)
+    )
 
 
 def _described(value: Any, depth: int) -> Any:

@@ -23,7 +23,7 @@ from fastdit.structure import structural_twin
 
 from .arguments import canonical, mapped, outline_of, tensors_in
 from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients
-from .key import EngineKey, environment_of, structure_of, weights_of
+from .key import EngineKey, adapters_of, environment_of, structure_of, weights_of
 from .registry import Registry
 
 #: Engines of the process by the digests of their keys, each as long as some twin holds it.
@@ -65,15 +65,16 @@ class Workshop:
         self.listener = listener
         self._registry = Registry(engine.directory)
         self._engines: dict[tuple[str, Hashable], BuiltEngine | None] = {}
-        self._weights: dict[str, str] = {}
+        self._weights: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
     def admit(self, block: nn.Module, where: str) -> Admission:
         """Look at a block before a run: what it is made of, and whether an engine may run it."""
         hooked = bool(block._forward_hooks or block._forward_pre_hooks)
         module = structural_twin(block, {}, hooks=False) if hooked else block
         weights = weights_of(block) if self.engine.bakes_weights else ""
-        if self._weights.setdefault(where, weights) != weights:
-            before, self._weights[where] = self._weights[where], weights
+        before = self._weights.get(block)
+        self._weights[block] = weights
+        if before not in (None, weights):
             self._engines = {quick: built for quick, built in self._engines.items() if quick[0] != before}
         return Admission(where, module, structure_of(block), weights, refusal(block, where))
 
@@ -140,8 +141,13 @@ class Workshop:
 class EnginePass:
     """One forward under an engine: answers the calls of blocks that run."""
 
-    def __init__(self, workshop: Workshop, run: Run) -> None:
+    def __init__(self, workshop: Workshop, run: Run, model: nn.Module) -> None:
         self._workshop, self._run = workshop, run
+        adapters = adapters_of(model)
+        if run.adapters.setdefault(id(model), adapters) != adapters:
+            # A LoRA was switched or scaled between two steps.
+            run.adapters[id(model)] = adapters
+            run.admitted.clear()
         self._stage = _stage_of(run)
         self._environment: str | None = None
         self._ran = self._eager = 0

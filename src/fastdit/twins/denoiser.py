@@ -84,7 +84,7 @@ class Denoiser:
         children: dict[str, Any] = {}
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
-        engine = EnginePass(self._workshop, run) if self._workshop is not None else None
+        engine = EnginePass(self._workshop, run, self.module) if self._workshop is not None else None
         clock = Clock(_device(arguments))
         if self._cache is None and self._token_cache is None and engine is None and not children:
             output, outcome = self.module(**arguments), Outcome()
