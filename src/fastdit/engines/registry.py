@@ -32,6 +32,9 @@ VERSION = 1
 _MANIFEST = "manifest.json"
 _SECRET_BYTES = 32
 
+#: Length of a digest in hexadecimal digits; nothing in a directory is touched that is not named by one.
+_DIGITS = 32
+
 #: How much a directory keeps unless told otherwise; the entries that were used longest ago go first.
 LIMIT_BYTES = 8 << 30
 
@@ -146,14 +149,14 @@ class Registry:
         for folder in folders:
             with self._lock(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
-        for left_over in self.directory.glob(".*.partial"):
+        for left_over in self.directory.glob(f".{'[0-9a-f]' * _DIGITS}.*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
         return len(folders)
 
     def _folders(self) -> list[Path]:
         if not self.directory.is_dir():
             return []
-        return [path for path in self.directory.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        return [path for path in self.directory.glob("[0-9a-f]" * _DIGITS) if path.is_dir()]
 
     def _trim(self, newest: Path) -> None:
         """Remove the entries used longest ago until the rest fits; the newest one stays."""

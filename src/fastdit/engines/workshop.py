@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.errors import EngineBuildFailed, EngineWarning, FastditError, UnsupportedModel
+from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning, FastditError, UnsupportedModel
 from fastdit.run import Run
 from fastdit.structure import structural_twin
 
@@ -66,6 +66,20 @@ class Workshop:
         self._registry = Registry(engine.directory)
         self._engines: dict[tuple[str, Hashable], BuiltEngine | None] = {}
         self._weights: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+    def expected(self, model: nn.Module) -> int:
+        """Count the engines that a model needs for one stage: one a kind of block, or one a block."""
+        blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+        return len(blocks) if self.engine.bakes_weights else len({structure_of(block) for block in blocks})
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Say which pieces run eagerly, since no engine could be built for them, and why."""
+        return tuple(
+            f"{build.piece} {build.shape} runs eagerly: {build.failure}"
+            for build in self.builds
+            if build.failure is not None
+        )
 
     def admit(self, block: nn.Module, where: str) -> Admission:
         """Look at a block before a run: what it is made of, and whether an engine may run it."""
@@ -188,8 +202,16 @@ class EnginePass:
         if built is None:
             self._eager += 1
             return admission.module(*args, **kwargs)
+        try:
+            output = built.execute(admission.module, args, kwargs)
+        except EngineMismatch as error:
+            if self._workshop.engine.on_failure == "error":
+                raise
+            warnings.warn(f"{admission.where} runs eagerly: {error}", EngineWarning, stacklevel=2)
+            self._eager += 1
+            return admission.module(*args, **kwargs)
         self._ran += 1
-        return built.execute(admission.module, args, kwargs)
+        return output
 
 
 def _stage_of(run: Run) -> tuple[Any, ...] | None:
