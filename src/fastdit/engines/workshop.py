@@ -26,8 +26,8 @@ from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients
 from .key import EngineKey, adapters_of, environment_of, structure_of, weights_of
 from .registry import Registry
 
-#: Engines of the process by the digests of their keys, each as long as some twin holds it.
-_LIVING: weakref.WeakValueDictionary[str, BuiltEngine] = weakref.WeakValueDictionary()
+#: Engines of the process by where they are kept and the digests of their keys, each as long as some twin holds it.
+_LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ class Workshop:
             if admission.refusal is not None:
                 raise UnsupportedModel(admission.refusal)
             key = self.engine.key(call, structure=admission.structure, weights=admission.weights)
-            built = _LIVING.get(key.digest)
+            living = self._registry.directory, key.digest
+            built = _LIVING.get(living)
             if built is None:
-                built = _LIVING[key.digest] = self._build(key, call)
+                built = _LIVING[living] = self._build(key, call)
         except Exception as error:
             reason = str(error) if isinstance(error, FastditError) else f"{type(error).__name__}: {error}"
             failed = (
