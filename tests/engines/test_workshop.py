@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pieces import Written
+from torch.overrides import TorchFunctionMode
 
 import tiny
 from fastdit import (
@@ -104,6 +105,16 @@ def test_a_hook_inside_a_block_is_refused_by_name(tmp_path: Path) -> None:
     module.blocks[1].linear.register_forward_hook(lambda *_: None)
     twin = accelerate(module, [Written(directory=str(tmp_path))])
     with pytest.raises(EngineBuildFailed, match=r"blocks\.1\.linear \(Linear\) has a hook"):
+        pieces.run(twin, pieces.inputs())
+
+
+def test_something_that_answers_torch_s_functions_is_refused_by_name(tmp_path: Path) -> None:
+    class Answers(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    twin = accelerate(pieces.model(), [Written(directory=str(tmp_path))])
+    with Answers(), pytest.raises(EngineMismatch, match="Answers answers calls"):
         pieces.run(twin, pieces.inputs())
 
 

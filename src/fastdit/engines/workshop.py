@@ -22,7 +22,7 @@ from fastdit.run import Run
 from fastdit.structure import structural_twin
 
 from .arguments import canonical, mapped, outline_of, tensors_in
-from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients
+from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients, refuse_modes
 from .key import EngineKey, adapters_of, environment_of, structure_of, weights_of
 from .registry import Registry
 
@@ -157,6 +157,7 @@ class EnginePass:
     """One forward under an engine: answers the calls of blocks that run."""
 
     def __init__(self, workshop: Workshop, run: Run, model: nn.Module) -> None:
+        refuse_modes()
         self._workshop, self._run = workshop, run
         adapters = adapters_of(model)
         if run.adapters.setdefault(id(model), adapters) != adapters:
