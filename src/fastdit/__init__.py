@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention.dispatcher import Attention
     from .caching.clusca import ClusCa
     from .caching.coefficients import Coefficients
     from .caching.compositions import FORA, DBCache, TaylorSeer
@@ -52,6 +53,9 @@ _HOMES = {
     "Stack": "stack",
     "Plan": "stack",
     "RALU": "spatial.ralu",
+    "TokenCopy": "spatial.token_copy",
+    "PixelLift": "spatial.lift",
+    "LatentLift": "spatial.lift",
     "TeaCache": "caching.teacache",
     "FirstBlockCache": "caching.first_block_cache",
     "EasyCache": "caching.easycache",
@@ -67,6 +71,7 @@ _HOMES = {
     "ToCa": "caching.toca",
     "DuCa": "caching.duca",
     "ClusCa": "caching.clusca",
+    "Attention": "attention.dispatcher",
     "Reuse": "caching.forecast",
     "Taylor": "caching.forecast",
     "PublishedTaylor": "caching.forecast",
@@ -94,6 +99,7 @@ __all__ = [
     "DMD",
     "FORA",
     "RALU",
+    "Attention",
     "ClusCa",
     "Coefficients",
     "Compile",
@@ -111,10 +117,12 @@ __all__ = [
     "IncompatibleStack",
     "Interval",
     "InvalidConfig",
+    "LatentLift",
     "MagCache",
     "MagnitudeCurve",
     "NeverFired",
     "NoActiveRun",
+    "PixelLift",
     "Plan",
     "PublishedTaylor",
     "Reuse",
@@ -126,6 +134,7 @@ __all__ = [
     "TaylorSeer",
     "TeaCache",
     "ToCa",
+    "TokenCopy",
     "UnsupportedModel",
     "accelerate",
     "load_mini",
