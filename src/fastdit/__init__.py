@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from .caching.step_mask import Interval, StepMask
     from .caching.teacache import TeaCache
     from .caching.toca import ToCa
+    from .engines.aot import AOT
+    from .engines.compile import Compile
     from .errors import (
         ConcurrentCall,
+        EngineBuildFailed,
+        EngineMismatch,
+        EngineWarning,
         FastditError,
         FastditWarning,
         IncompatibleStack,
@@ -74,6 +79,8 @@ _HOMES = {
     "FoCa": "caching.forecast",
     "DMD": "caching.forecast",
     "Coefficients": "caching.coefficients",
+    "AOT": "engines.aot",
+    "Compile": "engines.compile",
     "load_mini": "mini",
     "FastditError": "errors",
     "UnsupportedModel": "errors",
@@ -83,9 +90,13 @@ _HOMES = {
     "NoActiveRun": "errors",
     "FastditWarning": "errors",
     "NeverFired": "errors",
+    "EngineBuildFailed": "errors",
+    "EngineMismatch": "errors",
+    "EngineWarning": "errors",
 }
 
 __all__ = [
+    "AOT",
     "DMD",
     "FORA",
     "RALU",
@@ -93,10 +104,14 @@ __all__ = [
     "BottleneckSampling",
     "ClusCa",
     "Coefficients",
+    "Compile",
     "ConcurrentCall",
     "DBCache",
     "DuCa",
     "EasyCache",
+    "EngineBuildFailed",
+    "EngineMismatch",
+    "EngineWarning",
     "FastditError",
     "FastditWarning",
     "FirstBlockCache",

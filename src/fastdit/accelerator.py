@@ -44,6 +44,7 @@ class Change(Enum):
     ACTIVATION_PRECISION = "the precision of activations, which it rounds to a few bits"
     SHARED_SEQUENCE = "where the tokens are, each rank holding a part of them"
     ATTENTION_BACKEND = "what its attention is handed to"
+    BLOCK_PARTS = "which parts of a block run"
 
 
 class Need(Enum):
@@ -60,6 +61,7 @@ class Need(Enum):
     PRECISE_ACTIVATIONS = "activations that are not rounded, since an extrapolation amplifies what rounding adds"
     WHOLE_FRAME = "all the image's tokens in one place"
     PLAIN_ATTENTION = "attention that is torch's scaled_dot_product_attention"
+    WHOLE_BLOCKS = "blocks that run as a whole"
 
 
 class Break(Enum):
@@ -79,6 +81,7 @@ VIOLATIONS: dict[Need, Change] = {
     Need.PRECISE_ACTIVATIONS: Change.ACTIVATION_PRECISION,
     Need.WHOLE_FRAME: Change.SHARED_SEQUENCE,
     Need.PLAIN_ATTENTION: Change.ATTENTION_BACKEND,
+    Need.WHOLE_BLOCKS: Change.BLOCK_PARTS,
 }
 
 

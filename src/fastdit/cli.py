@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -34,6 +36,9 @@ class Method(str, enum.Enum):
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+engines = typer.Typer(no_args_is_help=True, help="List or remove the engines that are kept on disk.")
+app.add_typer(engines, name="engines")
+Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 
 @app.callback()
@@ -171,6 +176,36 @@ def calibrate(
         raise typer.Exit(1) from error
     typer.echo(f"{out}: {result.provenance}")
     typer.echo(use)
+
+
+@engines.command("list")
+def list_engines(directory: Kept = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the engines that are kept, the last used first."""
+    from datetime import datetime
+
+    from fastdit.engines.registry import Registry
+
+    registry = Registry(directory)
+    entries = registry.entries()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
+        return
+    for entry in entries:
+        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        typer.echo(
+            f"{entry.digest[:12]}  {entry.size / 1e6:8.1f} MB  {used}  {entry.key['engine']} {entry.key['piece']}"
+        )
+    total = sum(entry.size for entry in entries) / 1e6
+    typer.echo(f"{len(entries)} engines, {total:.1f} MB in {registry.directory}")
+
+
+@engines.command()
+def clear(directory: Kept = None) -> None:
+    """Remove all the engines that are kept. Those that a process is using stay in its memory."""
+    from fastdit.engines.registry import Registry
+
+    registry = Registry(directory)
+    typer.echo(f"{registry.clear()} engines removed from {registry.directory}")
 
 
 def _refuse_unwritable(out: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 __all__ = [
     "ConcurrentCall",
+    "EngineBuildFailed",
+    "EngineMismatch",
+    "EngineWarning",
     "FastditError",
     "FastditWarning",
     "IncompatibleStack",
@@ -38,8 +41,20 @@ class NoActiveRun(FastditError, RuntimeError):
     """An accelerated module was called outside a run, where its caches have no clock."""
 
 
+class EngineMismatch(FastditError, RuntimeError):
+    """A call reached an engine that was built for another shape, stride, dtype, device, module or stage."""
+
+
+class EngineBuildFailed(FastditError, RuntimeError):
+    """An engine could not be built, and no eager fallback was asked for."""
+
+
 class FastditWarning(UserWarning):
     """Base of all warnings that fastdit emits."""
+
+
+class EngineWarning(FastditWarning):
+    """What is kept of an engine can't be used or kept, or a piece of the model runs eagerly in its place."""
 
 
 class NeverFired(FastditWarning):

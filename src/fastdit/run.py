@@ -39,6 +39,7 @@ class StepRecord:
 
     `action` is "computed", "reused", "forecast", or "partial" where images, tokens or block lists differ. `saved` gives
     the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for all.
+    `engine` names what ran the blocks that did run: "eager" is the model's own code.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepRecord:
     action: str
     reason: str
     seconds: float
+    engine: str
     saved: Mapping[str, float] = field(repr=False, hash=False)
     _meter: FlopMeter = field(repr=False, compare=False)
     _key: Hashable = field(repr=False, compare=False)
@@ -79,7 +81,19 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Give the record as plain data, FLOPs included."""
-        names = ("step", "stage", "branch", "denoiser", "sigma", "tokens", "batch", "action", "reason", "seconds")
+        names = (
+            "step",
+            "stage",
+            "branch",
+            "denoiser",
+            "sigma",
+            "tokens",
+            "batch",
+            "action",
+            "reason",
+            "seconds",
+            "engine",
+        )
         return {name: getattr(self, name) for name in (*names, "blocks_run", "blocks", "flops")}
 
 
@@ -222,6 +236,9 @@ class Run:
         self.doubts = 0
         #: Whether a kernel of the stack has answered the model's attention.
         self.attended = False
+        #: What the engine found out about each block, and about each model's adapters, by their ids.
+        self.admitted: dict[int, Any] = {}
+        self.adapters: dict[int, Any] = {}
         self.grid: TokenLayout | None = None
         #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
         self.announced: Callable[[], int | None] = lambda: None
@@ -383,6 +400,7 @@ class Run:
         """Close the run: drop all state and give the record."""
         self._states.clear()
         self.stage_children.clear()
+        self.admitted.clear()
         steps = tuple(make(clock.seconds()) for clock, make in self._pending)
         self._pending.clear()
         return RunRecord(steps, time.perf_counter() - self._started, completed, self.doubts, self._cache_bytes)

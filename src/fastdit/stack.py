@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,6 +31,9 @@ from .accelerator import (
 from .attention.kernel import AttentionKernel
 from .caching.step_cache import StepCache
 from .caching.token_cache import TokenCache
+from .engines.engine import Engine
+from .engines.warmup import WarmUp, progress_bar
+from .engines.workshop import Workshop
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
@@ -99,6 +103,11 @@ class Stack(Sequence[Accelerator]):
     def attention(self) -> AttentionKernel | None:
         """The accelerator of the attention level, if any."""
         return next((accelerator for accelerator in self if isinstance(accelerator, AttentionKernel)), None)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The accelerator of the engine level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, Engine)), None)
 
     def _check_declarations(self) -> None:
         """Derive every conflict from what the accelerators declare."""
@@ -206,9 +215,12 @@ class Plan:
         for stage in self.stages:
             tokens = f"{stage.tokens} tokens" if stage.tokens is not None else "the model's own tokens"
             noise = f", sigma {stage.sigmas[0]:.3f} to {stage.sigmas[-1]:.3f}" if stage.sigmas else ""
-            kernel = self.stack.attention
+            kernel, engine = self.stack.attention, self.stack.engine
             attention = f", attention by {kernel.backend_in(stage.index)}" if kernel is not None else ""
-            lines.append(f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}{attention}")
+            blocks = f", blocks by {type(engine).__name__}" if engine is not None else ""
+            lines.append(
+                f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}{attention}{blocks}"
+            )
         for accelerator in self.stack:
             lines.append(f"  {accelerator.level.value}: {accelerator.describe()}")
             lines.extend(
@@ -263,13 +275,14 @@ def _outlook(stack: Stack, steps: int) -> tuple[str, ...]:
 class Acceleration:
     """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
 
-    def __init__(self, base: Any, stack: Stack, *, strict: bool) -> None:
+    def __init__(self, base: Any, stack: Stack, *, strict: bool, workshop: Workshop | None = None) -> None:
         stack.check(base)
         self.base = base
         self.stack = stack
         self.strict = strict
         self.active: Run | None = None
         self.last_run: RunRecord | None = None
+        self.workshop = workshop if workshop is not None or stack.engine is None else Workshop(stack.engine)
         self._family = family_of(base) if isinstance(base, _pipeline_type()) else None
         self._lock = threading.Lock()
         self._replaced: dict[str, Any] = {}
@@ -285,7 +298,12 @@ class Acceleration:
 
     def plan(self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None) -> Plan:
         """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
-        return make_plan(self.stack, self.base, height, width, num_inference_steps)
+        plan = make_plan(self.stack, self.base, height, width, num_inference_steps)
+        if self.workshop is None:
+            return plan
+        counts = [self.workshop.expected(module) for module in _denoisers_of(self.base).values()]
+        need = f"{len(plan.stages) * sum(counts)} engines are needed, {sum(counts)} for each stage"
+        return replace(plan, notes=(*plan.notes, need, *self.workshop.remarks))
 
     def explain(
         self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None
@@ -361,6 +379,49 @@ class Acceleration:
                 yield run
                 outcome["completed"] = True
 
+    def warmup(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        progress: bool = True,
+        **call: Any,
+    ) -> WarmUp:
+        """Build the engines of every stage of a call, so that the call itself builds none; say what each one took.
+
+        It runs the pipeline, without the caches, for as few steps as pass through all stages. `call` holds what decides
+        the shapes or the kind of the real calls besides their size: prompts or their embeddings (a prompt of no words
+        if left out), guidance, the number of images. Raises what the call itself would raise.
+        """
+        if self.workshop is None or isinstance(self.base, nn.Module):
+            raise InvalidConfig(
+                "there is no engine to warm up; add Compile() or AOT() to the stack"
+                if self.workshop is None
+                else "a bare module is warmed up in your own loop: one step of each shape in `with twin.fastdit.run(1)`"
+            )
+        parameters = inspect.signature(type(self.base).__call__).parameters
+        own: dict[str, Any] = {"output_type": "latent", "height": height, "width": width}
+        if "prompt_embeds" not in call:
+            own["prompt"] = ""
+        given = {name: value for name, value in own.items() if name in parameters and value is not None} | call
+        with self._exclusive():
+            plan = make_plan(self.stack, self.base, height, width, num_inference_steps)
+            bare = Stack(one for one in self.stack if one.level not in (Level.STEP_CACHE, Level.TOKEN_CACHE))
+            controller = Acceleration(self.base, bare, strict=False, workshop=self.workshop)
+            controller._replaced = self._replaced
+            twin = pipeline_twin(self.base, controller, _lifted(self.base, bare))
+            twin.set_progress_bar_config(disable=True)
+            expected = len(plan.stages) * sum(map(self.workshop.expected, _denoisers_of(self.base).values()))
+            known, start = len(self.workshop.builds), time.perf_counter()
+            with progress_bar(expected, shown=progress) as show:
+                self.workshop.listener = show
+                try:
+                    twin(**given, num_inference_steps=_fewest_steps(bare, self.base, plan, height, width))
+                finally:
+                    self.workshop.listener = None
+        return WarmUp(tuple(self.workshop.builds[known:]), time.perf_counter() - start)
+
     @property
     def _has_scheduler(self) -> bool:
         return getattr(self.base, "scheduler", None) is not None
@@ -369,7 +430,9 @@ class Acceleration:
         known = self._denoisers.get(name)
         if known is None or known[0].module is not module:
             stack = self.stack
-            denoiser = Denoiser(module, name, self, stack.step_cache, self._family, stack.token_cache, stack.attention)
+            denoiser = Denoiser(
+                module, name, self, stack.step_cache, self._family, stack.token_cache, stack.attention, self.workshop
+            )
             known = (denoiser, denoiser_twin(denoiser, self))
             self._denoisers[name] = known
         return known[1]
@@ -492,9 +555,28 @@ def accelerate(
     controller = Acceleration(pipeline, stack, strict=strict)
     if isinstance(pipeline, nn.Module):
         return cast(_Base, controller.component(_BARE))
+    return cast(_Base, pipeline_twin(pipeline, controller, _lifted(pipeline, stack)))
+
+
+def _lifted(pipeline: Any, stack: Stack) -> tuple[str, ...]:
+    """Name the methods of a pipeline that may get latents of an early stage."""
     family = family_of(pipeline) if stack.schedule is not None else None
-    lifted = family.pipeline_overrides() if family is not None else ()
-    return cast(_Base, pipeline_twin(pipeline, controller, lifted))
+    return family.pipeline_overrides() if family is not None else ()
+
+
+def _fewest_steps(stack: Stack, pipeline: Any, plan: Plan, height: int | None, width: int | None) -> int:
+    """Count the steps of the shortest run with the same tokens in the same stages as a plan has."""
+    tokens = [stage.tokens for stage in plan.stages]
+    if stack.schedule is None:
+        return min(2, plan.steps)
+    for steps in range(len(tokens), plan.steps):
+        try:
+            shorter = make_plan(stack, pipeline, height, width, steps)
+        except InvalidConfig:
+            continue
+        if [stage.tokens for stage in shorter.stages] == tokens:
+            return steps
+    return plan.steps
 
 
 @lru_cache(maxsize=64)

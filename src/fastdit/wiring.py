@@ -9,7 +9,7 @@ for bit. A second replay with other latents shows which chain is the first to se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Protocol
@@ -58,6 +58,15 @@ class Wiring:
             for number, chain in enumerate(self.chains)
             for place, port in enumerate(chain.blocks)
         }
+
+
+BlockRunner = Callable[[str, int, Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Runs a block that is not skipped."""
+
+
+def run_plainly(name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block as it is."""
+    return block(*args, **kwargs)
 
 
 class BlockHandler(Protocol):
@@ -177,14 +186,15 @@ class _Answered:
 class _Recorder:
     """Runs every block and keeps its inputs and outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_block: BlockRunner) -> None:
         self.calls: list[BlockCall] = []
+        self._run_block = run_block
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = tensors_of([args, kwargs])
         versions = tuple(version_of(tensor) for tensor in tensors)
         uncounted = [(tensor, tensor.clone()) for tensor in tensors if tensor.is_inference()]
-        output = block(*args, **kwargs)
+        output = self._run_block(name, index, block, args, kwargs)
         wrote = not all(bool(((tensor == copy) | (copy != copy)).all()) for tensor, copy in uncounted)
         self.calls.append(BlockCall(name, index, block, args, kwargs, output, versions, wrote))
         return output
@@ -202,14 +212,14 @@ class Observation:
 class _Replayer:
     """Skips every block of the chains, injects their recorded ends and notes the values that entered each chain."""
 
-    def __init__(self, wiring: Wiring, ends: dict[int, list[torch.Tensor | None]]) -> None:
-        self._wiring, self._where, self._ends = wiring, wiring.where(), ends
+    def __init__(self, wiring: Wiring, ends: dict[int, list[torch.Tensor | None]], run_block: BlockRunner) -> None:
+        self._wiring, self._where, self._ends, self._run_block = wiring, wiring.where(), ends, run_block
         self.entered: dict[int, list[torch.Tensor]] = {}
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = self._where.get((name, index))
         if found is None:
-            return block(*args, **kwargs)
+            return self._run_block(name, index, block, args, kwargs)
         number, place = found
         port = self._wiring.chains[number].blocks[place]
         values: list[Any] = [read_port(source, args, kwargs) for source in port.inputs]
@@ -220,14 +230,19 @@ class _Replayer:
         return returned(port, {out: v for out, v in zip(port.outputs, values, strict=True) if out is not None})
 
 
-def observe(module: nn.Module, kwargs: dict[str, Any], children: Mapping[str, Any] | None = None) -> Observation:
-    """Run one plain forward of `module`, learn its wiring and prove it.
+def observe(
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    children: Mapping[str, Any] | None = None,
+    run_block: BlockRunner = run_plainly,
+) -> Observation:
+    """Run one plain forward of `module`, its blocks by `run_block`, learn its wiring and prove it.
 
     Costs two forwards without their blocks besides the forward itself, whose output is given with the wiring. Raises
     `UnsupportedModel`, naming what was seen, where no block list is purely carried or the replay does not reproduce
     the plain output.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(run_block)
     observed = with_handler(module, recorder, children)
     inner: list[tuple[dict[str, Any], Any]] = []
 
@@ -246,7 +261,7 @@ def observe(module: nn.Module, kwargs: dict[str, Any], children: Mapping[str, An
             raise UnsupportedModel(_explain(module, recorder.calls, kwargs))
         wiring = Wiring(tuple(chains), 0)
         # The replays get latents of their own: what writes in place must not reach the caller's.
-        replayer, probe = _Replayer(wiring, ends), _Replayer(wiring, ends)
+        replayer, probe = _Replayer(wiring, ends, run_block), _Replayer(wiring, ends, run_block)
         replayed = with_handler(module, replayer, children, hooks=False)(**_scaled_latents(module, arguments, 1.0))
         if not _equal(plain, replayed):
             raise UnsupportedModel(

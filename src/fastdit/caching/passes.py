@@ -12,19 +12,23 @@ import torch
 from fastdit.errors import IncompatibleStack, UnsupportedModel
 from fastdit.run import Outcome, Run, StepContext
 from fastdit.structure import Hole, refilled, select_rows, tensors_of
-from fastdit.wiring import BlockCall, BlockPort, Port, outputs_of, read_port, returned, version_of
+from fastdit.wiring import (
+    BlockCall,
+    BlockPort,
+    BlockRunner,
+    Port,
+    outputs_of,
+    read_port,
+    returned,
+    run_plainly,
+    version_of,
+)
 
 from .decision import BranchState, Decider, GroupState
 from .segments import Cut, Segment
 from .step_cache import Site, StepCache, Verdict
 
-BlockRunner = Callable[[str, int, Any, tuple[Any, ...], dict[str, Any]], Any]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-
-
-def run_plainly(name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block as it is."""
-    return block(*args, **kwargs)
 
 
 @dataclass
@@ -78,7 +82,8 @@ class BlockPass:
     """One forward under a step cache: answers every block call of the structural twin.
 
     `proved` holds the block lists whose rows were shown to be separable, with the shapes of their arguments, and is
-    shared by the forwards of a denoiser. `run_block` runs a block that is not skipped.
+    shared by the forwards of a denoiser. `run_block` runs a block that is not skipped, `run_leading` one that runs
+    before the decision.
     """
 
     def __init__(
@@ -89,11 +94,12 @@ class BlockPass:
         *,
         reduce: Reduce = lambda changes: changes,
         run_block: BlockRunner = run_plainly,
+        run_leading: BlockRunner = run_plainly,
         proved: set[Hashable] | None = None,
     ) -> None:
         self._cache, self._cut, self._run = cache, cut, run
         self._decider = Decider(cache, run, reduce)
-        self._run_block = run_block
+        self._run_block, self._run_leading = run_block, run_leading
         self._proved = proved if proved is not None else set()
 
     def begin(self, context: StepContext, state: BranchState, observed: Sequence[BlockCall] = ()) -> None:
@@ -128,7 +134,7 @@ class BlockPass:
             if self._tokens is None and self._entered.dim() > 2:
                 self._tokens = self._entered.shape[1]
         if place < segment.first:
-            return block(*args, **kwargs)
+            return self._run_leading(name, index, block, args, kwargs)
         if place == segment.first:
             if segment.decides:
                 self._decide(segment, values, block, args, kwargs)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastdit.accelerator import Accelerator, Break, Level, Need, is_count
+from fastdit.accelerator import Accelerator, Break, Change, Level, Need, is_count
 from fastdit.errors import FastditWarning, IncompatibleStack, InvalidConfig, UnsupportedModel
 from fastdit.layout import TokenLayout, gather_tokens
 from fastdit.models.tokens import Role, TokenRoles, token_roles
@@ -150,6 +150,7 @@ class TokenCache(Accelerator):
     stage_change: str = "reset"
 
     level: ClassVar = Level.TOKEN_CACHE
+    changes: ClassVar = frozenset({Change.BLOCK_PARTS})
     needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.FIXED_ROWS, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS})
 

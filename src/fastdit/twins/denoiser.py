@@ -11,17 +11,18 @@ from torch import nn
 
 from fastdit.attention.kernel import AttentionKernel
 from fastdit.caching.decision import BranchState
-from fastdit.caching.passes import BlockPass, ForwardPass, run_plainly
+from fastdit.caching.passes import BlockPass, ForwardPass
 from fastdit.caching.segments import Cut
 from fastdit.caching.step_cache import StepCache
 from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState
+from fastdit.engines.workshop import EnginePass, Workshop
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.flops import FlopMeter
 from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
 from fastdit.run import Clock, Outcome, Run, StepContext, StepRecord
 from fastdit.structure import ArgumentNames, same_object_twin, structural_twin, tensors_of
-from fastdit.wiring import observe, wiring_key, with_handler
+from fastdit.wiring import observe, run_plainly, wiring_key, with_handler
 
 from .hooks import rank_sum, through_hooks
 from .making import overriding, twin_class
@@ -53,6 +54,7 @@ class Denoiser:
         family: Family | None,
         token_cache: TokenCache | None = None,
         attention: AttentionKernel | None = None,
+        workshop: Workshop | None = None,
     ) -> None:
         refuse_foreign_behaviour(module, name)
         self.module = module
@@ -61,6 +63,7 @@ class Denoiser:
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
         self._attention = attention if attention is not None and not attention.neutral else None
+        self._workshop = workshop
         self._family = family
         self._cuts: dict[Hashable, Cut] = {}
         self._proved: set[Hashable] = set()
@@ -84,17 +87,21 @@ class Denoiser:
         children: dict[str, Any] = {}
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
+        engine = None
+        if self._workshop is not None:
+            engine = EnginePass(self._workshop, run, self.module, self._attention)
         clock = Clock(_device(arguments))
         with self._attention.acting(run) if self._attention is not None else nullcontext():
-            if self._cache is None and self._token_cache is None and not children:
+            if self._cache is None and self._token_cache is None and engine is None and not children:
                 output, outcome = self.module(**arguments), Outcome()
             else:
-                output, outcome = self._through_stack(run, context, arguments, children)
+                output, outcome = self._through_stack(run, context, arguments, children, engine)
         clock.stop()
         if run.schedule is not None:
             assert self._family is not None and run.layout is not None
             output = self._family.velocity(output, run.layout)
-        self._record(run, context, arguments, children, clock, outcome)
+        name = engine.name if engine is not None else "eager"
+        self._record(run, context, arguments, children, clock, outcome, name)
         return output
 
     def _at_stage(self, run: Run, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,19 +122,24 @@ class Denoiser:
         return placed, run.stage_children[key]
 
     def _through_stack(
-        self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any]
+        self,
+        run: Run,
+        context: StepContext,
+        arguments: dict[str, Any],
+        children: dict[str, Any],
+        engine: EnginePass | None,
     ) -> tuple[Any, Outcome]:
         """Run the forward on a structural twin, between the hooks of the user's module."""
         if self._cache is not None and self._cache.whole_forward:
-            return self._through_forward(run, context, arguments, children, self._cache)
+            return self._through_forward(run, context, arguments, children, self._cache, engine)
         outcomes: list[Outcome] = []
 
         def forward(given: dict[str, Any]) -> Any:
             tokens = self._token_pass(run, context, given)
             if self._cache is not None:
-                output, outcome = self._through_blocks(run, context, given, children, self._cache, tokens)
+                output, outcome = self._through_blocks(run, context, given, children, self._cache, tokens, engine)
             else:
-                output, outcome = self._through_tokens(given, children, tokens)
+                output, outcome = self._uncached(given, children, tokens, engine)
             outcomes.append(outcome)
             return output
 
@@ -135,18 +147,26 @@ class Denoiser:
         run.weigh()
         return output, outcomes[0]
 
-    def _through_tokens(
-        self, arguments: dict[str, Any], children: dict[str, Any], tokens: TokenPass | None
+    def _uncached(
+        self, arguments: dict[str, Any], children: dict[str, Any], tokens: TokenPass | None, engine: EnginePass | None
     ) -> tuple[Any, Outcome]:
-        """Run a forward that is not skipped, under the token cache if there is one."""
-        if tokens is None:
-            return structural_twin(self.module, children)(**arguments), Outcome()
-        return with_handler(self.module, tokens, children)(**arguments), tokens.end()
+        """Run a forward that is not skipped, under the token cache or the engine if there is one."""
+        if tokens is not None:
+            return with_handler(self.module, tokens, children)(**arguments), tokens.end()
+        if engine is not None:
+            return with_handler(self.module, engine, children)(**arguments), Outcome()
+        return structural_twin(self.module, children)(**arguments), Outcome()
 
     def _through_forward(
-        self, run: Run, context: StepContext, arguments: dict[str, Any], children: dict[str, Any], cache: StepCache
+        self,
+        run: Run,
+        context: StepContext,
+        arguments: dict[str, Any],
+        children: dict[str, Any],
+        cache: StepCache,
+        engine: EnginePass | None,
     ) -> tuple[Any, Outcome]:
-        """Run or skip the whole forward; a token cache acts in those that run."""
+        """Run or skip the whole forward; a token cache or an engine acts in those that run."""
         latents = next(iter(arguments.values()))
         if run.schedule is not None and cache.stage_change == "carry" and latents.dim() != 3:
             raise IncompatibleStack(
@@ -165,7 +185,7 @@ class Denoiser:
                 own = self._family.child_overrides(self.module, layout, latents)
 
             def forward(given: dict[str, Any]) -> Any:
-                output, outcome = self._through_tokens(given, own, self._token_pass(run, context, given))
+                output, outcome = self._uncached(given, own, self._token_pass(run, context, given), engine)
                 inner.append(outcome)
                 return output
 
@@ -185,10 +205,12 @@ class Denoiser:
         children: dict[str, Any],
         cache: StepCache,
         tokens: TokenPass | None,
+        engine: EnginePass | None,
     ) -> tuple[Any, Outcome]:
         """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
         key = wiring_key(arguments)
-        seen = None if key in self._cuts else observe(self.module, arguments, children)
+        run_block = engine.call if engine is not None else run_plainly
+        seen = None if key in self._cuts else observe(self.module, arguments, children, run_block)
         if seen is not None:
             self._cuts[key] = Cut(seen.wiring, cache)
         passed = BlockPass(
@@ -196,7 +218,8 @@ class Denoiser:
             self._cuts[key],
             run,
             reduce=rank_sum(self.module),
-            run_block=tokens.call if tokens is not None else run_plainly,
+            run_block=tokens.call if tokens is not None else run_block,
+            run_leading=run_block,
             proved=self._proved,
         )
         passed.begin(context, self._state(run, context, cache), seen.calls if seen is not None else ())
@@ -234,6 +257,7 @@ class Denoiser:
         children: dict[str, Any],
         clock: Clock,
         outcome: Outcome,
+        engine: str,
     ) -> None:
         first = next(iter(arguments.values()))
         latents = first if isinstance(first, torch.Tensor) else tensors_of(first)[0]
@@ -249,7 +273,7 @@ class Denoiser:
         def make(seconds: float) -> StepRecord:
             return StepRecord(
                 context.step, context.stage, context.branch, self.name, None if sigma is None else float(sigma), tokens,
-                batch, outcome.action, outcome.reason, seconds, outcome.saved, meter, key,
+                batch, outcome.action, outcome.reason, seconds, engine, outcome.saved, meter, key,
             )  # fmt: skip
 
         run.note(clock, make)

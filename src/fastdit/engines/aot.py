@@ -1,0 +1,189 @@
+"""AOTInductor packages for the blocks of a model: one for each kind of block and stage, loaded without any tracing.
+
+    engine(block, x) = shared object compiled for type(block) at x's shape, its constants = the block's own weights
+
+A package holds no weights. Every block has a runner of its own, whose constants are the module's tensors themselves, so
+an in-place change (a LoRA that is fused) is seen at the next call, and tensors that are replaced are bound anew. The
+compiled code checks nothing of its arguments and gives wrong numbers for a wrong stride; the checks are those of
+`engine.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdit.accelerator import register
+from fastdit.errors import EngineMismatch, UnsupportedModel
+from fastdit.structure import Hole, refilled, tensors_of
+
+from .arguments import mapped, tensors_in
+from .compile import inductor_in
+from .engine import Engine, Execute, PieceCall
+
+_PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
+_PREFIX = "piece."
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class AOT(Engine):
+    """Run blocks from packages that AOTInductor compiled ahead of time."""
+
+    def check(self, pipeline: Any, transformer: Any) -> None:
+        if not hasattr(torch._inductor.config.aot_inductor, "package_constants_in_so"):
+            raise UnsupportedModel(
+                f"AOT needs a torch whose packages can go without weights, and this is {torch.__version__}; take a "
+                "newer one, or Compile()"
+            )
+
+    def build(self, call: PieceCall, folder: Path) -> Execute:
+        if not (folder / _PACKAGE).exists():
+            _package(call, folder)
+        return _Packaged(folder, call).execute
+
+
+class _Flat(nn.Module):
+    """A piece as a function from the tensors among its arguments to those among its outputs."""
+
+    def __init__(self, call: PieceCall) -> None:
+        super().__init__()
+        self.piece = call.module
+        self.__dict__["_call"] = call
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        call, given = self.__dict__["_call"], iter(tensors)
+        args, kwargs = mapped([call.args, call.kwargs], lambda _: next(given))
+        return tensors_of(self.piece(*args, **kwargs))
+
+
+def _package(call: PieceCall, folder: Path) -> None:
+    """Compile a piece and write its package, the shape of its output, and what it holds besides weights."""
+    output = call.module(*call.args, **call.kwargs)
+    with inductor_in(folder.with_suffix(".work")):
+        exported = torch.export.export(_Flat(call), tuple(tensors_in([call.args, call.kwargs])))
+        torch._inductor.aoti_compile_and_package(
+            exported,
+            package_path=str(folder / _PACKAGE),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
+    (folder / _OUTPUT).write_text(json.dumps(_encoded(output)), encoding="utf-8")
+    own = {name for name, _ in _tensors(call.module)}
+    lifted = {
+        name: value.detach().contiguous()
+        for name, value in exported.constants.items()
+        if isinstance(value, torch.Tensor) and name.removeprefix(_PREFIX) not in own
+    }
+    if lifted:
+        from safetensors.torch import save_file
+
+        save_file(lifted, folder / _CONSTANTS)
+
+
+class _Packaged:
+    """A package and its runners, one for each module that it has been called with."""
+
+    def __init__(self, folder: Path, call: PieceCall) -> None:
+        self._package = str(folder / _PACKAGE)
+        self._device = call.device
+        self._output = _decoded(json.loads((folder / _OUTPUT).read_bytes()))
+        self._lifted: dict[str, torch.Tensor] = {}
+        if (folder / _CONSTANTS).exists():
+            from safetensors.torch import load_file
+
+            self._lifted = load_file(folder / _CONSTANTS, device=str(call.device))
+        self._outlines = {name: _outline(tensor) for name, tensor in _tensors(call.module)}
+        self._runners: weakref.WeakKeyDictionary[nn.Module, _Runner] = weakref.WeakKeyDictionary()
+
+    def execute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        runner = self._runners.get(module)
+        if runner is None:
+            runner = self._runners[module] = _Runner(self._package, self._device)
+        if not runner.bound:
+            tensors = dict(_tensors(module))
+            for name, tensor in tensors.items():
+                if _outline(tensor) != self._outlines.get(name):
+                    raise EngineMismatch(
+                        f"AOT for {type(module).__name__}: the weight {name} is {_outline(tensor)} and was "
+                        f"{self._outlines.get(name)} when it was built; change the model between runs, not in them"
+                    )
+            runner.bind(module, {**self._lifted, **{_PREFIX + name: tensor for name, tensor in tensors.items()}})
+        return refilled(self._output, iter(runner.run(tensors_in([args, kwargs]))))
+
+
+class _Runner:
+    """Compiled code with the tensors of one module as its constants. It holds them: the code has their addresses."""
+
+    def __init__(self, package: str, device: torch.device) -> None:
+        self._model = torch._inductor.aoti_load_package(
+            package, device_index=-1 if device.index is None else device.index
+        )
+        self._names = self._model.get_constant_fqns()
+        self._held: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+
+    @property
+    def bound(self) -> bool:
+        """Whether the module's tensors are still those that the code has the addresses of."""
+        return bool(self._held) and all(
+            place.get(name) is tensor and tensor.data_ptr() == address for place, name, tensor, address in self._held
+        )
+
+    def bind(self, module: nn.Module, constants: Mapping[str, torch.Tensor]) -> None:
+        """Make the module's tensors the constants."""
+        needed = {name: constants[name].detach() for name in self._names}
+        self._model.load_constants(needed, check_full_update=True, user_managed=True)
+        self._constants = needed
+        self._held = [
+            (place, name, tensor, tensor.data_ptr())
+            for part in module.modules()
+            for place in (part._parameters, part._buffers)
+            for name, tensor in place.items()
+            if tensor is not None
+        ]
+
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the code."""
+        outputs: list[torch.Tensor] = self._model.loader.boxed_run(tensors)
+        return outputs
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _encoded(output: Any) -> Any:
+    """Write down how a piece's output is nested: "tensor", null, or one of these in a tuple, a list or a dictionary."""
+    if isinstance(output, torch.Tensor):
+        return "tensor"
+    if output is None:
+        return None
+    if type(output) in (tuple, list):
+        return {type(output).__name__: [_encoded(item) for item in output]}
+    if type(output) is dict:
+        return {"dict": {name: _encoded(item) for name, item in output.items()}}
+    raise UnsupportedModel(f"its output holds a {type(output).__name__}, which a package can't give; use Compile()")
+
+
+def _decoded(data: Any) -> Any:
+    """Undo `_encoded`, with a hole for each tensor."""
+    if data is None:
+        return None
+    if data == "tensor":
+        return Hole()
+    ((kind, items),) = data.items()
+    if kind == "dict":
+        return {name: _decoded(item) for name, item in items.items()}
+    decoded = [_decoded(item) for item in items]
+    return tuple(decoded) if kind == "tuple" else decoded
