@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import fastdit
@@ -59,9 +60,45 @@ def efficiency(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def quality(results: Results) -> list[str]:
+def engines(data: Mapping[str, Any]) -> list[str]:
+    names = list(data["stages"][0]["ratios"])
+    lines = [f"| image tokens | eager, s | {' | '.join(f'{name}: faster, first call, error' for name in names)} |"]
+    lines.append(f"|--:|--:|{'--:|' * len(names)}")
+    for row in data["stages"]:
+        eager = row["errors"]["eager"]
+        cells = (
+            f"{interval(row['ratios'][name], 2)}, {row['first'][name]:.0f} s, {row['errors'][name] / eager:.2f}"
+            for name in names
+        )
+        lines.append(f"| {row['tokens']} | {median(row['seconds']['eager']):.3f} | {' | '.join(cells)} |")
+    starts = "; ".join(
+        f"{name} {first:.1f} s, then {second:.1f} s ({first / second:.1f} times sooner)"
+        for name, (first, second) in data["starts"].items()
+    )
     return [
-        "## Quality at equal time on the embedded pipeline",
+        "## Engines at the shapes of RALU's three stages",
+        f"A random FLUX of {data['parameters'] / 1e6:.0f} M parameters in {data['dtype']}. Errors are to the same "
+        f"model in float32, as multiples of the eager model's (bar {data['bars']['error']}).",
+        "\n".join(lines),
+        f"First picture in a first process, and in a second one: {starts}.",
+        machine(data),
+    ]
+
+
+def composition(data: Mapping[str, Any]) -> list[str]:
+    lines = ["| part | faster |", "|---|--:|"]
+    lines += [f"| {name} | {interval(ratio, 2)} |" for name, ratio in data["speed_ups"].items()]
+    return [
+        "## RALU, TeaCache and Compile together",
+        f"Measured over the product of the parts: **{interval(data['share'], 3)}** (bar {data['bar']}).",
+        "\n".join(lines),
+        machine(data),
+    ]
+
+
+def quality(results: Results, title: str = "Quality at equal time on the embedded pipeline") -> list[str]:
+    return [
+        f"## {title}",
         f"{len(results.prompts)} held-out prompts, {results.images_per_round} a call, calls in turns. The judge's soft "
         "score (0 to 1) is compared with plain sampling of fewer steps that takes as long.",
         markdown(results),
@@ -159,6 +196,8 @@ SECTIONS = (
     ("overhead", overhead),
     ("overhead-mini", overhead),
     ("efficiency", efficiency),
+    ("engines", engines),
+    ("composition", composition),
 )
 
 
@@ -170,6 +209,9 @@ def main() -> None:
             parts += section(json.loads(path.read_text(encoding="utf-8")))
     if (path := RESULTS / "quality.json").exists():
         parts += quality(Results.load(path))
+    for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
+        if (path := RESULTS / f"spatial-{mini}.json").exists():
+            parts += quality(Results.load(path), title)
     if (path := RESULTS / "caching.json").exists():
         parts += caching(Results.load(path))
     if (path := RESULTS / "isolation.json").exists():

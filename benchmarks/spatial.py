@@ -1,4 +1,4 @@
-"""Schedules at equal time on the embedded pipelines: RALU's parts, the paper's recipe, rivals, and fewer plain steps."""
+"""Schedules at equal time on the embedded pipelines: RALU's parts, its paper's recipe, rivals, fewer plain steps."""
 
 from __future__ import annotations
 
