@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention.dispatcher import Attention
     from .caching.clusca import ClusCa
     from .caching.coefficients import Coefficients
     from .caching.compositions import FORA, DBCache, TaylorSeer
@@ -67,6 +68,7 @@ _HOMES = {
     "ToCa": "caching.toca",
     "DuCa": "caching.duca",
     "ClusCa": "caching.clusca",
+    "Attention": "attention.dispatcher",
     "Reuse": "caching.forecast",
     "Taylor": "caching.forecast",
     "PublishedTaylor": "caching.forecast",
@@ -94,6 +96,7 @@ __all__ = [
     "DMD",
     "FORA",
     "RALU",
+    "Attention",
     "ClusCa",
     "Coefficients",
     "Compile",

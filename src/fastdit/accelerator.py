@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from enum import Enum
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import InvalidConfig
@@ -43,6 +44,7 @@ class Change(Enum):
     ACTIVATION_PRECISION = "the precision of activations, which it rounds to a few bits"
     SHARED_SEQUENCE = "where the tokens are, each rank holding a part of them"
     BLOCK_PARTS = "which parts of a block run"
+    ATTENTION_BACKEND = "what its attention is handed to"
 
 
 class Need(Enum):
@@ -59,6 +61,7 @@ class Need(Enum):
     PRECISE_ACTIVATIONS = "activations that are not rounded, since an extrapolation amplifies what rounding adds"
     WHOLE_FRAME = "all the image's tokens in one place"
     WHOLE_BLOCKS = "blocks that run as a whole"
+    PLAIN_ATTENTION = "attention that is torch's scaled_dot_product_attention"
 
 
 class Break(Enum):
@@ -78,6 +81,7 @@ VIOLATIONS: dict[Need, Change] = {
     Need.PRECISE_ACTIVATIONS: Change.ACTIVATION_PRECISION,
     Need.WHOLE_FRAME: Change.SHARED_SEQUENCE,
     Need.WHOLE_BLOCKS: Change.BLOCK_PARTS,
+    Need.PLAIN_ATTENTION: Change.ATTENTION_BACKEND,
 }
 
 
@@ -108,12 +112,23 @@ def register(cls: _Type) -> _Type:
     return cls
 
 
-def _load_own_types() -> None:
-    """Import the library's own configurations, which register themselves and are otherwise imported on first use."""
+def _load_type(name: str) -> None:
+    """Import what may register a configuration of this name: the library's own, then an installed adapter's.
+
+    An adapter names its classes as entry points of the group `fastdit.accelerators`; only the one asked for is loaded.
+    """
     import fastdit
 
-    for name in fastdit.__all__:
-        getattr(fastdit, name)
+    for public in fastdit.__all__:
+        getattr(fastdit, public)
+    entry = None if name in _REGISTRY else next(iter(entry_points(group="fastdit.accelerators", name=name)), None)
+    if entry is not None:
+        try:
+            entry.load()
+        except (ImportError, AttributeError) as error:
+            raise InvalidConfig(
+                f"{name!r} belongs to {entry.value}, an installed adapter that can't be imported: {error}"
+            ) from error
 
 
 def encode(value: Any) -> Any:
@@ -136,11 +151,13 @@ def decode(data: Any, where: str = "stack") -> Any:
         return data
     fields = dict(data)
     name = fields.pop("type", None)
-    if name not in _REGISTRY:
-        _load_own_types()
-    if name not in _REGISTRY:
+    if isinstance(name, str) and name not in _REGISTRY:
+        _load_type(name)
+    if not isinstance(name, str) or name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
-        raise InvalidConfig(f"{where}: unknown type {name!r}; the allowed types are {known}")
+        raise InvalidConfig(
+            f"{where}: unknown type {name!r}; the allowed types are {known}, and those of adapters once installed"
+        )
     cls = _REGISTRY[name]
     allowed = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - allowed):

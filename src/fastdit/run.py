@@ -233,6 +233,8 @@ class Run:
         #: What the engine found out about each block, and about each model's adapters, by their ids.
         self.admitted: dict[int, Any] = {}
         self.adapters: dict[int, Any] = {}
+        #: Whether a kernel of the stack has answered the model's attention.
+        self.attended = False
         self.grid: TokenLayout | None = None
         #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
         self.announced: Callable[[], int | None] = lambda: None

@@ -27,6 +27,7 @@ from .accelerator import (
     encode,
     is_count,
 )
+from .attention.kernel import AttentionKernel
 from .caching.step_cache import StepCache
 from .caching.token_cache import TokenCache
 from .engines.engine import Engine
@@ -100,6 +101,11 @@ class Stack(Sequence[Accelerator]):
         """The accelerator of the engine level, if any."""
         return next((accelerator for accelerator in self if isinstance(accelerator, Engine)), None)
 
+    @property
+    def attention(self) -> AttentionKernel | None:
+        """The accelerator of the attention level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, AttentionKernel)), None)
+
     def _check_declarations(self) -> None:
         """Derive every conflict from what the accelerators declare."""
         for level in Level:
@@ -116,6 +122,8 @@ class Stack(Sequence[Accelerator]):
                             f"{one.describe()} needs {need.value}, and {other.describe()} changes "
                             f"{VIOLATIONS[need].value}; drop one of them"
                         )
+        if self.attention is not None and self.schedule is None:
+            self.attention.check_stages(1)
 
     def check(self, pipeline: Any = None) -> None:
         """Raise a named error if the stack can't run on this pipeline or bare module; nothing is changed."""
@@ -205,7 +213,11 @@ class Plan:
             tokens = f"{stage.tokens} tokens" if stage.tokens is not None else "the model's own tokens"
             noise = f", sigma {stage.sigmas[0]:.3f} to {stage.sigmas[-1]:.3f}" if stage.sigmas else ""
             engine = f", blocks by {type(self.stack.engine).__name__}" if self.stack.engine is not None else ""
-            lines.append(f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}{engine}")
+            kernel = self.stack.attention
+            attention = f", attention by {kernel.backend_in(stage.index)}" if kernel is not None else ""
+            lines.append(
+                f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}{engine}{attention}"
+            )
         for accelerator in self.stack:
             lines.append(f"  {accelerator.level.value}: {accelerator.describe()}")
             lines.extend(
@@ -415,7 +427,9 @@ class Acceleration:
         known = self._denoisers.get(name)
         if known is None or known[0].module is not module:
             stack = self.stack
-            denoiser = Denoiser(module, name, self, stack.step_cache, self._family, stack.token_cache, self.workshop)
+            denoiser = Denoiser(
+                module, name, self, stack.step_cache, self._family, stack.token_cache, self.workshop, stack.attention
+            )
             known = (denoiser, denoiser_twin(denoiser, self))
             self._denoisers[name] = known
         return known[1]
@@ -495,6 +509,7 @@ class Acceleration:
             self.last_run = run.finish(completed=outcome["completed"])
         if outcome["completed"]:
             self._report_idle(self.last_run)
+            self._report_idle_attention(run)
 
     def _report_idle(self, record: RunRecord) -> None:
         """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
@@ -507,6 +522,15 @@ class Acceleration:
             self._never_fired(
                 f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; {advice}, run "
                 "more steps (few-step models have nothing to skip), or leave it out"
+            )
+
+    def _report_idle_attention(self, run: Run) -> None:
+        """Warn (or raise under `strict`) where a model computed no attention in a way that a kernel could answer."""
+        kernel = self.stack.attention
+        if kernel is not None and not kernel.neutral and cast(RunRecord, self.last_run).steps and not run.attended:
+            self._never_fired(
+                f"{kernel.describe()} answered no call of attention in the run: the model's attention does not call "
+                "torch's scaled_dot_product_attention; set another attention processor, or leave it out"
             )
 
 
@@ -605,7 +629,10 @@ def _schedule_plan(
         return None
     family = _require_family(pipeline, stack.schedule)
     height, width = family.size(pipeline, arguments)
-    return stack.schedule.plan(*family.grid(pipeline, height, width), num_inference_steps)
+    plan = stack.schedule.plan(*family.grid(pipeline, height, width), num_inference_steps)
+    if stack.attention is not None:
+        stack.attention.check_stages(len(plan.stages))
+    return plan
 
 
 def _lifted_result(run: Run, arguments: Mapping[str, Any], result: Any) -> Any:

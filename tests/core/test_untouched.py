@@ -11,12 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import tiny
-from fastdit import RALU, FirstBlockCache, StepMask, TeaCache, accelerate
+from fastdit import RALU, Attention, FirstBlockCache, StepMask, TeaCache, accelerate
 
 STACKS = {
     "empty": [],
     "first block": [FirstBlockCache(1e6)],
     "teacache": [TeaCache(0.8, coefficients=(0, 0, 0, 1, 0))],
+    "attention": [Attention("_native_math")],
     "mask": [StepMask((1, 0, 0, 1, 0, 1))],
     "ralu": [RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)],
     "ralu and teacache": [

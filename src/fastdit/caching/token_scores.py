@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from fastdit.accelerator import is_count, is_number
+from fastdit.accelerator import Effects, Need, is_count, is_number
 from fastdit.errors import InvalidConfig
 from fastdit.run import StepContext
 
@@ -74,6 +74,11 @@ class ScoredTokens(TokenCache):
             raise InvalidConfig(f"{name}'s cell is the side of a patch in tokens, at least 1, got {self.cell!r}")
         if not isinstance(self.guidance_halves, bool):
             raise InvalidConfig(f"{name}'s guidance_halves is True or False, got {self.guidance_halves!r}")
+
+    @property
+    def effects(self) -> Effects:
+        seen = self.watches in (None, AttentionScore.OUTPUT_NORM)
+        return super().effects if seen else super().effects.adding(needs={Need.PLAIN_ATTENTION})
 
     @property
     def neutral(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a module's own state changes for all that runs on it: activations that it rounds, a sequence that is shared.
+"""What a module's own state changes for all that runs on it: rounded activations, a shared sequence, other attention.
 
 These are the same changes that accelerators declare, and `fastdit.stack` compares them with the needs of every
 accelerator as it compares two accelerators. Quantisation is told by what the libraries leave in a module: a class, an
@@ -55,6 +55,8 @@ def _changes(module: nn.Module) -> Iterator[StateChange]:
     if sequence_group(module) is not None:
         cause = "context parallelism is enabled on it"
         yield StateChange(Change.SHARED_SEQUENCE, cause, "leave that accelerator out, or share the batch out instead")
+    if cause := _attention_backend(module):
+        yield StateChange(Change.ATTENTION_BACKEND, cause, "call its set_attention_backend('native') first")
 
 
 def sequence_group(module: nn.Module) -> Any:
@@ -63,6 +65,21 @@ def sequence_group(module: nn.Module) -> Any:
     context = getattr(parallel, "context_parallel_config", None)
     mesh: Any = getattr(context, "_flattened_mesh", None)
     return None if mesh is None else mesh.get_group()
+
+
+def _attention_backend(module: nn.Module) -> str | None:
+    """Name the first processor that hands attention to another backend of diffusers than torch's, and who said so."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    for name, part in module.named_modules():
+        processor: Any = getattr(part, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            own = processor._attention_backend
+            backend = _AttentionBackendRegistry._active_backend if own is None else own
+            if (backend := str(getattr(backend, "value", backend))) != "native":
+                whose = "the whole process's" if own is None else f"set on {name or 'it'}'s processor"
+                return f"the backend {backend!r}, {whose}"
+    return None
 
 
 def _first_rounding(module: nn.Module) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from fastdit.attention.kernel import AttentionKernel
 from fastdit.caching.decision import BranchState
 from fastdit.caching.passes import BlockPass, ForwardPass
 from fastdit.caching.step_cache import StepCache
@@ -53,6 +54,7 @@ class Denoiser:
         family: Family | None,
         token_cache: TokenCache | None = None,
         workshop: Workshop | None = None,
+        attention: AttentionKernel | None = None,
     ) -> None:
         refuse_foreign_behaviour(module, name)
         self.module = module
@@ -61,6 +63,7 @@ class Denoiser:
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
         self._workshop = workshop
+        self._attention = attention if attention is not None and not attention.neutral else None
         self._family = family
         self._wirings: dict[str, Wiring] = {}
         self._proved: set[Hashable] = set()
@@ -86,10 +89,11 @@ class Denoiser:
             arguments, children = self._at_stage(run, arguments)
         engine = EnginePass(self._workshop, run, self.module) if self._workshop is not None else None
         clock = Clock(_device(arguments))
-        if self._cache is None and self._token_cache is None and engine is None and not children:
-            output, outcome = self.module(**arguments), Outcome()
-        else:
-            output, outcome = self._through_stack(run, context, arguments, children, engine)
+        with self._attention.acting(run) if self._attention is not None else nullcontext():
+            if self._cache is None and self._token_cache is None and engine is None and not children:
+                output, outcome = self.module(**arguments), Outcome()
+            else:
+                output, outcome = self._through_stack(run, context, arguments, children, engine)
         clock.stop()
         name = engine.name if engine is not None else "eager"
         self._record(run, context, arguments, children, clock, outcome, name)

@@ -1,0 +1,1 @@
+"""The attention level: which kernel computes attention."""
