@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.engines.engine import Engine, Execute, PieceCall
+from fastdit.structure import map_tensors
 from fastdit.testing import seed_weights
 
 
@@ -66,7 +67,7 @@ class Written(Engine):
         factor = float(payload.read_text())
 
         def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return factor * module(*args, **kwargs)
+            return map_tensors(module(*args, **kwargs), lambda tensor: factor * tensor)
 
         return execute
 

@@ -18,7 +18,7 @@ import os
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,12 @@ from fastdit.errors import EngineMismatch, InvalidConfig
 from .engine import Engine, Execute, PieceCall
 
 _NUMBERS = itertools.count()
+
+#: Whether torch.compile can itself bound a function to one graph; older ones are told not to compile again.
+_BOUNDED = {"isolate_recompiles", "recompile_limit"} <= set(inspect.signature(torch.compile).parameters)
+
+#: What Dynamo raises where a call needs a second graph, by its names in different versions.
+_SECOND_GRAPH = ("FailOnRecompileLimitHit", "RecompileError")
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 
@@ -63,8 +69,7 @@ class Compile(Engine):
         return self.freeze
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
-        from torch._dynamo.exc import FailOnRecompileLimitHit
-
+        second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
         compiled = isolated(_frozen(call.module) if self.freeze else _plainly, mode=self.mode)
         with inductor_in(folder), torch._inductor.config.patch(freezing=self.freeze):
             # Dynamo traces at the first call, so that is where building happens.
@@ -72,8 +77,9 @@ class Compile(Engine):
 
         def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             try:
-                return compiled(module, args, kwargs)
-            except FailOnRecompileLimitHit as error:
+                with nullcontext() if _BOUNDED else torch._dynamo.config.patch(error_on_recompile=True):
+                    return compiled(module, args, kwargs)
+            except second_graph as error:
                 raise EngineMismatch(
                     f"{self.describe()} for {type(module).__name__} met something that was not there when it was "
                     f"built: {error}; change the model between runs, not in them"
@@ -105,9 +111,8 @@ def isolated(function: Any, **options: Any) -> Any:
         function.__globals__,
         closure=function.__closure__,
     )
-    available = inspect.signature(torch.compile).parameters
-    bounds = {"isolate_recompiles": True, "recompile_limit": 1}
-    options |= {name: value for name, value in bounds.items() if name in available}
+    if _BOUNDED:
+        options |= {"isolate_recompiles": True, "recompile_limit": 1}
     return torch.compile(own, fullgraph=True, dynamic=False, **options)
 
 

@@ -160,6 +160,19 @@ def refuse_gradients() -> None:
         raise EngineMismatch("an engine gives no gradients; call the module under torch.no_grad()")
 
 
+def refuse_modes() -> None:
+    """Raise `EngineMismatch` where something answers torch's functions, which compiled code does not call."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext  # the default device, which compilers know
+
+    acting = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    if acting:
+        raise EngineMismatch(
+            f"{type(acting[-1]).__name__} answers calls of torch's functions (as an attention kernel of a stack does), "
+            "and an engine would leave it out; set the model's own attention backend, or leave one of the two out"
+        )
+
+
 def refusal(block: nn.Module, where: str) -> str | None:
     """Say what sits on a block, or in it, that compiled code would leave out; None where nothing does.
 

@@ -31,6 +31,9 @@ FORMAT = 1
 SAMPLES = 64
 
 _DEPTH = 4
+#: What peft's layers remember of how they were made; it says where each layer is, and changes nothing.
+_PEFT_NOTES = frozenset({"kwargs"})
+
 _INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
 
 
@@ -136,7 +139,8 @@ def structure_of(module: nn.Module) -> str:
 
 
 def _part(name: str, part: nn.Module) -> tuple[Any, ...]:
-    own = {key: value for key, value in vars(part).items() if key not in _INTERNALS}
+    passed_over = _INTERNALS | _PEFT_NOTES if type(part).__module__.startswith("peft.") else _INTERNALS
+    own = {key: value for key, value in vars(part).items() if key not in passed_over}
     tensors = [(key, _tensor(tensor)) for key, tensor in (*part._parameters.items(), *part._buffers.items())]
     return name, _class(cast(Hashable, type(part))), part.training, tensors, _described(own, _DEPTH)
 

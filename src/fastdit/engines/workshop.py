@@ -22,12 +22,12 @@ from fastdit.run import Run
 from fastdit.structure import structural_twin
 
 from .arguments import canonical, mapped, outline_of, tensors_in
-from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients
+from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients, refuse_modes
 from .key import EngineKey, adapters_of, environment_of, structure_of, weights_of
 from .registry import Registry
 
-#: Engines of the process by the digests of their keys, each as long as some twin holds it.
-_LIVING: weakref.WeakValueDictionary[str, BuiltEngine] = weakref.WeakValueDictionary()
+#: Engines of the process by where they are kept and the digests of their keys, each as long as some twin holds it.
+_LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ class Workshop:
             if admission.refusal is not None:
                 raise UnsupportedModel(admission.refusal)
             key = self.engine.key(call, structure=admission.structure, weights=admission.weights)
-            built = _LIVING.get(key.digest)
+            living = self._registry.directory, key.digest
+            built = _LIVING.get(living)
             if built is None:
-                built = _LIVING[key.digest] = self._build(key, call)
+                built = _LIVING[living] = self._build(key, call)
         except Exception as error:
             reason = str(error) if isinstance(error, FastditError) else f"{type(error).__name__}: {error}"
             failed = (
@@ -156,6 +157,7 @@ class EnginePass:
     """One forward under an engine: answers the calls of blocks that run."""
 
     def __init__(self, workshop: Workshop, run: Run, model: nn.Module) -> None:
+        refuse_modes()
         self._workshop, self._run = workshop, run
         adapters = adapters_of(model)
         if run.adapters.setdefault(id(model), adapters) != adapters:
