@@ -15,8 +15,10 @@ from torch import nn
 
 import fastdit_openvino
 from fastdit import Interval, InvalidConfig, Stack, UnsupportedModel, accelerate
+from fastdit.engines.arguments import canonical, mapped
+from fastdit.engines.engine import PieceCall
 from fastdit.engines.registry import Registry
-from fastdit.errors import EngineBuildFailed, EngineWarning
+from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning
 from fastdit.testing import EngineContract, flux_transformer, generate, tiny_flux
 from fastdit_openvino import OpenVINO
 
@@ -119,6 +121,46 @@ def test_what_was_kept_is_loaded_and_a_corrupt_blob_is_built_again(tmp_path: Pat
     with pytest.warns(EngineWarning, match="has changed.*built again"):
         healed, kept = run()
     assert kept == [False, False] and torch.equal(healed, first)
+
+
+def test_one_dynamic_engine_serves_every_stage_that_is_named_and_no_other() -> None:
+    pipeline, call = small()
+    fast = accelerate(pipeline, [OpenVINO(tokens=(25, 36))])
+    for size in (80, 96, 64):  # 25, 36 and 16 tokens
+        sides = {"height": size, "width": size}
+        assert relative_error(generate(fast, call, **sides), generate(pipeline, call, **sides)) <= 1e-5
+    engines = set(fast.fastdit.workshop._engines.values())
+    assert len(engines) == 4  # two blocks: one for both stages, one for the size that was not named
+    with torch.no_grad():
+        for engine in engines:
+            for tokens in (16, 25, 36, 49):
+                piece = piece_of(pipeline, call, engine.key.piece, tokens)
+                if tokens in ((16,) if "[1, 16, 32]" in engine.key.shape else (25, 36)):
+                    engine(piece)
+                else:
+                    with pytest.raises(EngineMismatch, match=f"{tokens}.* instead of"):
+                        engine(piece)
+
+
+def piece_of(pipeline: Any, call: dict[str, Any], kind: str, tokens: int) -> PieceCall:
+    """The call of a block that the pipeline makes at a number of tokens."""
+    (block,) = (block for block in pipeline.transformer.modules() if type(block).__name__ == kind)
+    side, calls = 16 * int(tokens**0.5), []
+    handle = block.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+    generate(pipeline, call, height=side, width=side)
+    handle.remove()
+    args, kwargs = mapped(calls[0], canonical)
+    return PieceCall(block, args, kwargs, (side // 16, side // 16, "fine", "fine"))
+
+
+def test_a_dynamic_engine_that_is_wrong_at_another_stage_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, call = small()
+    fast = accelerate(pipeline, [OpenVINO(tokens=(25, 36))])
+    generate(fast, call, height=80, width=80)
+    infer = fastdit_openvino._Request.infer
+    monkeypatch.setattr(fastdit_openvino._Request, "infer", lambda *args: [1.001 * output for output in infer(*args)])
+    with pytest.raises(EngineMismatch, match="differs from the module's own"):
+        generate(fast, call, height=96, width=96)
 
 
 class _Block(nn.Module):
