@@ -69,14 +69,16 @@ def stage_of(tensors: list[torch.Tensor], shapes: tuple[Shapes, ...]) -> int:
     own = tuple(tuple(tensor.shape) for tensor in tensors)
     if own not in shapes:
         raise EngineMismatch(
-            f"the call has tensors of {own}, and the engine takes {', or '.join(map(str, shapes))}; a size that happens "
-            "to be a number of tokens may have been taken for one: leave `tokens` out, for one engine a stage"
+            f"the call has tensors of {own}, and the engine takes {', or '.join(map(str, shapes))}; a size that "
+            "happens to be a number of tokens may have been taken for one: leave `tokens` out, for one engine a stage"
         )
     return shapes.index(own)
 
 
 def exported(call: PieceCall, shapes: tuple[Shapes, ...]) -> Any:
     """Export a piece as one program for all of `shapes`. Raises `UnsupportedModel` where it takes but one of them."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
     varying = [
         {axis for axis, sizes in enumerate(zip(*each, strict=True)) if len(set(sizes)) > 1}
         for each in zip(*shapes, strict=True)
@@ -89,7 +91,7 @@ def exported(call: PieceCall, shapes: tuple[Shapes, ...]) -> Any:
     inputs = set(program.graph_signature.user_inputs)
     placeholders = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]
     for index, (placeholder, axes) in enumerate(zip(placeholders, varying, strict=True)):
-        if fixed := [axis for axis in axes if isinstance(placeholder.shape[axis], int)]:
+        if fixed := [axis for axis in axes if is_concrete_int(placeholder.shape[axis])]:
             raise UnsupportedModel(
                 f"dimension {fixed[0]} of tensor {index}, {list(tensors[index].shape)}, should follow the number of "
                 "image tokens, and the module takes no other size there; leave `tokens` out, for one engine a stage"

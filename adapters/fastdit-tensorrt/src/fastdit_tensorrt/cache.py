@@ -20,7 +20,7 @@ _FILE = "engine.bin"
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What one cached engine is found by: the piece's class and fingerprint, and torch-tensorrt's name for the graph."""
+    """What a cached engine is found by: the class and fingerprint of its piece, torch-tensorrt's name for the graph."""
 
     piece: str
     fingerprint: str
@@ -31,7 +31,12 @@ class CacheKey:
         return hashlib.sha256(f"{self.fingerprint} {self.graph}".encode()).hexdigest()[:32]
 
     def to_json(self) -> dict[str, str]:
-        return {"engine": "TensorRT", "piece": f"{self.piece} without weights", "fingerprint": self.fingerprint, "graph": self.graph}
+        return {
+            "engine": "TensorRT",
+            "piece": f"{self.piece} without weights",
+            "fingerprint": self.fingerprint,
+            "graph": self.graph,
+        }
 
 
 class SealedEngines:
