@@ -31,6 +31,7 @@ def main(
     runs = {f"plain, {steps} steps": [Stage(steps, counter.image_tokens)]}
     for preset in counter.architecture.presets:
         runs[f"RALU {preset}"] = stages_of(RALU(preset).plan(side, side, None))
+        runs[f"RALU {preset}, paper"] = stages_of(RALU.paper(preset).plan(side, side, None))
     rows = {
         name: {"transformer": counter.transformer(stages).total / TERA, "published": counter.published(stages) / TERA}
         for name, stages in runs.items()

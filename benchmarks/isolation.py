@@ -32,13 +32,16 @@ def rows() -> dict[str, tuple[list[Accelerator], int | None]]:
     late = (0.45, 0.60)
     return {
         **{f"{steps} steps": ([], steps) for steps in (50, 12, 8, 7)},
-        "RALU 4x": ([RALU("4x")], None),
-        "RALU 4x, restart 3": ([RALU("4x", restart=3.0)], None),
-        "RALU 4x, restart 30": ([RALU("4x", restart=30.0)], None),
-        "RALU 4x, 14 last steps": ([RALU("4x", steps=(5, 6, 14))], None),
-        "RALU 4x, switches at .45, .60": ([RALU("4x", ends=late)], None),
-        "RALU 4x + TeaCache .2": ([RALU("4x"), TeaCache(0.2)], None),
-        "RALU 4x + TeaCache .2, carried": ([RALU("4x"), TeaCache(0.2, stage_change="carry")], None),
+        "RALU 4x": ([RALU.paper("4x", fidelity="exact")], None),
+        "RALU 4x, restart 3": ([RALU.paper("4x", fidelity="exact", restart=3.0)], None),
+        "RALU 4x, restart 30": ([RALU.paper("4x", fidelity="exact", restart=30.0)], None),
+        "RALU 4x, 14 last steps": ([RALU.paper("4x", fidelity="exact", steps=(5, 6, 14))], None),
+        "RALU 4x, switches at .45, .60": ([RALU.paper("4x", fidelity="exact", ends=late)], None),
+        "RALU 4x + TeaCache .2": ([RALU.paper("4x", fidelity="exact"), TeaCache(0.2)], None),
+        "RALU 4x + TeaCache .2, carried": (
+            [RALU.paper("4x", fidelity="exact"), TeaCache(0.2, stage_change="carry")],
+            None,
+        ),
         "TeaCache .3, Taylor": ([TeaCache(0.3, forecast=Taylor(1))], 50),
         "TeaCache .4, Taylor, of 20 steps": ([TeaCache(0.4, forecast=Taylor(1))], 20),
     }

@@ -14,32 +14,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from diffusers import (
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    AutoencoderKLWan,
-    AutoencoderTiny,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-    FluxPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
+from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, WanPipeline
 from torch import Tensor, nn
 
+from fastdit import UnsupportedModel
+from fastdit.measure import tiny_pipelines
+from fastdit.measure.tiny_pipelines import flux2, pixart, qwen_image, randn, wan, z_image
 from fastdit.testing import counted_calls, flux_transformer, kl_autoencoder, seed_weights
 
 Kwargs = dict[str, Any]
@@ -49,11 +31,6 @@ Built = tuple[DiffusionPipeline, Kwargs]
 def _ready(pipe: DiffusionPipeline) -> DiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    """Standard normal noise of a seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------------------------------------ FLUX
@@ -192,182 +169,17 @@ def flux_negative(call: Kwargs, scale: float = 2.0) -> Kwargs:
 # ----------------------------------------------------------------------------------------------------- the others
 
 
-def flux2(*, steps: int = 4) -> Built:
-    """FLUX.2: latents of 4 x 4 channels a token, position ids of four axes, one embedding stream."""
-    transformer = Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(4, 4, 4, 4),
-    ).eval()
-    seed_weights(transformer, 0)
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=32,
-    ).eval()
-    seed_weights(vae, 1)
-    pipe = Flux2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
-    call: Kwargs = {"height": 16, "width": 16, "num_inference_steps": steps, "output_type": "pt"}
-    return _ready(pipe), call | {"prompt_embeds": randn(1, 6, 32, seed=21)}
-
-
-def sd3(
-    *,
-    steps: int = 4,
-    size: int | tuple[int, int] = 64,
-    batch: int = 1,
-    three_five: bool = False,
-    positions: int = 16,
-    text: bool = False,
-) -> Built:
-    """Stable Diffusion 3: joint blocks, the last without a text output; both branches in one batch.
-
-    `three_five` adds what 3.5 has: a second attention in some blocks, normed queries and keys. `text` brings two CLIP
-    encoders (T5 is left out, which the pipeline fills with zeros).
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    transformer = SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=positions,
-        dual_attention_layers=(0, 1) if three_five else (),
-        qk_norm="rms_norm" if three_five else None,
-    ).eval()
-    seed_weights(transformer, 0)
-    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    parts: Kwargs = dict.fromkeys(names)
-    if text:
-        for suffix in ("", "_2"):
-            clip, tokenizer = _clip_parts("CLIPTextModelWithProjection", 16, layers=2)
-            parts |= {f"text_encoder{suffix}": clip, f"tokenizer{suffix}": tokenizer}
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=kl_autoencoder(),
-        **parts,
-    )
-    call: Kwargs = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "pt"}
-    if text:
-        return _ready(pipe), call | {
-            "prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]
-        }
-    return _ready(pipe), call | {
-        "prompt_embeds": randn(batch, 6, 32, seed=21),
-        "pooled_prompt_embeds": randn(batch, 32, seed=22),
-        "negative_prompt_embeds": randn(batch, 6, 32, seed=23),
-        "negative_pooled_prompt_embeds": randn(batch, 32, seed=24),
-        "guidance_scale": 3.0,
-    }
-
-
-def qwen_image(*, steps: int = 4) -> Built:
-    """Qwen-Image with true classifier-free guidance: two calls a step."""
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    ).eval()
-    seed_weights(transformer, 0)
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
-    seed_weights(vae, 1)
-    pipe = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
-    call: Kwargs = {"height": 32, "width": 32, "num_inference_steps": steps, "output_type": "pt"}
-    return _ready(pipe), call | {
-        "prompt_embeds": randn(1, 7, 16, seed=21),
-        "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.int64),
-        "negative_prompt_embeds": randn(1, 5, 16, seed=23),
-        "negative_prompt_embeds_mask": torch.ones(1, 5, dtype=torch.int64),
-        "true_cfg_scale": 2.0,
-    }
-
-
-def wan(*, steps: int = 4) -> Built:
-    """Wan text to video, five frames, with a multistep scheduler and two calls a step."""
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=3,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    ).eval()
-    seed_weights(transformer, 0)
-    vae = AutoencoderKLWan(
-        base_dim=3,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
-    seed_weights(vae, 1)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-        ),
-        transformer=transformer,
-    )
-    call: Kwargs = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": steps, "output_type": "pt"}
-    return _ready(pipe), call | {
-        "prompt_embeds": randn(1, 6, 16, seed=21),
-        "negative_prompt_embeds": randn(1, 6, 16, seed=23),
-        "guidance_scale": 3.0,
-    }
+def sd3(*, text: bool = False, **options: Any) -> Built:
+    """Stable Diffusion 3; `text` brings two CLIP encoders (T5 is left out, which the pipeline fills with zeros)."""
+    pipe, call = tiny_pipelines.sd3(**options)
+    if not text:
+        return pipe, call
+    for suffix in ("", "_2"):
+        clip, tokenizer = _clip_parts("CLIPTextModelWithProjection", 16, layers=2)
+        pipe.register_modules(**{f"text_encoder{suffix}": clip, f"tokenizer{suffix}": tokenizer})
+    batch = len(call["prompt_embeds"])
+    call = {name: value for name, value in call.items() if "embeds" not in name and name != "guidance_scale"}
+    return pipe, call | {"prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]}
 
 
 def wan_two(*, steps: int = 4, boundary: float = 0.8) -> Built:
@@ -385,71 +197,6 @@ def wan_two(*, steps: int = 4, boundary: float = 0.8) -> Built:
         boundary_ratio=boundary,
     )
     return _ready(pipe), call
-
-
-def z_image(*, steps: int = 4) -> Built:
-    """Z-Image: lists of images and captions, refiners before the main blocks."""
-    transformer = ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=4,
-        dim=32,
-        n_layers=3,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 6, 6],
-        axes_lens=[256, 32, 32],
-    ).eval()
-    seed_weights(transformer, 0)
-    pipe = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
-        vae=kl_autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
-    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
-    return _ready(pipe), call | {
-        "prompt_embeds": [randn(6, 16, seed=21)],
-        "negative_prompt_embeds": [randn(4, 16, seed=23)],
-        "guidance_scale": 2.0,
-    }
-
-
-def pixart(*, steps: int = 4) -> Built:
-    """PixArt-Sigma: cross attention, a position buffer, a multistep DPM solver, both branches in one batch."""
-    transformer = PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=3,
-        patch_size=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        caption_channels=32,
-        in_channels=4,
-        cross_attention_dim=32,
-        out_channels=8,
-        use_additional_conditions=False,
-    ).eval()
-    seed_weights(transformer, 0)
-    pipe = PixArtSigmaPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=kl_autoencoder(),
-        transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(),
-    )
-    call: Kwargs = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
-    return _ready(pipe), call | {
-        "negative_prompt": None,
-        "prompt_embeds": randn(1, 6, 32, seed=21),
-        "prompt_attention_mask": torch.ones(1, 6),
-        "negative_prompt_embeds": randn(1, 6, 32, seed=23),
-        "negative_prompt_attention_mask": torch.ones(1, 6),
-        "guidance_scale": 3.0,
-        "use_resolution_binning": False,
-    }
 
 
 PIPELINES: dict[str, Callable[..., Built]] = {
@@ -475,6 +222,16 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 
 
 # ------------------------------------------------------------------------------------------------------------ use
+
+
+def described(name: str, rows: int = 8, columns: int = 12, **options: Any) -> Built:
+    """A tiny pipeline by its class's name, for two prompts and a picture of so many tokens, or a skipped test."""
+    side = tiny_pipelines.TOKEN_PIXELS.get(name, 16)
+    options = {"steps": 6, "batch": 2, **options}
+    try:
+        return tiny_pipelines.PIPELINES[name](size=(side * rows, side * columns), **options)
+    except UnsupportedModel as error:
+        pytest.skip(str(error))
 
 
 def run(pipe: DiffusionPipeline, call: Kwargs, *, seed: int | None = 0, **changes: Any) -> Any:

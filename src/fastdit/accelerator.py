@@ -43,8 +43,8 @@ class Change(Enum):
     BATCH_ROWS = "which images of a batch run through a block together"
     ACTIVATION_PRECISION = "the precision of activations, which it rounds to a few bits"
     SHARED_SEQUENCE = "where the tokens are, each rank holding a part of them"
-    BLOCK_PARTS = "which parts of a block run"
     ATTENTION_BACKEND = "what its attention is handed to"
+    BLOCK_PARTS = "which parts of a block run"
 
 
 class Need(Enum):
@@ -60,8 +60,8 @@ class Need(Enum):
     FIXED_ROWS = "the same images in every block call"
     PRECISE_ACTIVATIONS = "activations that are not rounded, since an extrapolation amplifies what rounding adds"
     WHOLE_FRAME = "all the image's tokens in one place"
-    WHOLE_BLOCKS = "blocks that run as a whole"
     PLAIN_ATTENTION = "attention that is torch's scaled_dot_product_attention"
+    WHOLE_BLOCKS = "blocks that run as a whole"
 
 
 class Break(Enum):
@@ -80,8 +80,8 @@ VIOLATIONS: dict[Need, Change] = {
     Need.FIXED_ROWS: Change.BATCH_ROWS,
     Need.PRECISE_ACTIVATIONS: Change.ACTIVATION_PRECISION,
     Need.WHOLE_FRAME: Change.SHARED_SEQUENCE,
-    Need.WHOLE_BLOCKS: Change.BLOCK_PARTS,
     Need.PLAIN_ATTENTION: Change.ATTENTION_BACKEND,
+    Need.WHOLE_BLOCKS: Change.BLOCK_PARTS,
 }
 
 
@@ -243,6 +243,14 @@ class SchedulePlan:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def at(self, index: int) -> tuple[int, int]:
+        """Give the stage of a step of the run, and its number in that stage."""
+        stage = 0
+        while stage + 1 < len(self.stages) and index >= self.stages[stage].steps:
+            index -= self.stages[stage].steps
+            stage += 1
+        return stage, index
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Accelerator):
@@ -267,6 +275,16 @@ class ScheduleRun:
 
         Latents are in the pipeline's own shape throughout. Every forward of the first step calls this with its own
         batch, so it depends on nothing but the noise.
+        """
+        raise NotImplementedError
+
+    def resume(
+        self, stage: int, latents: torch.Tensor, clean: torch.Tensor, sigma: float
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        """Turn a picture with noise of level `sigma`, at full size, into the latents and layout of `stage`.
+
+        A run that does not begin with noise alone begins there; `clean` are the picture's own latents. Like `initial`
+        it is called by every forward of the first step.
         """
         raise NotImplementedError
 

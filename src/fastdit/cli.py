@@ -105,6 +105,20 @@ def plan(
 
 
 @app.command()
+def matrix(
+    only: Annotated[str, typer.Argument(help="A part of the pipelines' names; all if left out.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
+) -> None:
+    """Run tiny models of the installed diffusers' pipelines, and print what works with which."""
+    import json
+
+    from fastdit.measure.support import pipeline_classes, supported, table
+
+    rows = [supported(pipeline) for pipeline in pipeline_classes() if only.lower() in pipeline.__name__.lower()]
+    typer.echo(json.dumps([row.to_json() for row in rows], indent=1) if as_json else table(rows))
+
+
+@app.command()
 def calibrate(
     pipe: Annotated[str, typer.Argument(help="'mini' (the embedded pipeline), or a directory or hub name to load.")],
     method: Annotated[Method, typer.Option(help="The accelerator whose numbers are measured.")],

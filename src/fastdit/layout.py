@@ -76,18 +76,21 @@ class TokenLayout:
         children = places[self.refined.to(device)][:, :, None, :] + raster(2, 2, device) / 2
         return torch.cat([kept, scale * children.flatten(1, 2)], dim=1)
 
+    def refined_at(self, refined: torch.Tensor) -> TokenLayout:
+        """Give the mixed layout in which the coarse tokens `refined` [B, R] of this coarse one are split."""
+        count = self.rows * self.columns // 4
+        mask = torch.ones(refined.shape[0], count, dtype=torch.bool, device=refined.device)
+        mask.scatter_(1, refined, False)
+        kept = mask.nonzero()[:, 1].view(refined.shape[0], count - refined.shape[1])
+        return TokenLayout(self.rows, self.columns, True, kept, refined.sort(dim=1).values, self.frame)
+
     def refine(self, latents: torch.Tensor, refined: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Split the coarse tokens `refined` [B, R] of a coarse stage by copying each to its four children.
 
         `latents` [B, tokens, C] become [B, K + 4R, C] in the mixed order.
         """
-        count = latents.shape[1]
-        mask = torch.ones(refined.shape[0], count, dtype=torch.bool, device=refined.device)
-        mask.scatter_(1, refined, False)
-        kept = mask.nonzero()[:, 1].view(refined.shape[0], count - refined.shape[1])
-        refined = refined.sort(dim=1).values
-        parts = [gather_tokens(latents, kept), gather_tokens(latents, refined).repeat_interleave(4, dim=1)]
-        return torch.cat(parts, dim=1), TokenLayout(self.rows, self.columns, True, kept, refined, self.frame)
+        following = self.refined_at(refined)
+        return gather_tokens(latents, self.sources(following)), following
 
     def complete(self, latents: torch.Tensor) -> torch.Tensor:
         """Copy what is still coarse to its children: [new children of `kept`, in its order] ++ [the fine tokens].
@@ -110,13 +113,16 @@ class TokenLayout:
             parents = torch.arange(self.rows * self.columns // 4, device=latents.device)[None]
         else:
             return latents
+        return gather_tokens(latents, self.cells(parents).argsort(dim=1))
+
+    def cells(self, parents: torch.Tensor) -> torch.Tensor:
+        """List the fine grid's raster indices of the four children of each coarse token, [B, 4 K] for [B, K]."""
         half = self.columns // 2
         row, column = parents // half, parents % half
         offset_row = torch.tensor([0, 0, 1, 1], device=parents.device)
         offset_column = torch.tensor([0, 1, 0, 1], device=parents.device)
-        target = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
-        order = target.flatten(1).argsort(dim=1)
-        return gather_tokens(latents, order.repeat(latents.shape[0] // len(order), 1))
+        cells = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
+        return cells.flatten(1)
 
     def sources(self, following: TokenLayout) -> torch.Tensor:
         """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens]."""
@@ -154,5 +160,9 @@ def assembled(tokens: torch.Tensor, rows: int, columns: int, size: int = 2) -> t
 
 
 def gather_tokens(latents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pick tokens [B, K, C] of `latents` [B, N, C] by `index` [B, K]."""
+    """Pick tokens [B, K, C] of `latents` [B, N, C] by `index` [B, K].
+
+    Latents that hold the index's batch several times in a row (guidance) are picked from alike in each.
+    """
+    index = index.repeat(latents.shape[0] // len(index), 1)
     return latents.gather(1, index[..., None].expand(-1, -1, latents.shape[2]))

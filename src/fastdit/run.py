@@ -227,14 +227,18 @@ class Run:
         self.step = 0
         self.stage = 0
         self.stage_step = 0
-        self.sigmas: Any = None
+        self.sigmas: tuple[Any, ...] = ()
         self.stage_sigmas: list[torch.Tensor] = []
+        #: The latents of the picture that a run begins with, where it does not begin with noise alone.
+        self.picture: torch.Tensor | None = None
+        #: Brings latents of the full grid to a layout; with `noise=True` so that unit noise stays unit noise.
+        self.follow: Callable[..., torch.Tensor] | None = None
         self.doubts = 0
+        #: Whether a kernel of the stack has answered the model's attention.
+        self.attended = False
         #: What the engine found out about each block, and about each model's adapters, by their ids.
         self.admitted: dict[int, Any] = {}
         self.adapters: dict[int, Any] = {}
-        #: Whether a kernel of the stack has answered the model's attention.
-        self.attended = False
         self.grid: TokenLayout | None = None
         #: Gives the number of timesteps that the pipeline says it walks along; None where it says nothing.
         self.announced: Callable[[], int | None] = lambda: None
@@ -264,6 +268,33 @@ class Run:
     def begin(self, total_steps: int, first_index: int = 0) -> None:
         """Say how many steps the run will have, and at which of the scheduler's timesteps it starts."""
         self.total_steps, self._first_index = total_steps, first_index
+        if self.plan is not None:
+            self.stage, self.stage_step = self.plan.at(first_index)
+
+    @property
+    def index(self) -> int:
+        """The place of the present step in the scheduler's timesteps."""
+        return self._first_index + self.step
+
+    def followed(self, latents: torch.Tensor, *, noise: bool = False) -> torch.Tensor:
+        """Bring latents of the full grid to the layout that the run stands in."""
+        if self.follow is None or self.layout is None:
+            return latents
+        return self.follow(latents, self.layout, noise=noise)
+
+    def first_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        """Make the first step's latents and layout of what the pipeline holds at full size."""
+        assert self.plan is not None and self.schedule is not None
+        if self.picture is not None:
+            sigmas = self.plan.stages[self.stage].sigmas
+            assert sigmas is not None
+            return self.schedule.resume(self.stage, latents, self.picture, sigmas[self.stage_step])
+        if self._first_index:
+            raise InvalidConfig(
+                "a run that leaves out timesteps begins with a picture, whose latents the scheduler was not given; "
+                "leave latents= out, or drop the schedule"
+            )
+        return self.schedule.initial(latents)
 
     def enter(self, denoiser: str) -> StepContext:
         """Count one forward of `denoiser` and say where it stands. Raises `InvalidConfig` past the last step."""
@@ -363,7 +394,7 @@ class Run:
     def sigma(self, step: int) -> Any:
         """Give the noise level of a step as the scheduler holds it (a 0-d tensor, not read here), or None."""
         index = step + self._first_index
-        return self.sigmas[index] if self.sigmas is not None and index < len(self.sigmas) else None
+        return self.sigmas[index] if index < len(self.sigmas) else None
 
     def finish(self, *, completed: bool) -> RunRecord:
         """Close the run: drop all state and give the record."""

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -36,7 +37,9 @@ from .engines.workshop import Workshop
 from .errors import ConcurrentCall, IncompatibleStack, InvalidConfig, NeverFired, UnsupportedModel
 from .layout import TokenLayout
 from .models.family import Family, family_of
+from .models.following import followed
 from .models.state import changes_of
+from .models.undescribed import why_not
 from .run import Run, RunRecord
 from .structure import named_arguments
 from .twins.denoiser import Denoiser, denoiser_twin
@@ -97,14 +100,14 @@ class Stack(Sequence[Accelerator]):
         return next((accelerator for accelerator in self if isinstance(accelerator, TokenCache)), None)
 
     @property
-    def engine(self) -> Engine | None:
-        """The accelerator of the engine level, if any."""
-        return next((accelerator for accelerator in self if isinstance(accelerator, Engine)), None)
-
-    @property
     def attention(self) -> AttentionKernel | None:
         """The accelerator of the attention level, if any."""
         return next((accelerator for accelerator in self if isinstance(accelerator, AttentionKernel)), None)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The accelerator of the engine level, if any."""
+        return next((accelerator for accelerator in self if isinstance(accelerator, Engine)), None)
 
     def _check_declarations(self) -> None:
         """Derive every conflict from what the accelerators declare."""
@@ -212,11 +215,11 @@ class Plan:
         for stage in self.stages:
             tokens = f"{stage.tokens} tokens" if stage.tokens is not None else "the model's own tokens"
             noise = f", sigma {stage.sigmas[0]:.3f} to {stage.sigmas[-1]:.3f}" if stage.sigmas else ""
-            engine = f", blocks by {type(self.stack.engine).__name__}" if self.stack.engine is not None else ""
-            kernel = self.stack.attention
+            kernel, engine = self.stack.attention, self.stack.engine
             attention = f", attention by {kernel.backend_in(stage.index)}" if kernel is not None else ""
+            blocks = f", blocks by {type(engine).__name__}" if engine is not None else ""
             lines.append(
-                f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}{engine}{attention}"
+                f"  stage {stage.index + 1} ({stage.layout}): {stage.steps} steps, {tokens}{noise}{attention}{blocks}"
             )
         for accelerator in self.stack:
             lines.append(f"  {accelerator.level.value}: {accelerator.describe()}")
@@ -334,7 +337,7 @@ class Acceleration:
     def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the pipeline's class in a run of its own."""
         function = type(self.base).__call__
-        bound = inspect.signature(function).bind(twin, *args, **kwargs)
+        bound = _signature(function).bind(twin, *args, **kwargs)
         given = named_arguments(bound)
         bound.apply_defaults()
         arguments = named_arguments(bound)
@@ -428,7 +431,7 @@ class Acceleration:
         if known is None or known[0].module is not module:
             stack = self.stack
             denoiser = Denoiser(
-                module, name, self, stack.step_cache, self._family, stack.token_cache, self.workshop, stack.attention
+                module, name, self, stack.step_cache, self._family, stack.token_cache, stack.attention, self.workshop
             )
             known = (denoiser, denoiser_twin(denoiser, self))
             self._denoisers[name] = known
@@ -436,7 +439,7 @@ class Acceleration:
 
     def _open(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Run:
         """Check a call's arguments and make its run; nothing has happened yet if this raises."""
-        plan = schedule = None
+        plan = schedule = follow = None
         if self.stack.schedule is not None:
             if given.get("sigmas") is not None or given.get("timesteps") is not None:
                 raise InvalidConfig(
@@ -449,7 +452,9 @@ class Acceleration:
             plan = _schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
             assert plan is not None
             schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
+            follow = partial(followed, self._family)
         run = Run(plan=plan, schedule=schedule, checks=self._checks())
+        run.follow = follow
         if self._family is not None:
             size = self._family.size(self.base, arguments)
             run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)
@@ -574,6 +579,11 @@ def _fewest_steps(stack: Stack, pipeline: Any, plan: Plan, height: int | None, w
     return plan.steps
 
 
+@lru_cache(maxsize=64)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 def _pipeline_type() -> type:
     from diffusers import DiffusionPipeline
 
@@ -613,12 +623,15 @@ def _require_family(base: Any, accelerator: Accelerator) -> Family:
     family = None if isinstance(base, nn.Module) else family_of(base)
     if family is None:
         raise UnsupportedModel(
-            f"{accelerator.describe()} must place tokens, and fastdit has no description of how "
-            f"{type(base).__name__} lays them out; use it with a described pipeline (FluxPipeline, "
-            "StableDiffusion3Pipeline), describe the family in fastdit.models, or keep to accelerators that need no "
-            "token positions"
+            f"{accelerator.describe()} must place tokens, and can't in {type(base).__name__}: {_why_not(base)}; "
+            "use it with a pipeline that `fastdit matrix` lists, describe the family in fastdit.models, or keep to "
+            "accelerators that need no token positions"
         )
     return family
+
+
+def _why_not(base: Any) -> str:
+    return "a bare module has no description of its pipeline" if isinstance(base, nn.Module) else why_not(type(base))
 
 
 def _schedule_plan(

@@ -29,11 +29,14 @@ _HOOKS = (
 def structural_twin(module: _Module, children: Mapping[str, Any], *, hooks: bool = True) -> _Module:
     """Copy a module's own `__dict__` and replace some children; weights and the other children are the same objects.
 
+    A part that is no module is replaced alike, by a module.
+
     Neither the module nor its class is written to. Hooks of offloading libraries that sit on the module object are
     left out: they belong to the object that the user holds. The user's forward hooks are left out without `hooks`.
     """
     twin = type(module).__new__(type(module))
-    attributes = {name: value for name, value in module.__dict__.items() if name not in _BEHAVIOUR}
+    hidden = {*_BEHAVIOUR, *children}
+    attributes = {name: value for name, value in module.__dict__.items() if name not in hidden}
     attributes["_modules"] = {**module._modules, **children}
     attributes["_compiled_call_impl"] = None
     if not hooks:
@@ -62,12 +65,28 @@ def twin_with(
     children = {name: twin_with(child, function, kind) for name, child in module._modules.items() if child is not None}
     twin = structural_twin(module, children, hooks=False)
     for name, value in twin.__dict__.items():
-        found: list[Any] = []
-        if name != "_modules":
-            map_tensors(value, found.append, kind)
-        if found:
+        if name != "_modules" and _holds(value, kind):
             twin.__dict__[name] = map_tensors(value, function, kind)
+        elif _is_helper(value, module):
+            twin.__dict__[name] = copied = copy.copy(value)
+            for inner, part in vars(copied).items():
+                if _holds(part, kind):
+                    vars(copied)[inner] = map_tensors(part, function, kind)
     return twin
+
+
+def _holds(value: Any, kind: type[Any] | tuple[type[Any], ...]) -> bool:
+    found: list[Any] = []
+    map_tensors(value, found.append, kind)
+    return bool(found)
+
+
+def _is_helper(value: Any, module: nn.Module) -> bool:
+    """Whether an attribute is an object, but no module, of a class beside the module's own.
+
+    Such objects keep tensors, some only from their first use on, and a copy of the module must not change them.
+    """
+    return type(value).__module__ == type(module).__module__ and not isinstance(value, (nn.Module, type))
 
 
 def same_object_twin(module: _Module, cls: type[_Module]) -> _Module:
@@ -137,6 +156,32 @@ def refilled(value: Any, fillings: Iterator[Any]) -> Any:
             filled[name] = refilled(item, fillings)
         return filled
     return value
+
+
+class ArgumentNames:
+    """Names the arguments of a forward's calls, without its `self` and in its own order.
+
+    `defaults` adds what a call leaves out. Calls that give everything by keyword, as pipelines do, are not bound.
+    """
+
+    def __init__(self, forward: Callable[..., Any], *, defaults: bool = False) -> None:
+        self._signature = inspect.signature(forward)
+        self._defaults = defaults
+        own = list(self._signature.parameters.values())[1:]
+        named = [p for p in own if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)]
+        self._given = {p.name: p.default for p in named}
+        self._required = {p.name for p in named if p.default is inspect.Parameter.empty}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a call's arguments by name. Raises `TypeError` where the forward itself would."""
+        if not args and self._required <= kwargs.keys() <= self._given.keys():
+            if self._defaults:
+                return {**self._given, **kwargs}
+            return {name: kwargs[name] for name in self._given if name in kwargs}
+        bound = self._signature.bind(None, *args, **kwargs)
+        if self._defaults:
+            bound.apply_defaults()
+        return dict(list(named_arguments(bound).items())[1:])
 
 
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -9,7 +9,7 @@ for bit. A second replay with other latents shows which chain is the first to se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Protocol
@@ -95,8 +95,8 @@ class BlockStack(nn.ModuleList):
     """A block list whose items are handed out as proxies; the children themselves are the model's own."""
 
     def __init__(self, blocks: nn.ModuleList, name: str, handler: BlockHandler) -> None:
-        super().__init__()
-        self._modules = blocks._modules
+        # The list's own attributes, its children among them; the constructor would make empty ones at every forward.
+        self.__dict__.update(blocks.__dict__)
         self.__dict__["_proxies"] = [
             _BlockProxy(handler, name, index, block) for index, block in enumerate(blocks._modules.values())
         ]
@@ -274,17 +274,18 @@ def observe(
     return Observation(wiring, output, tuple(recorder.calls))
 
 
-def wiring_key(kwargs: Mapping[str, Any]) -> str:
+def wiring_key(kwargs: Mapping[str, Any]) -> Hashable:
     """Name the kind of a call: which arguments are given, and the plain values that select a path."""
+    return tuple([(name, type(value), _selecting(value)) for name, value in kwargs.items() if value is not None])
 
-    def kind(value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, str)):
-            return value
-        if isinstance(value, (tuple, list)) and all(isinstance(item, (int, str)) for item in value):
-            return tuple(value)
-        return type(value).__name__
 
-    return repr(sorted((name, kind(value)) for name, value in kwargs.items() if value is not None))
+def _selecting(value: Any) -> Hashable:
+    """Give an argument's value where it may select a path; this runs at every step."""
+    if isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (tuple, list)) and all(isinstance(item, (int, str)) for item in value):
+        return tuple(value)
+    return None
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -46,6 +46,22 @@ def test_what_moves_in_a_line_is_forecast_on_it(forecast: Any, slope: float, gap
     torch.testing.assert_close(predictions[-1][0], line(3 * gap + ahead), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [Taylor, PublishedTaylor])
+@given(order=st.integers(0, 4), asked=st.lists(st.booleans(), min_size=7, max_size=7), gap=st.integers(1, 3))
+def test_a_prediction_does_not_depend_on_those_asked_for_before_it(
+    kind: Any, order: int, asked: list[bool], gap: int
+) -> None:
+    features = torch.randn(7, 1, 3, 2, generator=torch.Generator().manual_seed(0))
+    often, once = kind(order).begin(), kind(order).begin()
+    for place, asks in enumerate(asked):
+        often.record(place * gap, [features[place]])
+        once.record(place * gap, [features[place]])
+        assert len(often.tensors()) == len(once.tensors()) <= order + 1
+        if asks:
+            often.predict(place * gap + 1)
+    assert torch.equal(often.predict(20)[0], once.predict(20)[0])
+
+
 def test_newton_s_form_is_exact_on_a_quadratic_and_the_published_one_is_not() -> None:
     quadratic = polynomial(0.3, -0.7, 0.5)
     steps = [0, 2, 4]

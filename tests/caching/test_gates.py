@@ -248,7 +248,7 @@ def test_a_model_without_a_curve_is_refused_and_told_what_to_do() -> None:
 
 
 def test_seacache_is_refused_where_the_tokens_grid_is_unknown() -> None:
-    pipe, _ = tiny.flux2()
+    pipe, _ = tiny.wan()
     with pytest.raises(UnsupportedModel):
         accelerate(pipe, [SeaCache()])
 

@@ -613,6 +613,8 @@ ROUNDING: dict[str, nn.Module] = {
     "bitsandbytes, 8 bits": layer_of_a_class("Linear8bitLt"),
     "SVDQuant": layer_of_a_class("SVDQW4A4Linear"),
     "a fixed scale": layer_of_a_class("ScaledLinear", input_scale=torch.ones(())),
+    "a fixed scale in a buffer": layer_of_a_class("BufferLinear", _buffers={"act_scale": torch.ones(())}),
+    "a scale found by the class": type("OwnScale", (nn.Linear,), {"input_scale": 0.5})(2, 2),
     "quanto with activations": layer_of_a_class("QLinear", activation_qtype="qint8", input_scale=torch.ones(())),
     "ModelOpt": layer_of_a_class("QuantLinear", input_quantizer=SimpleNamespace(is_enabled=True)),
 }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdit import AOT, Compile
-from fastdit.testing import EngineContract
+import pytest
+import torch
+
+from fastdit import AOT, Attention, Compile, accelerate
+from fastdit.testing import EngineContract, generate
 
 
 class TestCompile(EngineContract):
@@ -23,3 +26,14 @@ class TestFrozenCompile(EngineContract):
 
 class TestAOT(EngineContract):
     engine = staticmethod(AOT)
+
+
+@pytest.mark.parametrize("engine", [Compile, AOT])
+def test_an_attention_kernel_is_compiled_in_and_keyed(engine: Any) -> None:
+    pipeline, call = EngineContract().pipeline()
+    fast = accelerate(pipeline, [Attention("_native_math"), engine()], strict=True)
+    plain = generate(pipeline, call)
+    for seed in (0, 1):
+        found = generate(fast, call, seeds=seed)
+        torch.testing.assert_close(found, generate(pipeline, call, seeds=seed) if seed else plain, rtol=1e-5, atol=1e-5)
+    assert [build.failure for build in fast.fastdit.workshop.builds] == [None, None]

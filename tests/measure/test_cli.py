@@ -20,7 +20,7 @@ PROMPTS = "an apple on a blue background\n\na small car on the left on a white b
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("calibrate", "demo", "plan", "version"))
+    assert all(command in result.output for command in ("calibrate", "demo", "matrix", "plan", "version"))
 
 
 def test_version_prints_the_version() -> None:

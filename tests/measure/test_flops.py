@@ -40,7 +40,7 @@ def test_fifty_steps_of_flux_cost_what_they_must(flux: RunFlops) -> None:
 def test_ralu_costs_what_is_published_in_either_accounting(
     flux: RunFlops, preset: str, counted: float, published: float, text_tokens: int
 ) -> None:
-    stages = stages_of(RALU(preset).plan(64, 64, None))
+    stages = stages_of(RALU.paper(preset).plan(64, 64, None))
     assert flux.transformer(stages).total / TERA == pytest.approx(counted, rel=0.005)
     assert RunFlops("flux-dev", text_tokens=text_tokens).published(stages) / TERA == pytest.approx(published, rel=0.01)
 
@@ -52,4 +52,6 @@ def test_stable_diffusion_3_costs_what_is_published_with_guidance_and_all_its_en
     assert sd3.published([Stage(14, sd3.image_tokens)]) / TERA == pytest.approx(183.30, rel=0.002)
     assert sd3.transformer(plain).total / TERA == pytest.approx(498.6, rel=1e-3)
     for preset, published in (("2x", 181.09), ("3x", 116.61)):
-        assert sd3.published(stages_of(RALU(preset).plan(64, 64, None))) / TERA == pytest.approx(published, rel=0.002)
+        assert sd3.published(stages_of(RALU.paper(preset).plan(64, 64, None))) / TERA == pytest.approx(
+            published, rel=0.002
+        )

@@ -64,7 +64,7 @@ def test_a_fixed_restart_is_kept_and_only_the_shifts_are_solved() -> None:
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_the_plan_has_the_published_noise_levels(preset: str) -> None:
     pipe, _ = tiny.flux()
-    plan = accelerate(pipe, [RALU(preset)]).fastdit.plan(1024, 1024)
+    plan = accelerate(pipe, [RALU.paper(preset)]).fastdit.plan(1024, 1024)
     for stage, sigmas in zip(plan.stages, SIGMAS[preset], strict=True):
         assert stage.sigmas == pytest.approx(sigmas, abs=1.01e-4)
         assert stage.steps == len(sigmas) - 1 == len(stage.sigmas) - 1
@@ -73,7 +73,7 @@ def test_the_plan_has_the_published_noise_levels(preset: str) -> None:
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_the_plan_equals_the_reference_schedule(preset: str) -> None:
     pipe, _ = tiny.flux()
-    plan = accelerate(pipe, [RALU(preset)]).fastdit.plan(1024, 1024)
+    plan = accelerate(pipe, [RALU.paper(preset)]).fastdit.plan(1024, 1024)
     steps, ends, shifts, z, _ = PUBLISHED[preset]
     for stage, sigmas in zip(plan.stages, reference_ralu.stage_sigmas(steps, ends, shifts, z), strict=True):
         assert stage.sigmas == pytest.approx(sigmas, abs=2e-4)
@@ -84,7 +84,7 @@ def test_the_plan_equals_the_reference_schedule(preset: str) -> None:
 )
 def test_the_plan_counts_the_papers_tokens_at_1024_pixels(preset: str, tokens: tuple[int, ...]) -> None:
     pipe, _ = tiny.flux()
-    plan = accelerate(pipe, [RALU(preset)]).fastdit.plan(1024, 1024)
+    plan = accelerate(pipe, [RALU.paper(preset)]).fastdit.plan(1024, 1024)
     assert tuple(stage.tokens for stage in plan.stages) == tokens
 
 
@@ -93,7 +93,7 @@ def test_the_plan_counts_the_papers_tokens_at_1024_pixels(preset: str, tokens: t
 )
 def test_an_explicit_count_rescales_the_stages_in_proportion(count: int, expected: tuple[int, ...]) -> None:
     pipe, _ = tiny.flux()
-    plan = accelerate(pipe, [RALU("4x")]).fastdit.plan(128, 128, count)
+    plan = accelerate(pipe, [RALU.paper("4x")]).fastdit.plan(128, 128, count)
     steps = tuple(stage.steps for stage in plan.stages)
     assert sum(steps) == count == plan.steps
     assert all(abs(found - wanted) <= 1 for found, wanted in zip(steps, expected, strict=True))
@@ -101,7 +101,7 @@ def test_an_explicit_count_rescales_the_stages_in_proportion(count: int, expecte
 
 def test_a_rescaled_preset_is_matched_anew_and_the_plan_says_so() -> None:
     pipe, _ = tiny.flux()
-    fast = accelerate(pipe, [RALU("4x")])
+    fast = accelerate(pipe, [RALU.paper("4x")])
     rescaled = fast.fastdit.plan(128, 128, 10)
     steps = tuple(stage.steps for stage in rescaled.stages)
     found = solve(steps, (0.3, 0.45))

@@ -94,15 +94,15 @@ def test_a_preset_equals_the_straight_line_reference(preset: str, fidelity: str)
     pipe, call = tiny.flux(size=128)
     del call["num_inference_steps"]
     ends, z, ratio = PRESETS[preset]
-    compare((pipe, call), RALU(preset, fidelity=fidelity), ends=ends, z=z, ratio=ratio, fidelity=fidelity)
+    compare((pipe, call), RALU.paper(preset, fidelity=fidelity), ends=ends, z=z, ratio=ratio, fidelity=fidelity)
 
 
 @pytest.mark.parametrize("size", [(96, 160), (160, 64), (32, 256)])
 def test_a_picture_of_any_aspect_ratio_equals_the_reference(size: tuple[int, int]) -> None:
     built = tiny.flux(size=size, steps=6)
-    plan = accelerate(built[0], [RALU("4x")]).fastdit.plan(*size, 6)
+    plan = accelerate(built[0], [RALU.paper("4x", fidelity="exact")]).fastdit.plan(*size, 6)
     z = solve(tuple(stage.steps for stage in plan.stages), (0.3, 0.45)).restart
-    compare(built, RALU("4x"), ends=(0.3, 0.45), z=z, ratio=0.3)
+    compare(built, RALU.paper("4x", fidelity="exact"), ends=(0.3, 0.45), z=z, ratio=0.3)
 
 
 @pytest.mark.parametrize("listed", [False, True])

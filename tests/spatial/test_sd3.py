@@ -318,7 +318,12 @@ def test_a_controlnet_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="StableDiffusion3ControlNetPipeline"):
         accelerate(controlled, [SHORT])
     with pytest.raises(InvalidConfig, match="block_controlnet_hidden_states"):
-        SD3.place({"block_controlnet_hidden_states": [torch.zeros(1, 16, 32)]}, TokenLayout(8, 8, coarse=True))
+        layout = TokenLayout(8, 8, coarse=True)
+        arguments = {
+            "hidden_states": torch.zeros(1, 4, 8, 8),
+            "block_controlnet_hidden_states": [torch.zeros(1, 16, 32)],
+        }
+        SD3.place(arguments, layout, arguments["hidden_states"], layout)
 
 
 def test_a_table_that_is_not_made_of_sines_is_refused_by_name() -> None:

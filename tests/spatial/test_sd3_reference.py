@@ -92,7 +92,7 @@ def compare(
 def test_a_preset_equals_the_straight_line_reference(preset: str, steps: int, frame: str) -> None:
     pipe, call = tiny.sd3(size=128)
     del call["num_inference_steps"]
-    assert len(compare((pipe, call), RALU(preset, frame=frame)).trajectory) == steps
+    assert len(compare((pipe, call), RALU.paper(preset, fidelity="exact", frame=frame)).trajectory) == steps
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_the_presets_are_matched_to_the_published_restart(
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_second_attention_and_normed_queries_equal_the_reference(frame: str) -> None:
-    compare(tiny.sd3(size=(96, 160), steps=6, three_five=True), RALU("2x", frame=frame))
+    compare(tiny.sd3(size=(96, 160), steps=6, three_five=True), RALU.paper("2x", fidelity="exact", frame=frame))
 
 
 def test_skip_layer_guidance_equals_the_reference() -> None:
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
     built = tiny.sd3(size=128, steps=6, batch=2)
-    result = compare(built, RALU("3x"), options=skip, skip_layers=(1,), skip_steps=range(1, 6))
+    result = compare(built, RALU.paper("3x", fidelity="exact"), options=skip, skip_layers=(1,), skip_steps=range(1, 6))
     assert result.selected[0] != result.selected[1]
 
 
@@ -120,7 +120,7 @@ def test_skip_layer_guidance_reaches_the_share_of_the_steps_that_are_run() -> No
     pipe, call = tiny.sd3(size=128)
     del call["num_inference_steps"]
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.7}
-    compare((pipe, call), RALU("3x"), options=skip, skip_layers=(1,), skip_steps=range(4, 9))
+    compare((pipe, call), RALU.paper("3x", fidelity="exact"), options=skip, skip_layers=(1,), skip_steps=range(4, 9))
 
 
 @settings(max_examples=8)

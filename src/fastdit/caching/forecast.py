@@ -90,23 +90,40 @@ class Reuse(Forecaster):
 
 
 class _Newton(History):
-    """Divided differences, newest first, and the steps at which the features were taken."""
+    """Differences of rising order, and the steps at which the features were taken, newest first.
+
+    They are made when a prediction asks for them: until then `kept` is the newest features, and after them the
+    differences as they were before those, of which fewer must be known.
+    """
 
     def __init__(self, order: int) -> None:
         super().__init__()
         self._order = order
         self._steps: list[int] = []
+        self._settled = True
 
     def record(self, step: int, features: Features) -> None:
-        # f[x0] = f(x0), f[x0..xk] = (f[x0..xk-1] - f[x1..xk]) / (x0 - xk).
-        fresh: list[Features] = [features]
-        for older, node in zip(self.kept, self._steps[: self._order], strict=False):
-            gap = step - node
+        self._settle(self._order - 1)
+        self.kept = [features, *self.kept[: self._order]]
+        self._steps = [step, *self._steps[: self._order]]
+        self._settled = False
+
+    def _settle(self, order: int) -> None:
+        """Make the differences up to `order` of the newest features and of the differences before them."""
+        if self._settled:
+            return
+        fresh = self.kept[:1]
+        for place, older in enumerate(self.kept[1 : order + 1], start=1):
+            gap = self._gap(place)
             fresh.append([(new - old) / gap for new, old in zip(fresh[-1], older, strict=True)])
-        self._steps = [step, *self._steps][: self._order + 1]
-        self.kept = fresh[: self._order + 1]
+        self.kept, self._settled = fresh, True
+
+    def _gap(self, order: int) -> int:
+        # f[x0] = f(x0), f[x0..xk] = (f[x0..xk-1] - f[x1..xk]) / (x0 - xk).
+        return self._steps[0] - self._steps[order]
 
     def predict(self, step: int) -> Features:
+        self._settle(self._order)
         prediction = list(self.kept[0])
         weight = 1.0
         for node, difference in zip(self._steps, self.kept[1:], strict=False):
@@ -118,16 +135,12 @@ class _Newton(History):
 class _Backward(_Newton):
     """Backward differences over the last gap, weighted as a Taylor series is."""
 
-    def record(self, step: int, features: Features) -> None:
+    def _gap(self, order: int) -> int:
         # F^(i+1) = (F^i_now - F^i_before) / gap, with the one gap between the last two computed steps.
-        fresh: list[Features] = [features]
-        gap = step - self._steps[0] if self._steps else 1
-        for older in self.kept[: self._order]:
-            fresh.append([(new - old) / gap for new, old in zip(fresh[-1], older, strict=True)])
-        self._steps = [step]
-        self.kept = fresh
+        return self._steps[0] - self._steps[1]
 
     def predict(self, step: int) -> Features:
+        self._settle(self._order)
         ahead = step - self._steps[0]
         prediction = list(self.kept[0])
         for order, difference in enumerate(self.kept[1:], start=1):

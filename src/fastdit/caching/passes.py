@@ -17,7 +17,6 @@ from fastdit.wiring import (
     BlockPort,
     BlockRunner,
     Port,
-    Wiring,
     outputs_of,
     read_port,
     returned,
@@ -26,7 +25,7 @@ from fastdit.wiring import (
 )
 
 from .decision import BranchState, Decider, GroupState
-from .segments import Segment, segments_of
+from .segments import Cut, Segment
 from .step_cache import Site, StepCache, Verdict
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -76,10 +75,7 @@ class _Part:
 
     def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site) -> None:
         self.groups, self.verdicts, self.site = groups, verdicts, site
-
-    @property
-    def computing(self) -> list[int]:
-        return [index for index, verdict in enumerate(self.verdicts) if verdict.compute]
+        self.computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
 
 
 class BlockPass:
@@ -93,7 +89,7 @@ class BlockPass:
     def __init__(
         self,
         cache: StepCache,
-        wiring: Wiring,
+        cut: Cut,
         run: Run,
         *,
         reduce: Reduce = lambda changes: changes,
@@ -101,10 +97,8 @@ class BlockPass:
         run_leading: BlockRunner = run_plainly,
         proved: set[Hashable] | None = None,
     ) -> None:
-        self._cache, self._wiring, self._run = cache, wiring, run
+        self._cache, self._cut, self._run = cache, cut, run
         self._decider = Decider(cache, run, reduce)
-        self._segments = segments_of(wiring, cache)
-        self._where = wiring.where()
         self._run_block, self._run_leading = run_block, run_leading
         self._proved = proved if proved is not None else set()
 
@@ -130,14 +124,13 @@ class BlockPass:
 
     def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block call: run it, pass its streams through, or give the end of its segment."""
-        chain, place = self._where.get((name, index), (-1, -1))
-        segment = next((s for s in self._segments if s.chain == chain and s.enters <= place < s.stop), None)
-        if segment is None:
+        found = self._cut.places.get((name, index))
+        if found is None:
             return self._run_block(name, index, block, args, kwargs)
-        port = self._wiring.chains[chain].blocks[place]
+        segment, place, port = found
         values = [read_port(source, args, kwargs) for source in port.inputs]
         if place == segment.enters and segment.decides:
-            self._entered = values[self._watched(chain, values)]
+            self._entered = values[self._watched(segment.chain, values)]
             if self._tokens is None and self._entered.dim() > 2:
                 self._tokens = self._entered.shape[1]
         if place < segment.first:
@@ -151,7 +144,7 @@ class BlockPass:
 
     def _watched(self, chain: int, values: Sequence[torch.Tensor]) -> int:
         """Say which stream of a chain carries the latents: the one that was seen to, or else the largest."""
-        stream = self._wiring.chains[chain].latent_stream
+        stream = self._cut.chains[chain].latent_stream
         return stream if stream is not None else max(range(len(values)), key=lambda i: values[i].numel())
 
     def _decide(
@@ -275,10 +268,10 @@ class BlockPass:
         self, segment: Segment, part: _Part, ends: Sequence[torch.Tensor | None], computing: Sequence[int]
     ) -> None:
         """Show the gate how the latents' stream left the last segment of its part."""
-        if any(s.part == segment.part and s.number > segment.number for s in self._segments):
+        if any(s.part == segment.part and s.number > segment.number for s in self._cut.segments):
             return
         given = [end for end in ends if end is not None]
-        stream = self._wiring.chains[segment.chain].latent_stream
+        stream = self._cut.chains[segment.chain].latent_stream
         end = ends[stream] if stream is not None else None
         end = end if end is not None else max(given, key=torch.Tensor.numel)
         for index, group in enumerate(part.groups):

@@ -81,18 +81,24 @@ def frame(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 
 def filtered(frames: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
-    """Filter frames [B, H, W, C] along H and W, in float32."""
+    """Filter frames [B, H, W, C] along H and W, in float32.
+
+    The gain is a product of one along each axis, so that the filter is a small matrix along each: less work than the
+    transforms of a whole frame, for as many tokens as a side has.
+    """
     sigma = min(max(sigma, 1e-6), 1.0 - 1e-6)
-    rows, columns = (_gain(frames.shape[axis], sigma, power, frames.device) for axis in (1, 2))
-    gain = rows[:, None] * columns[None, :]
-    spectrum = torch.fft.rfft2(frames.float(), dim=(1, 2))
-    gain = (gain / gain.mean())[:, : spectrum.shape[2], None]
-    result: torch.Tensor = torch.fft.irfft2(spectrum * gain, s=frames.shape[1:3], dim=(1, 2))
-    return result
+    height, width = frames.shape[1:3]
+    rows = _responses(height, sigma, power, frames.device)
+    columns = rows if width == height else _responses(width, sigma, power, frames.device)
+    return (rows @ (columns @ frames.float()).flatten(2)).view(frames.shape)
 
 
-def _gain(length: int, sigma: float, power: float, device: torch.device) -> torch.Tensor:
-    frequencies: torch.Tensor = torch.fft.fftfreq(length, device=device).abs()
+def _responses(length: int, sigma: float, power: float, device: torch.device) -> torch.Tensor:
+    """What the filter along one axis makes of an impulse at each place, [length, length]."""
+    frequencies: torch.Tensor = torch.fft.rfftfreq(length, device=device)
     clean = 1.0 / (frequencies**power + _EPSILON)
     signal = 1.0 - sigma
-    return signal * clean / (signal**2 * clean + sigma**2)
+    gain = signal * clean / (signal**2 * clean + sigma**2)
+    spectra = torch.fft.rfft(torch.eye(length, device=device))
+    responses: torch.Tensor = torch.fft.irfft(spectra * gain, n=length)
+    return responses / responses[0, 0]  # an impulse keeps the mean of the gain at its own place

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fastdit.errors import InvalidConfig
-from fastdit.wiring import Chain, Wiring
+from fastdit.wiring import BlockPort, Chain, Wiring
 
 from .step_cache import StepCache
 
@@ -26,6 +26,21 @@ class Segment:
     stop: int
     part: int
     decides: bool
+
+
+class Cut:
+    """A wiring cut into segments for one cache, with the place of every block in them: all that a forward looks up."""
+
+    def __init__(self, wiring: Wiring, cache: StepCache) -> None:
+        self.chains = wiring.chains
+        self.segments = segments_of(wiring, cache)
+        #: (list name, index) -> (segment, place in the chain, port); blocks that no segment skips or leads are absent.
+        self.places: dict[tuple[str, int], tuple[Segment, int, BlockPort]] = {
+            (port.name, port.index): (segment, place, port)
+            for segment in self.segments
+            for place, port in enumerate(self.chains[segment.chain].blocks)
+            if segment.enters <= place < segment.stop
+        }
 
 
 def segments_of(wiring: Wiring, cache: StepCache) -> tuple[Segment, ...]:

@@ -189,5 +189,5 @@ class StepCache(Accelerator):
 
 def difference(signal: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Mean |signal - before| and mean |before|, float32 [2], left on their device."""
-    moved = (signal - before).abs().mean(dtype=torch.float32)
+    moved = (signal - before).abs_().mean(dtype=torch.float32)
     return torch.stack([moved, before.abs().mean(dtype=torch.float32)])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
+from fastdit.attention.kernel import Switch
 from fastdit.errors import EngineMismatch, InvalidConfig
 
 from .arguments import differences, is_canonical, outline_of, tensors_in
@@ -29,12 +30,17 @@ ON_FAILURE = ("error", "eager")
 
 @dataclasses.dataclass(frozen=True)
 class PieceCall:
-    """One call of a piece of a model. `stage` names the token layout of the picture, None where it is not known."""
+    """One call of a piece of a model.
+
+    `stage` names the token layout of the picture, None where it is not known; `attention` names the kernel of the stack
+    that answers the model's attention, "" where none does.
+    """
 
     module: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage: tuple[Any, ...] | None = None
+    attention: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +108,7 @@ class Engine(Accelerator):
             weights=weights,
             arguments=outline_of((call.args, call.kwargs)),
             stage=call.stage,
+            attention=call.attention,
             mode="inference" if torch.is_inference_mode_enabled() else "no_grad",
             environment=environment_of(call.device),
         )
@@ -146,6 +153,7 @@ def _deviations(expected: EngineKey, found: EngineKey) -> list[str]:
         "structure": "the module's structure differs (layers, attributes, LoRA, shapes of weights)",
         "weights": "the weights are no longer those that were baked in",
         "stage": f"the stage is {found.stage} instead of {expected.stage}",
+        "attention": f"attention is by {found.attention or 'the model'} instead of {expected.attention or 'the model'}",
         "mode": f"the mode is {found.mode} instead of {expected.mode}",
         "environment": "the process differs (versions, threads, device, numeric switches)",
         "settings": "the engine's settings differ",
@@ -161,15 +169,19 @@ def refuse_gradients() -> None:
 
 
 def refuse_modes() -> None:
-    """Raise `EngineMismatch` where something answers torch's functions, which compiled code does not call."""
+    """Raise `EngineMismatch` where something besides the stack's attention kernel answers torch's functions.
+
+    Compiled code does not call them; the kernel is compiled in.
+    """
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext  # the default device, which compilers know
 
-    acting = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    known = (DeviceContext, Switch)
+    acting = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, known)]
     if acting:
         raise EngineMismatch(
-            f"{type(acting[-1]).__name__} answers calls of torch's functions (as an attention kernel of a stack does), "
-            "and an engine would leave it out; set the model's own attention backend, or leave one of the two out"
+            f"{type(acting[-1]).__name__} answers calls of torch's functions, and an engine would leave it out; leave "
+            "one of the two out"
         )
 
 

@@ -37,6 +37,9 @@ _PEFT_NOTES = frozenset({"kwargs"})
 _INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
 
 
+_TEXTS = ("engine", "settings", "piece", "structure", "weights", "attention", "mode", "environment")
+
+
 @dataclass(frozen=True)
 class EngineKey:
     """The key of one engine. `weights` is the checksum of those that are baked in, "" where they are not.
@@ -51,17 +54,17 @@ class EngineKey:
     weights: str
     arguments: Hashable
     stage: tuple[Any, ...] | None
+    attention: str
     mode: str
     environment: str
 
     def to_json(self) -> dict[str, str]:
         """Give the key as plain texts."""
-        texts = {name: getattr(self, name) for name in ("engine", "settings", "piece", "structure", "weights", "mode")}
+        texts = {name: getattr(self, name) for name in _TEXTS}
         return {
             **texts,
             "arguments": outline_text(self.arguments),
             "stage": outline_text(self.stage),
-            "environment": self.environment,
         }
 
     @functools.cached_property

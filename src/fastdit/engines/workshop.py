@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdit.attention.kernel import NATIVE, AttentionKernel
 from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning, FastditError, UnsupportedModel
 from fastdit.run import Run
 from fastdit.structure import structural_twin
@@ -156,9 +157,11 @@ class Workshop:
 class EnginePass:
     """One forward under an engine: answers the calls of blocks that run."""
 
-    def __init__(self, workshop: Workshop, run: Run, model: nn.Module) -> None:
+    def __init__(self, workshop: Workshop, run: Run, model: nn.Module, kernel: AttentionKernel | None = None) -> None:
         refuse_modes()
         self._workshop, self._run = workshop, run
+        backend = kernel.backend_in(run.stage) if kernel is not None else NATIVE
+        self._attention = "" if kernel is None or backend == NATIVE else f"{type(kernel).__name__} {backend}"
         adapters = adapters_of(model)
         if run.adapters.setdefault(id(model), adapters) != adapters:
             # A LoRA was switched or scaled between two steps.
@@ -193,11 +196,11 @@ class EnginePass:
 
     def _run_piece(self, admission: Admission, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = mapped(args, canonical), mapped(kwargs, canonical)
-        call = PieceCall(admission.module, args, kwargs, self._stage)
+        call = PieceCall(admission.module, args, kwargs, self._stage, self._attention)
         if self._environment is None:
             self._environment = environment_of(call.device)
         quick = (
-            admission.structure, admission.refusal, self._stage, self._environment,
+            admission.structure, admission.refusal, self._stage, self._attention, self._environment,
             torch.is_inference_mode_enabled(), outline_of((args, kwargs)),
         )  # fmt: skip
         built = self._workshop.get(call, admission, quick)
@@ -213,6 +216,8 @@ class EnginePass:
             self._eager += 1
             return admission.module(*args, **kwargs)
         self._ran += 1
+        # The kernel is compiled in, so that its answers are not seen from here.
+        self._run.attended |= bool(self._attention)
         return output
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,7 +18,13 @@ class Family(Protocol):
     which `tokens` and `latents` translate.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the family is called; published settings belong to it."""
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The names of the pipeline classes that the description holds for."""
 
     def matches(self, pipeline: Any) -> bool:
         """Whether this description holds for a pipeline (by its class)."""
@@ -44,16 +50,30 @@ class Family(Protocol):
     def pack(self, frames: torch.Tensor) -> torch.Tensor:
         """Undo `unpack`."""
 
+    def halved(self, frames: torch.Tensor) -> torch.Tensor:
+        """Bring frames of a picture, or of its mask, to half their height and width."""
+
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
         """Decode latent frames to pixels [B, 3, H, W] in about [-1, 1]."""
 
-    def place(self, arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """Give the denoiser's keyword arguments with the layout's positions in place."""
+    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode pixels [B, 3, H, W] in [-1, 1] to latent frames, as the pipeline's own would be scaled."""
+
+    def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+        """Find the latents of a layout among a forward's arguments, in the shape in which the scheduler gets them."""
+
+    def place(
+        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
+    ) -> dict[str, Any]:
+        """Give a forward's arguments with a layout's latents and positions in place of those of the layout `given`."""
+
+    def velocity(self, output: Any, layout: TokenLayout) -> Any:
+        """Give a forward's output with what it says of the layout's tokens alone."""
 
     def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
         """Give the children of the structural twin that a layout replaces, by name (none for most layouts).
 
-        `latents` are a forward's own: their batch is that of the layout, or several of it in a row (guidance).
+        `latents` are those of `latents_of`: their batch is the layout's, or several of it in a row (guidance).
         """
 
     def pipeline_overrides(self) -> tuple[str, ...]:
@@ -63,17 +83,56 @@ class Family(Protocol):
         """
 
 
+def families() -> tuple[Family, ...]:
+    """List the described families."""
+    from .flux import BRIA, CHROMA, FLUX, FLUX_FILL, LONGCAT_IMAGE, OVIS_IMAGE
+    from .flux2 import FLUX2
+    from .hidream import HIDREAM
+    from .lumina2 import LUMINA2
+    from .placed import COGVIEW4, HUNYUAN_IMAGE
+    from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
+    from .sd3 import SD3
+    from .z_image import Z_IMAGE
+
+    flux = (FLUX, FLUX_FILL, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
+    qwen = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)
+    frames = (SD3, HUNYUAN_IMAGE, COGVIEW4, LUMINA2, Z_IMAGE, HIDREAM)
+    return (*flux, *qwen, *frames)
+
+
 def family_of(pipeline: Any) -> Family | None:
     """Find the description of a pipeline's family, or None."""
-    from .flux import FLUX
-    from .sd3 import SD3
+    return next((family for family in families() if family.matches(pipeline)), None)
 
-    families: tuple[Family, ...] = (FLUX, SD3)
-    return next((family for family in families if family.matches(pipeline)), None)
+
+#: Arguments by which pipelines take pictures as prompts, whose features are made for one token layout.
+PICTURE_ADAPTERS = (
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "negative_ip_adapter_image",
+    "negative_ip_adapter_image_embeds",
+)
+
+
+def refused_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Say which of `names` a call gives although no mixed layout can honour it; None if it gives none."""
+    given = [name for name in names if arguments.get(name) is not None]
+    if not given:
+        return None
+    return f"{', '.join(given)} can't follow a token layout that changes; leave it out or drop the schedule"
 
 
 def decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Decode latent frames with an autoencoder whose latents are scaled and shifted."""
-    scaled = frames / vae.config.scaling_factor + vae.config.shift_factor
+    """Decode latent frames with an autoencoder whose latents are scaled and, in most, shifted."""
+    scaled = frames / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     pixels: torch.Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
     return pixels
+
+
+def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels to latent frames: the undoing of `decoded`. Distributions give their mode, so nothing is drawn."""
+    made = vae.encode(pixels.to(vae.dtype))
+    latents: torch.Tensor = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled: torch.Tensor = (latents - shift) * vae.config.scaling_factor
+    return scaled

@@ -1,9 +1,5 @@
 """Stable Diffusion 3 and 3.5: 2 x 2 patches of a latent frame, with a table of positions that is added to them.
 
-The pipeline's latents are frames [B, C, h, w]. A coarse or fine stage travels through its loop as such a frame, a mixed
-stage as a strip of 1 x N patches, [B, C, p, N p], which the model's own patch embedding and unpatchify take as it is.
-Only the positions of a strip are not its own: the structural twin's `pos_embed` holds a table of the layout's places.
-
 The model's table [M, M, D] is separable: half of a place's row is that of its column, half that of its row, and each
 half holds sin(w_k x) and cos(w_k x) of a coordinate x that grows evenly from index to index. So the row of a place
 between two indices is that of the lower one, turned in each plane (sin, cos) by the same share of the angle between
@@ -12,89 +8,52 @@ the two. At whole indices this is the table itself; base size, scale and croppin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from fastdit.errors import InvalidConfig
-from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.layout import TokenLayout
 from fastdit.structure import structural_twin
 
-from .family import decoded
+from .family import refused_arguments
+from .frames import FrameFamily
+from .rotary import guided
 
-_PATCH = 2
 
-
-class SD3Family:
+@dataclasses.dataclass(frozen=True)
+class SD3Family(FrameFamily):
     """Tokens of SD3 and SD3.5: 64 channels = 16 latent channels x 2 x 2 pixels, places in a centred crop of a table."""
 
-    name = "Stable Diffusion 3"
-    _pipelines = ("StableDiffusion3Pipeline",)
-    _pictures = ("ip_adapter_image", "ip_adapter_image_embeds")
-    _picture_arguments = ("ip_adapter_image_embeds", "ip_adapter_masks", "ip_hidden_states")
-
-    def matches(self, pipeline: Any) -> bool:
-        return any(cls.__name__ in self._pipelines for cls in type(pipeline).__mro__)
-
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        factor = pipeline.vae_scale_factor
-        latents = arguments.get("latents")
-        if isinstance(latents, torch.Tensor) and latents.dim() == 4:
-            # The pipeline takes the user's latents at whatever size they have.
-            return latents.shape[2] * factor, latents.shape[3] * factor
-        default = pipeline.default_sample_size * factor
-        return arguments.get("height") or default, arguments.get("width") or default
-
-    def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
-        patch = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-        return int(height) // patch, int(width) // patch
+    picture_arguments: tuple[str, ...] = ("ip_adapter_image_embeds", "ip_adapter_masks", "ip_hidden_states")
 
     def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
-        given = [name for name in self._pictures if arguments.get(name) is not None]
         attention = arguments.get("joint_attention_kwargs") or {}
-        given += [f"joint_attention_kwargs[{name!r}]" for name in self._picture_arguments if name in attention]
-        if given:
-            return f"{', '.join(given)} can't follow a token layout that changes; leave it out or drop the schedule"
+        given = {f"joint_attention_kwargs[{name!r}]": True for name in self.picture_arguments if name in attention}
+        if refusal := refused_arguments(given, tuple(given)):
+            return refusal
         if arguments.get("mu") is not None:
             return "mu= shifts the pipeline's own timesteps, which the schedule owns; leave it out, or set base_shift"
-        latents = arguments.get("latents")
-        if latents is not None and (latents.dim() != 4 or any(side % _PATCH for side in latents.shape[2:])):
-            return f"latents of shape {tuple(latents.shape)} are not frames [B, C, h, w] of even sides; reshape them"
-        return self._unfit(pipeline.transformer) or self._too_large(pipeline, arguments)
+        unfit = super().refusal(pipeline, arguments) or self._unfit(pipeline.transformer)
+        return unfit or self.too_large(pipeline, arguments, pipeline.transformer.pos_embed.pos_embed_max_size)
 
-    def tokens(self, latents: torch.Tensor) -> torch.Tensor:
-        return patches(latents, _PATCH)
-
-    def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        scale = 2 if layout.coarse else 1
-        rows, columns = (1, layout.tokens) if layout.mixed else (layout.rows // scale, layout.columns // scale)
-        return assembled(tokens, rows, columns, _PATCH)
-
-    def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        return assembled(latents, rows, columns, _PATCH)
-
-    def pack(self, frames: torch.Tensor) -> torch.Tensor:
-        return patches(frames, _PATCH)
-
-    def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
-        return decoded(pipeline.vae, frames)
-
-    def place(self, arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def place(
+        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
+    ) -> dict[str, Any]:
         if arguments.get("block_controlnet_hidden_states") is not None:
             raise InvalidConfig(
                 "block_controlnet_hidden_states are tied to one token layout, and the schedule changes it; leave the "
                 "ControlNet out, or drop the schedule"
             )
-        return arguments
+        return super().place(arguments, given, latents, layout)
 
     def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
         if layout.whole:
             return {}
         embed = transformer.pos_embed
-        table = position_rows(embed, layout, latents.device)
-        if len(table) > 1:
-            table = table.repeat(latents.shape[0] // len(table), 1, 1)  # the halves of a guided batch, one by one
+        table = guided(position_rows(embed, layout, latents.device), latents.shape[0])
         height, width = (side // embed.patch_size for side in latents.shape[2:])
         placed = structural_twin(embed, {})
         # An embedding without a maximal size takes its own table for latents of its own size: here, for the stage's.
@@ -102,28 +61,19 @@ class SD3Family:
         placed.__dict__["_buffers"] = {**embed._buffers, "pos_embed": table}
         return {"pos_embed": placed}
 
-    def pipeline_overrides(self) -> tuple[str, ...]:
-        return ("vae.decode",)
-
     def _unfit(self, transformer: Any) -> str | None:
         """Say what of the transformer's patches and positions is not as described."""
         embed = transformer.pos_embed
-        if transformer.config.patch_size != _PATCH:
-            return f"the transformer's patch size is {transformer.config.patch_size}, and only {_PATCH} is described"
+        if transformer.config.patch_size != self.patch:
+            return (
+                f"the transformer's patch size is {transformer.config.patch_size}, and only {self.patch} is described"
+            )
         if embed.pos_embed_max_size is None or not _is_sinusoidal(_table(embed)):
             return (
                 "the transformer's table of positions is not made of sines and cosines of rows and columns, so there "
                 "is no place between two tokens; drop the schedule"
             )
         return None
-
-    def _too_large(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
-        """Say that the finest stage has no positions, which the model itself would only say when it is reached."""
-        rows, columns = self.grid(pipeline, *self.size(pipeline, arguments))
-        most = pipeline.transformer.pos_embed.pos_embed_max_size
-        if max(rows, columns) <= most:
-            return None
-        return f"{rows} x {columns} tokens are more than the model's {most} positions a side; choose a smaller size"
 
 
 def position_rows(embed: Any, layout: TokenLayout, device: torch.device) -> torch.Tensor:
@@ -175,4 +125,8 @@ def _is_sinusoidal(table: torch.Tensor) -> bool:
     return bool(((diagonal - torch.cat([columns, rows], dim=1)).abs() <= tolerance).all())
 
 
-SD3 = SD3Family()
+SD3 = SD3Family(
+    "Stable Diffusion 3",
+    ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    refused=("ip_adapter_image", "ip_adapter_image_embeds"),
+)

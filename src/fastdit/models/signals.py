@@ -6,7 +6,6 @@ and tables. A time signal is an argument of the block and does not depend on the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from fastdit.errors import InvalidConfig
-from fastdit.structure import named_arguments
+from fastdit.structure import ArgumentNames
 
 Signal = Callable[[Any, torch.Tensor, tuple[Any, ...], Mapping[str, Any]], torch.Tensor]
 _Named = Callable[[Any, torch.Tensor, Mapping[str, Any]], Any]
@@ -30,8 +29,8 @@ SIGNAL_KINDS: dict[str, str] = {
 
 
 @lru_cache(maxsize=64)
-def _signature(block_class: type[Any]) -> inspect.Signature:
-    return inspect.signature(block_class.forward)
+def _names(block_class: type[Any]) -> ArgumentNames:
+    return ArgumentNames(block_class.forward, defaults=True)
 
 
 def _by_name(function: _Named) -> Signal:
@@ -40,9 +39,8 @@ def _by_name(function: _Named) -> Signal:
     def signal(
         block: Any, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
-        bound = _signature(block.__class__).bind(block, *args, **kwargs)  # a stand-in answers to its block's class
-        bound.apply_defaults()
-        found: torch.Tensor = function(block, hidden_states, named_arguments(bound))
+        given = _names(block.__class__)(args, kwargs)  # a stand-in answers to its block's class
+        found: torch.Tensor = function(block, hidden_states, given)
         return found
 
     return signal

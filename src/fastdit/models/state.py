@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ _ROUNDING_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"
 
 #: What layers hold that round what enters them, by a scale fixed beforehand.
 _SCALES = ("input_scale", "act_scale", "activation_scale")
+
+#: Whatever a layer of any kind holds that may tell how it rounds.
+_ATTRIBUTES = frozenset({"activation_qtype", "input_quantizer", "sdnq_dequantizer", *_SCALES})
 
 #: What weights hold (torchao's tensor subclasses) whose layers round what enters them, with a scale for each call.
 _WEIGHT_OPTIONS = ("act_quant_kwargs", "input_quant_func")
@@ -92,22 +96,42 @@ def _first_rounding(module: nn.Module) -> str | None:
 
 def _rounding(part: nn.Module) -> str | None:
     """Say how a layer rounds what enters it; None where it does not."""
-    classes = type(part).__mro__
-    if any(cls.__module__.startswith(_ROUNDING_PACKAGES) for cls in classes):
-        return "a layer of torch's own quantisation"
-    if known := next((ROUNDING_LAYERS[cls.__name__] for cls in classes if cls.__name__ in ROUNDING_LAYERS), None):
+    cls: Any = type(part)
+    if known := _class_rounding(cls):
         return known
-    if hasattr(part, "activation_qtype"):  # quanto's layers have scales whether they use them or not
-        return "with quantised activations" if part.activation_qtype is not None else None
-    quantizer: Any = getattr(part, "input_quantizer", None)
-    if quantizer is not None and getattr(quantizer, "is_enabled", True):
-        return "with a quantizer on its input"
-    if getattr(getattr(part, "sdnq_dequantizer", None), "use_quantized_matmul", False):
-        return "with a quantised matrix product"
-    if scale := next((name for name in _SCALES if getattr(part, name, None) is not None), None):
-        return f"with an {scale}"
+    if _class_has_any(cls, _ATTRIBUTES) or _holds_any(part, _ATTRIBUTES):
+        if hasattr(part, "activation_qtype"):  # quanto's layers have scales whether they use them or not
+            return "with quantised activations" if part.activation_qtype is not None else None
+        quantizer: Any = getattr(part, "input_quantizer", None)
+        if quantizer is not None and getattr(quantizer, "is_enabled", True):
+            return "with a quantizer on its input"
+        if getattr(getattr(part, "sdnq_dequantizer", None), "use_quantized_matmul", False):
+            return "with a quantised matrix product"
+        if scale := next((name for name in _SCALES if getattr(part, name, None) is not None), None):
+            return f"with an {scale}"
     weights = (weight for weight in part._parameters.values() if weight is not None)
     return next((how for weight in weights if (how := _weight_rounding(weight))), None)
+
+
+@lru_cache(maxsize=256)
+def _class_rounding(cls: type[Any]) -> str | None:
+    """Say how the layers of a class round what enters them, where the class alone tells it."""
+    classes = cls.__mro__
+    if any(one.__module__.startswith(_ROUNDING_PACKAGES) for one in classes):
+        return "a layer of torch's own quantisation"
+    return next((ROUNDING_LAYERS[one.__name__] for one in classes if one.__name__ in ROUNDING_LAYERS), None)
+
+
+def _holds_any(part: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a layer itself holds any of some attributes. Every layer is asked at each run, and most hold none."""
+    held = (part.__dict__, part._parameters, part._buffers, part._modules)
+    return not all(holder.keys().isdisjoint(names) for holder in held)
+
+
+@lru_cache(maxsize=256)
+def _class_has_any(cls: type[Any], names: frozenset[str]) -> bool:
+    """Whether a class has any of some attributes, or its own way to find attributes."""
+    return any(hasattr(cls, name) for name in names) or cls.__getattr__ is not nn.Module.__getattr__
 
 
 def _weight_rounding(weight: torch.Tensor) -> str | None:

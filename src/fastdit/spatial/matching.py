@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,21 +28,25 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Matching:
-    """The solved shifts h_k (one a stage), the restart factor Z = 1/sqrt(c), and the distance that was reached."""
+    """The solved shifts h_k (one a stage), the times at which the later stages start, and the distance reached.
+
+    `restart` is the one factor Z = 1/sqrt(c) behind the starts, None where they were given instead.
+    """
 
     shifts: tuple[float, ...]
-    restart: float
+    starts: tuple[float, ...]
+    restart: float | None
     distance: float
-
-    @property
-    def correlation(self) -> float:
-        """c, the covariance between the re-noising of two sibling tokens (with a minus sign)."""
-        return 1.0 / self.restart**2
 
 
 def restart_time(end: float, restart: float) -> float:
     """Give the time s = e / (Z (1 - e) + e) at which the stage after one that ended at time e starts."""
     return end / (restart * (1.0 - end) + end)
+
+
+def restart_factor(end: float, start: float) -> float:
+    """Give Z of a switch from the time `end` back to `start`: the inverse of `restart_time`."""
+    return end * (1.0 - start) / (start * (1.0 - end))
 
 
 def stage_sigmas(start: float, end: float, shift: float, steps: int) -> tuple[float, ...]:
@@ -66,17 +70,16 @@ def _density(shift: float, start: float = 0.0, end: float = 1.0) -> Array:
     return np.where(inside, shift / (1.0 + (shift - 1.0) * _GRID) ** 2, 0.0) / mass
 
 
-def _distance(parameters: Any, steps: Sequence[int], ends: Sequence[float], base_shift: float) -> float:
+def _distance(
+    shifts: Any, starts: Sequence[float], steps: Sequence[int], ends: Sequence[float], base_shift: float
+) -> float:
     from scipy.spatial.distance import jensenshannon
 
-    *shifts, restart = (float(value) for value in parameters)
-    starts = [0.0, *(restart_time(end, restart) for end in ends)]
-    stops = [*ends, 1.0]
     target = _density(base_shift)
-    for start, end in zip(starts[1:], ends, strict=True):
+    for start, end in zip(starts, ends, strict=True):
         target = target + (end - start) * _density(base_shift, start, end)
     taken = np.zeros_like(_GRID)
-    for count, shift, start, stop in zip(steps, shifts, starts, stops, strict=True):
+    for count, shift, start, stop in zip(steps, shifts, [0.0, *starts], [*ends, 1.0], strict=True):
         taken = taken + count * _density(shift, start, stop)
     histograms = [np.clip(histogram, _FLOOR, None) for histogram in (target, taken)]
     return float(jensenshannon(*(histogram / histogram.sum() for histogram in histograms)))
@@ -84,24 +87,38 @@ def _distance(parameters: Any, steps: Sequence[int], ends: Sequence[float], base
 
 @lru_cache(maxsize=256)
 def solve(
-    steps: tuple[int, ...], ends: tuple[float, ...], base_shift: float = 3.0, restart: float | None = None
+    steps: tuple[int, ...],
+    ends: tuple[float, ...],
+    base_shift: float = 3.0,
+    restart: float | None = None,
+    starts: tuple[float, ...] | None = None,
 ) -> Matching:
     """Solve the matching for `steps` per stage and the stages' end times `ends` (the last stage ends at 1).
 
     With `restart` given, Z is fixed and only the shifts are solved: the objective is nearly flat in Z above 6, so the
-    published values are local stops of the optimiser from (3, ..., 3, 2), which this reproduces.
+    published values are local stops of the optimiser from (3, ..., 3, 2), which this reproduces. With `starts` given,
+    the stages after the first start at those times, whatever Z that stands for.
     """
     from scipy.optimize import minimize
 
     if len(ends) != len(steps) - 1:
         raise InvalidConfig(f"{len(steps)} stages need {len(steps) - 1} end times, got {len(ends)}: {ends}")
-    start = [3.0] * len(steps)
+    first = [3.0] * len(steps)
     bounds = [_SHIFT_BOUNDS] * len(steps)
-    if restart is None:
-        solution = minimize(_distance, [*start, 2.0], args=(steps, ends, base_shift), bounds=[*bounds, _RESTART_BOUNDS])
+
+    def started(restart: float) -> list[float]:
+        return [restart_time(end, restart) for end in ends]
+
+    def with_restart(parameters: Any) -> float:
+        *shifts, restart = (float(value) for value in parameters)
+        return _distance(shifts, started(restart), steps, ends, base_shift)
+
+    if restart is None and starts is None:
+        solution = minimize(with_restart, [*first, 2.0], bounds=[*bounds, _RESTART_BOUNDS])
         *shifts, restart = (float(value) for value in solution.x)
     else:
-        fixed = float(restart)
-        solution = minimize(lambda shifts: _distance([*shifts, fixed], steps, ends, base_shift), start, bounds=bounds)
+        fixed = started(restart) if restart is not None else starts
+        solution = minimize(_distance, first, args=(fixed, steps, ends, base_shift), bounds=bounds)
         shifts = [float(value) for value in solution.x]
-    return Matching(tuple(shifts), float(restart), float(solution.fun))
+    taken = starts if restart is None else tuple(started(restart))
+    return Matching(tuple(shifts), cast(tuple[float, ...], taken), restart, float(solution.fun))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from torch import nn
 from fastdit.attention.kernel import AttentionKernel
 from fastdit.caching.decision import BranchState
 from fastdit.caching.passes import BlockPass, ForwardPass
+from fastdit.caching.segments import Cut
 from fastdit.caching.step_cache import StepCache
 from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState
 from fastdit.engines.workshop import EnginePass, Workshop
@@ -21,8 +21,8 @@ from fastdit.flops import FlopMeter
 from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
 from fastdit.run import Clock, Outcome, Run, StepContext, StepRecord
-from fastdit.structure import named_arguments, same_object_twin, structural_twin, tensors_of
-from fastdit.wiring import Wiring, observe, run_plainly, wiring_key, with_handler
+from fastdit.structure import ArgumentNames, same_object_twin, structural_twin, tensors_of
+from fastdit.wiring import observe, run_plainly, wiring_key, with_handler
 
 from .hooks import rank_sum, through_hooks
 from .making import overriding, twin_class
@@ -42,7 +42,7 @@ class Denoiser:
     """Everything a denoiser twin does beyond its class: kept outside the module, so that the module stays untouched.
 
     `name` is the component's name in its pipeline ("transformer"). The wiring that was observed is kept between runs,
-    keyed by which arguments were given; it describes the model and holds no tensors.
+    keyed by which arguments were given, as it is cut for the cache; it describes the model and holds no tensors.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Denoiser:
         cache: StepCache | None,
         family: Family | None,
         token_cache: TokenCache | None = None,
-        workshop: Workshop | None = None,
         attention: AttentionKernel | None = None,
+        workshop: Workshop | None = None,
     ) -> None:
         refuse_foreign_behaviour(module, name)
         self.module = module
@@ -62,13 +62,13 @@ class Denoiser:
         self.session = session
         self._cache = cache.for_transformer(module) if cache is not None else None
         self._token_cache = token_cache if token_cache is not None and not token_cache.neutral else None
-        self._workshop = workshop
         self._attention = attention if attention is not None and not attention.neutral else None
+        self._workshop = workshop
         self._family = family
-        self._wirings: dict[str, Wiring] = {}
+        self._cuts: dict[Hashable, Cut] = {}
         self._proved: set[Hashable] = set()
         self._meter: tuple[tuple[int, ...], FlopMeter] | None = None
-        self._signature = inspect.signature(type(module).forward)
+        self._names = ArgumentNames(type(module).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one forward in the open run and record it."""
@@ -83,11 +83,13 @@ class Denoiser:
         if not self.session.idle_is_plain:
             refuse_foreign_behaviour(self.module, self.name)
         context = run.enter(self.name)
-        arguments = _named(self._signature, args, kwargs)
+        arguments = self._names(args, kwargs)
         children: dict[str, Any] = {}
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
-        engine = EnginePass(self._workshop, run, self.module) if self._workshop is not None else None
+        engine = None
+        if self._workshop is not None:
+            engine = EnginePass(self._workshop, run, self.module, self._attention)
         clock = Clock(_device(arguments))
         with self._attention.acting(run) if self._attention is not None else nullcontext():
             if self._cache is None and self._token_cache is None and engine is None and not children:
@@ -95,6 +97,9 @@ class Denoiser:
             else:
                 output, outcome = self._through_stack(run, context, arguments, children, engine)
         clock.stop()
+        if run.schedule is not None:
+            assert self._family is not None and run.layout is not None
+            output = self._family.velocity(output, run.layout)
         name = engine.name if engine is not None else "eager"
         self._record(run, context, arguments, children, clock, outcome, name)
         return output
@@ -102,13 +107,15 @@ class Denoiser:
     def _at_stage(self, run: Run, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Put the stage's latents and token positions in place."""
         assert self._family is not None and run.schedule is not None
-        first = next(iter(arguments))
-        latents = arguments[first]
+        # At the first step the pipeline still holds its full-size noise.
+        given = run.grid if run.step == 0 else run.layout
+        assert given is not None
+        latents = self._family.latents_of(arguments, given)
         if run.step == 0:
-            latents, layout = run.schedule.initial(latents)
+            latents, layout = run.first_latents(latents)
             run.layout, run.stage_shape = layout, latents.shape[1:]
         assert run.layout is not None
-        placed = self._family.place({**arguments, first: latents}, run.layout)
+        placed = self._family.place(arguments, given, latents, run.layout)
         key = self.name, latents.shape[0]
         if key not in run.stage_children:
             run.stage_children[key] = self._family.child_overrides(self.module, run.layout, latents)
@@ -173,8 +180,9 @@ class Denoiser:
             if images is not None and children:
                 assert self._family is not None and run.layout is not None
                 layout = run.layout.of_images(images)
-                given = self._family.place(dict(given), layout)
-                own = self._family.child_overrides(self.module, layout, next(iter(given.values())))
+                latents = self._family.latents_of(given, layout)
+                given = self._family.place(given, layout, latents, layout)
+                own = self._family.child_overrides(self.module, layout, latents)
 
             def forward(given: dict[str, Any]) -> Any:
                 output, outcome = self._uncached(given, own, self._token_pass(run, context, given), engine)
@@ -202,12 +210,12 @@ class Denoiser:
         """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
         key = wiring_key(arguments)
         run_block = engine.call if engine is not None else run_plainly
-        seen = None if key in self._wirings else observe(self.module, arguments, children, run_block)
+        seen = None if key in self._cuts else observe(self.module, arguments, children, run_block)
         if seen is not None:
-            self._wirings[key] = seen.wiring
+            self._cuts[key] = Cut(seen.wiring, cache)
         passed = BlockPass(
             cache,
-            self._wirings[key],
+            self._cuts[key],
             run,
             reduce=rank_sum(self.module),
             run_block=tokens.call if tokens is not None else run_block,
@@ -236,7 +244,7 @@ class Denoiser:
 
     def _current_meter(self) -> FlopMeter:
         """Get a counter for the module as it is: a new one where a child was added or replaced (LoRA, fusing)."""
-        structure = tuple(id(module) for module in self.module.modules())
+        structure = tuple(_identities(self.module))
         if self._meter is None or self._meter[0] != structure:
             self._meter = (structure, FlopMeter(self.module))
         return self._meter[1]
@@ -308,16 +316,21 @@ def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
             f"{name} already has a cache of diffusers enabled, and two caches would feed on each other; call "
             f"{name}.disable_cache() first"
         )
-    if hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None:
+    if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
         raise IncompatibleStack(
             f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
             "blocks with compile_repeated_blocks() if you wish"
         )
 
 
-def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward, without its `self`, in the forward's order."""
-    return dict(list(named_arguments(signature.bind(None, *args, **kwargs)).items())[1:])
+def _identities(module: nn.Module) -> list[int]:
+    """List the identities of a module's parts; several times faster than `modules()`, which also looks for repeats."""
+    found, waiting = [], [module]
+    while waiting:
+        part = waiting.pop()
+        found.append(id(part))
+        waiting.extend(child for child in part._modules.values() if child is not None)
+    return found
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:

@@ -7,13 +7,18 @@ from typing import Any, Protocol
 
 import torch
 
+from fastdit.models.following import Following
 from fastdit.run import Run
-from fastdit.structure import same_object_twin
+from fastdit.structure import map_tensors, same_object_twin
 
 from .making import overriding, twin_class
 
 #: Attributes about the shared weights' placement and adapters: one truth for the pipeline and its twin.
 _SHARED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "num_fused_loras", "_merged_adapters")
+
+
+#: The method by which pipelines make their mask, and the latents of the picture that it hides.
+_MASKS = "prepare_mask_latents"
 
 
 class PipelineSession(Protocol):
@@ -49,6 +54,8 @@ def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ..
     for name in lifted:
         if "." not in name:
             members[name] = _lifting(session, cls, name)
+    if lifted and hasattr(cls, _MASKS):
+        members[_MASKS] = _following(session, cls)
     twin_cls: Any = twin_class(cls, members)
     twin = twin_cls.__new__(twin_cls)
     hidden = {*pipeline.components, *_SHARED}
@@ -80,6 +87,18 @@ def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
         return original(latents, *args, **kwargs) if static else original(self, latents, *args, **kwargs)
 
     return overriding(original, lifted)
+
+
+def _following(session: PipelineSession, cls: type) -> Any:
+    """Wrap what makes a mask: the loop gets what follows the stages of the run."""
+    original = getattr(cls, _MASKS)
+
+    def following(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        run = session.active
+        return made if run is None else map_tensors(made, lambda full: Following(full, run.followed))
+
+    return overriding(original, following)
 
 
 def lifting_component(component: Any, method: str, session: PipelineSession) -> Any:

@@ -28,12 +28,26 @@ def scheduler_twin(scheduler: Any, run: Run) -> Any:
             cls.set_timesteps(self, *args, **kwargs)
         else:
             _set_stages(self, run, kwargs.get("device"))
-        run.sigmas = getattr(self, "sigmas", None)
+        sigmas = getattr(self, "sigmas", None)
+        run.sigmas = () if sigmas is None else tuple(sigmas)
         run.begin(len(self.timesteps))
 
     def set_begin_index(self: Any, begin_index: int = 0) -> None:
         cls.set_begin_index(self, begin_index)
         run.begin(len(self.timesteps) - begin_index, begin_index)
+
+    def scale_noise(self: Any, sample: Any, timestep: Any, noise: Any = None) -> Any:
+        if run.plan is None:
+            return cls.scale_noise(self, sample, timestep, noise)
+        if run.step == 0:
+            # Autoencoders of videos give a picture an axis of one frame.
+            run.picture = sample.flatten(1, 2) if sample.dim() == 5 else sample
+        else:
+            # Between steps, what a mask protects is given the next step's noise.
+            sample, noise = run.followed(sample), run.followed(noise, noise=True)
+        # The class looks for its place in the timesteps, where the end of a stage is not the next one's start.
+        self._step_index, self._begin_index = None, run.index
+        return cls.scale_noise(self, sample, timestep, noise)
 
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         if run.schedule is None:
@@ -44,9 +58,17 @@ def scheduler_twin(scheduler: Any, run: Run) -> Any:
 
     members = {
         name: overriding(getattr(cls, name), function)
-        for name, function in (("set_timesteps", set_timesteps), ("set_begin_index", set_begin_index), ("step", step))
+        for name, function in (
+            ("set_timesteps", set_timesteps),
+            ("set_begin_index", set_begin_index),
+            ("scale_noise", scale_noise),
+            ("step", step),
+        )
         if hasattr(cls, name)
     }
+    if not hasattr(cls, "scale_model_input"):
+        # Pipelines that compare a scheduler's class, and not what it can do, ask it of every other class.
+        members["scale_model_input"] = lambda self, sample, *args, **kwargs: sample
     twin.__class__ = twin_class(cls, members)
     return twin
 
@@ -70,8 +92,8 @@ def _staged_step(
     """Take the class's own step between two sigmas of the stage, and switch stages after its last."""
     assert run.plan is not None and run.schedule is not None
     if run.step == 0:
-        # The pipeline still holds its full-size noise; the stage's own latents are made of it.
-        sample, _ = run.schedule.initial(sample)
+        # The pipeline still holds its full-size latents; the stage's own are made of them.
+        sample, _ = run.first_latents(sample)
     stage = run.plan.stages[run.stage]
     assert stage.sigmas is not None
     published = scheduler.sigmas

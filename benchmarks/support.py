@@ -1,0 +1,38 @@
+"""Try schedule, step cache and token cache on every pipeline of the installed diffusers; write the docs' table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import typer
+
+from common import save
+from fastdit.measure.support import pipeline_classes, supported, table
+
+_HEAD = """# What works with which pipeline
+
+Written by `benchmarks/support.py`, as `fastdit matrix` prints it: all {count} pipelines with a transformer of diffusers
+{version}. "Yes" and "no" with an error are what came of running a tiny model with random weights: a pipeline of the
+class itself under RALU (two prompts, a picture that is not square), and, where there is none, its transformer or
+another pipeline with the same one under the caches (FirstBlockCache for the step caches, ToCa for the token caches).
+
+Mixed-resolution stages work with {described} of these pipelines. Image-to-image starts at the stage that the strength
+reaches, masks follow the stages, and the tokens of pictures that an editing pipeline appends stay in place. Where a
+reason ends in "undescribed", nothing is known to be in the way but the description. `EasyCache` and the like, which
+skip whole forwards, need no blocks, so they also work where the step caches here say no.
+"""
+
+
+def main(out: Path = Path("benchmarks/results/support.json"), page: Path = Path("docs/support.md")) -> None:
+    """Try every pipeline class, save what came of it, and write the page."""
+    rows = [supported(pipeline) for pipeline in pipeline_classes()]
+    described = sum(bool(row.mixed.works) for row in rows)
+    save(out, {"pipelines": rows})
+    head = _HEAD.format(count=len(rows), version=diffusers.__version__, described=described)
+    page.write_text(f"{head}\n{table(rows)}", encoding="utf-8")
+    print(f"{len(rows)} pipelines, mixed stages with {described}; written to {page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,58 @@
+"""FLUX.2: packed tokens whose position ids have four axes, the row and the column being the second and the third."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .packed import PackedFamily
+
+
+@dataclasses.dataclass(frozen=True)
+class Flux2Family(PackedFamily):
+    """Tokens of FLUX.2: 128 channels = 32 latent channels x 2 x 2 pixels, normalised one by one.
+
+    So a token is one pixel of the frames here; the tokens of pictures that are edited are appended.
+    """
+
+    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+        if arguments.get("image") is not None and not (arguments.get("height") and arguments.get("width")):
+            return "image= without height= and width= leaves the size to the picture; give both"
+        return super().refusal(pipeline, arguments)
+
+
+def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Decode frames of normalised tokens."""
+    mean, deviation = _statistics(vae)
+    latents = nn.functional.pixel_shuffle(frames * deviation + mean, 2)
+    pixels: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return pixels
+
+
+def _encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels to frames of normalised tokens."""
+    latents = nn.functional.pixel_unshuffle(vae.encode(pixels.to(vae.dtype)).latent_dist.mode(), 2)
+    mean, deviation = _statistics(vae)
+    return (latents - mean) / deviation
+
+
+def _statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the mean and the deviation of every channel of a token, [1, C, 1, 1]."""
+    mean, variance = (statistic.view(1, -1, 1, 1) for statistic in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
+
+
+FLUX2 = Flux2Family(
+    "FLUX.2",
+    ("Flux2Pipeline", "Flux2KleinPipeline"),
+    patch=1,
+    axes=4,
+    unpacking="_unpack_latents_with_ids",
+    refused=(),
+    decoding=_decoded,
+    encoding=_encoded,
+)

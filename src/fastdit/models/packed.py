@@ -1,0 +1,129 @@
+"""Families whose latents travel through the pipeline's loop as tokens: FLUX and its relatives.
+
+The transformer gets tokens [B, N, C] and a position for each. Tokens of pictures that a pipeline edits are appended to
+the noisy ones, on whose layout they don't depend: they stay in place at every stage, and what the model says of them is
+dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.structure import refilled, tensors_of
+
+from .family import PICTURE_ADAPTERS, decoded, encoded, refused_arguments
+from .following import followed
+from .rotary import PerImagePositions, guided
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedFamily:
+    """Tokens of `patch` x `patch` latent pixels with position ids of `axes` numbers, of which the 2nd and 3rd are
+    the row and the column.
+
+    `cell` is the side of a token in units of the pipeline's `vae_scale_factor`. The pipeline's method `unpacking` turns
+    tokens into frames for the decoder. `refused` names arguments of a call that no stage but the last could honour.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    patch: int = 2
+    cell: int = 2
+    axes: int = 3
+    unpacking: str = "_unpack_latents"
+    refused: tuple[str, ...] = PICTURE_ADAPTERS
+    decoding: Callable[[Any, torch.Tensor], torch.Tensor] = decoded
+    encoding: Callable[[Any, torch.Tensor], torch.Tensor] = encoded
+
+    def matches(self, pipeline: Any) -> bool:
+        return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
+
+    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        default = pipeline.default_sample_size * pipeline.vae_scale_factor
+        return arguments.get("height") or default, arguments.get("width") or default
+
+    def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
+        side = pipeline.vae_scale_factor * self.cell
+        return int(height) // side, int(width) // side
+
+    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+        return refused_arguments(arguments, self.refused)
+
+    def tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        return tokens
+
+    def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        return assembled(latents, rows, columns, self.patch)
+
+    def pack(self, frames: torch.Tensor) -> torch.Tensor:
+        return patches(frames, self.patch)
+
+    def halved(self, frames: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(frames, 2)
+
+    def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+        return self.decoding(pipeline.vae, frames)
+
+    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return self.encoding(pipeline.vae, pixels)
+
+    def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+        tokens: torch.Tensor = next(iter(arguments.values()))
+        return tokens[:, : layout.tokens, : self.channels(tokens.shape[2])]
+
+    def channels(self, given: int) -> int:
+        """Say how many of a token's channels are the latents'; the rest describe a picture and follow the layout."""
+        return given
+
+    def place(
+        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
+    ) -> dict[str, Any]:
+        name, tokens = next(iter(arguments.items()))
+        appended, joined = tokens[:, given.tokens :], tokens[:, : given.tokens, latents.shape[2] :]
+        if joined.shape[2]:
+            # The pipeline joins what follows the stages, but for the first step, which it begins at the full size.
+            latents = torch.cat([latents, joined if given is layout else followed(self, joined, layout)], dim=2)
+        placed = {**arguments, name: torch.cat([latents, appended], dim=1) if appended.shape[1] else latents}
+        if arguments.get("attention_mask") is not None:
+            text = arguments["attention_mask"][:, : arguments["encoder_hidden_states"].shape[1]]
+            placed["attention_mask"] = torch.cat([text, text.new_ones(placed[name].shape[:2])], dim=1)
+        return {**placed, **self._positions(arguments, appended.shape[1], layout, latents)}
+
+    def velocity(self, output: Any, layout: TokenLayout) -> Any:
+        return refilled(output, (tokens[:, : layout.tokens] for tokens in tensors_of(output)))
+
+    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+        if layout.kept is None or len(layout.kept) == 1:
+            return {}
+        return {"pos_embed": PerImagePositions(transformer.pos_embed, self.axes)}
+
+    def pipeline_overrides(self) -> tuple[str, ...]:
+        return (self.unpacking,)
+
+    def _positions(
+        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, latents: torch.Tensor
+    ) -> dict[str, Any]:
+        """Make the ids of a layout; where images have places of their own, side by side [S, B * axes]."""
+        ids, text = (_shared(arguments[name])[:, : self.axes] for name in ("img_ids", "txt_ids"))
+        own = len(ids) - appended
+        # Fractional places are exact in float32 and not in bfloat16, so the ids' dtype is not kept. The ids count from
+        # that of the first place, which a layout without a token there is half a place away from.
+        places = guided(layout.positions(latents.device), latents.shape[0])
+        places = nn.functional.pad(places, (1, self.axes - 3)) + ids[:own].float().amin(dim=0).floor()
+        images = len(places)
+        beside = torch.cat([places.transpose(0, 1).flatten(1), ids[own:].float().repeat(1, images)])
+        return {"img_ids": beside, "txt_ids": text.repeat(1, images)}
+
+
+def _shared(ids: torch.Tensor) -> torch.Tensor:
+    """Give ids without a batch; those of a batch are alike, and models take the first."""
+    return ids[0] if ids.dim() == 3 else ids

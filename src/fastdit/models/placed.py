@@ -1,0 +1,88 @@
+"""Families whose rotary child makes a table for the frame that it is given: a strip gets the layout's table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdit.layout import TokenLayout
+
+from .frames import FrameFamily
+from .rotary import guided, rotary, shared
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryFrameFamily(FrameFamily):
+    """Frames whose transformer has a child `rope` that gives cosines and sines for a frame's tokens.
+
+    `tables` evaluates them at a layout's places, [1 or B, tokens, D] each.
+    """
+
+    tables: Callable[[Any, TokenLayout, torch.device], Tables] = dataclasses.field(kw_only=True)
+
+    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+        if layout.whole:
+            return {}
+        tables = self.tables(transformer.rope, layout, latents.device)
+        return {"rope": _GivenTables(tuple(guided(table, latents.shape[0]) for table in tables))}
+
+
+class _GivenTables(nn.Module):
+    """A rotary child that gives the same tables for every frame."""
+
+    def __init__(self, tables: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.__dict__["_tables"] = tables
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[Any, ...]:
+        return tuple(shared(table) for table in self.__dict__["_tables"])
+
+
+@dataclasses.dataclass(frozen=True)
+class HunyuanImageFamily(RotaryFrameFamily):
+    """HunyuanImage 2.1: every latent pixel is a token."""
+
+    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+        if pipeline.transformer.config.use_meanflow:
+            return (
+                "this distilled transformer is told the timestep at which a step ends, which the pipeline takes for "
+                "the next step's own, and between two stages it is not; use the model that was not distilled"
+            )
+        guiders = (getattr(pipeline, name, None) for name in ("guider", "ocr_guider"))
+        if any(getattr(guider, "adaptive_projected_guidance_momentum", None) is not None for guider in guiders):
+            return (
+                "the pipeline's guider averages predictions over its steps, whose tokens change; give guiders without "
+                "adaptive_projected_guidance_momentum"
+            )
+        return super().refusal(pipeline, arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class CogView4Family(RotaryFrameFamily):
+    """CogView4: rotary indices are spread over a fixed range, whatever the picture's size."""
+
+    def default_side(self, pipeline: Any) -> int:
+        return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
+
+
+def _plain(rope: Any, layout: TokenLayout, device: torch.device) -> Tables:
+    cosines, sines = rotary(layout.positions(device), rope.rope_dim, rope.theta, use_real=True)
+    return cosines, sines
+
+
+def _spread(rope: Any, layout: TokenLayout, device: torch.device) -> Tables:
+    """Evaluate whole indices of the range; a place between two tokens has one of its own where the range is finer."""
+    places = layout.positions(device)
+    indices = (places * places.new_tensor(rope.rope_axes_dim) / places.new_tensor(layout.extent)).floor()
+    rows = rotary(indices, (rope.dim // 2, rope.dim // 2), rope.theta)
+    return torch.cat([rows.real, rows.real], dim=-1), torch.cat([rows.imag, rows.imag], dim=-1)
+
+
+HUNYUAN_IMAGE = HunyuanImageFamily("HunyuanImage", ("HunyuanImagePipeline",), patch=1, tables=_plain)
+COGVIEW4 = CogView4Family("CogView4", ("CogView4Pipeline",), tables=_spread)

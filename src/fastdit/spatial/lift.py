@@ -1,0 +1,175 @@
+"""What becomes of the tokens at a stage switch: the contract of a lift, and the lifts of a clean estimate.
+
+A switch takes latents at the time `end` on one layout to latents at an earlier time `start` on a finer one. A lift of
+noisy latents copies them and mends their noise (`fastdit.spatial.token_copy`); a lift of the clean estimate brings that
+to the finer layout and adds noise anew,
+
+    x_start = start * lifted + (1 - start) * z,   z ~ N(0, I),
+
+which is the flow's own marginal for whatever clean latents `lifted` is, at any start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from fastdit.accelerator import register
+from fastdit.errors import InvalidConfig
+from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.models.family import Family
+
+#: Where a clean lift takes its noise from: the run's own field of noise, or drawn anew.
+NOISES = ("shared", "fresh")
+
+_RESIZES = ("nearest", "bilinear", "bicubic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """Where a run stands between two stages.
+
+    `latents` and `denoised`, the estimate of the clean latents, are tokens [B, N, C] of the layout `before`. `field` is
+    the noise that the run began with, tokens [B, rows * columns, C] of the whole fine grid; `draw` makes fresh unit
+    noise of a shape, in float32. `exact` is False where known flaws of the published code are wanted.
+    """
+
+    family: Family
+    pipeline: Any
+    before: TokenLayout
+    after: TokenLayout
+    latents: torch.Tensor
+    denoised: torch.Tensor
+    field: torch.Tensor
+    end: float
+    start: float
+    draw: Callable[[Sequence[int], torch.device], torch.Tensor]
+    exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Lift:
+    """Base of what a schedule does at a switch."""
+
+    def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
+        """Raise `InvalidConfig` where the lift can't go back from the times `ends` to `starts`."""
+
+    def __call__(self, switch: Switch) -> torch.Tensor:
+        """Give the tokens [B, N', C] of the layout `switch.after` at the time `switch.start`, in float32."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanLift(Lift):
+    """Base of the lifts of the clean estimate.
+
+    With `noise="shared"` every token has the noise that the run began with at its place (four cells' sum, halved, for
+    a coarse token), so that what a stage has drawn out of its noise, the next finds in its own; "fresh" draws anew.
+    """
+
+    _: dataclasses.KW_ONLY
+    noise: str = "shared"
+
+    def __post_init__(self) -> None:
+        if self.noise not in NOISES:
+            raise InvalidConfig(f'noise is "shared" or "fresh", got {self.noise!r}')
+
+    def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
+        if any(start >= end for start, end in zip(starts, ends, strict=True)):
+            raise InvalidConfig(
+                f"a stage starts at an earlier time than the one before it ended, got ends={tuple(ends)} and "
+                f"starts={tuple(starts)}"
+            )
+
+    def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
+        """Bring frames [B, C, h, w] of clean coarse latents to twice the height and width."""
+        raise NotImplementedError
+
+    def __call__(self, switch: Switch) -> torch.Tensor:
+        before, after, denoised = switch.before, switch.after, switch.denoised.float()
+        rows, columns = before.rows, before.columns
+        coarse = coarse_tokens(switch.family, before, denoised)
+        frames = self.lifted(switch, switch.family.unpack(coarse, rows // 2, columns // 2))
+        fine = switch.family.pack(frames.float())
+        if before.mixed:
+            # What is fine already is not lifted a second time.
+            assert before.refined is not None
+            cells = before.cells(before.refined)[..., None].expand(-1, -1, fine.shape[2])
+            fine = fine.scatter(1, cells, denoised[:, before.kept.shape[1] :])  # type: ignore[union-attr]
+        clean = on_layout(after, coarse, fine)
+        field = self._noise_of(switch)
+        return switch.start * clean + (1.0 - switch.start) * field
+
+    def _noise_of(self, switch: Switch) -> torch.Tensor:
+        after = switch.after
+        if self.noise == "fresh":
+            tokens = after.tokens
+            return switch.draw((len(switch.latents), tokens, switch.latents.shape[2]), switch.latents.device)
+        fine = switch.field.float()
+        return on_layout(after, pooled(switch.family, fine, after.rows, after.columns), fine)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LatentLift(CleanLift):
+    """Resizes the clean latents themselves: "nearest", "bilinear" or "bicubic".
+
+    An enlarged latent is no latent of an enlarged picture, which the steps that follow must mend.
+    """
+
+    resize: str = "nearest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize not in _RESIZES:
+            raise InvalidConfig(f"resize is one of {', '.join(_RESIZES)}, got {self.resize!r}")
+
+    def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
+        return functional.interpolate(frames, scale_factor=2, mode=self.resize)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class PixelLift(CleanLift):
+    """Decodes the clean latents, enlarges the picture (bicubic) and encodes it again.
+
+    The result is a legal latent of a picture that is soft and otherwise right, so the next stage may start late and
+    keep what the coarse one composed. Costs a decoding at half the size and an encoding at the full one. MrFlow (arXiv
+    2607.01642) enlarges in pixels with a trained network; this needs none.
+    """
+
+    def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
+        pixels = switch.family.decode(switch.pipeline, frames).float().clamp(-1.0, 1.0)
+        enlarged = functional.interpolate(pixels, scale_factor=2, mode="bicubic").clamp(-1.0, 1.0)
+        return switch.family.encode(switch.pipeline, enlarged)
+
+
+def pooled(family: Family, noise: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Make unit noise of the coarse grid from that of the fine one [B, rows * columns, C]: four cells' sum, halved."""
+    return family.pack(functional.avg_pool2d(family.unpack(noise.float(), rows, columns), 2) * 2.0)
+
+
+def coarse_tokens(family: Family, layout: TokenLayout, clean: torch.Tensor) -> torch.Tensor:
+    """Give the coarse grid's tokens, in raster order, of clean latents on a coarse or mixed layout.
+
+    A refined token is the average of its children: no exact latent, and only its neighbours' seams see it.
+    """
+    if layout.kept is None or layout.refined is None:
+        return clean
+    count = layout.kept.shape[1]
+    whole = clean.new_zeros(len(clean), layout.rows * layout.columns, clean.shape[2])
+    cells = layout.cells(layout.refined)[..., None].expand(-1, -1, clean.shape[2])
+    frames = family.unpack(whole.scatter(1, cells, clean[:, count:]), layout.rows, layout.columns)
+    coarse = family.pack(functional.avg_pool2d(frames, 2))
+    return coarse.scatter(1, layout.kept[..., None].expand(-1, -1, clean.shape[2]), clean[:, :count])
+
+
+def on_layout(layout: TokenLayout, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """Pick a layout's tokens out of both grids' own, each in raster order."""
+    if layout.kept is None or layout.refined is None:
+        return coarse if layout.coarse else fine
+    return torch.cat([gather_tokens(coarse, layout.kept), gather_tokens(fine, layout.cells(layout.refined))], dim=1)

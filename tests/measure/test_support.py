@@ -1,0 +1,59 @@
+"""The support table tells of every pipeline what came of running it, or why it was not run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fastdit.cli import app
+from fastdit.measure.support import Answer, Support, gist, pipeline_classes, supported, table
+from fastdit.measure.tiny_pipelines import PIPELINES
+from fastdit.models.family import families
+from fastdit.models.undescribed import BY_PIPELINE, why_not
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma, inside diffusers
+]
+CLASSES = {cls.__name__: cls for cls in pipeline_classes()}
+DESCRIBED = {name for family in families() for name in family.pipelines}
+
+
+@pytest.mark.parametrize("name", sorted(DESCRIBED & set(PIPELINES) & set(CLASSES)))
+def test_every_described_pipeline_with_a_tiny_one_takes_mixed_stages(name: str) -> None:
+    row = supported(CLASSES[name])
+    assert row.mixed == Answer(True)
+    assert row.family in {family.name for family in families()}
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - DESCRIBED))
+def test_every_other_pipeline_says_in_one_sentence_why_it_takes_none(name: str) -> None:
+    reason = why_not(CLASSES[name])
+    assert 20 < len(reason) < 140
+    assert ". " not in reason
+
+
+def test_no_pipeline_is_described_twice_or_given_a_reason_against_it() -> None:
+    names = [name for family in families() for name in family.pipelines]
+    assert len(set(names)) == len(names)
+    assert not DESCRIBED & set(BY_PIPELINE)
+
+
+def test_a_table_numbers_its_reasons_and_gives_each_once() -> None:
+    refused = Answer(False, "UnsupportedModel: ToCa(interval=3, first=1) knows nothing of Block (T.list)")
+    rows = [Support(name, "T", None, Answer(False, "no plane"), Answer(True), refused) for name in ("A", "B")]
+    text = table(rows)
+    assert "| A |  | no (1) | yes | no (2) |" in text
+    assert "| B |  | no (1) | yes | no (2) |" in text
+    assert text.count("no plane") == 1
+    assert text.endswith("2. ToCa knows nothing of its blocks\n")
+    assert gist("plain words") == "plain words"
+
+
+def test_the_command_prints_the_rows_that_were_asked_for() -> None:
+    result = CliRunner().invoke(app, ["matrix", "sd3controlnetnothing"])
+    assert result.exit_code == 0 and "| pipeline |" in result.output
+    rows = json.loads(CliRunner().invoke(app, ["matrix", "StableDiffusion3Pipeline", "--json"]).stdout)
+    assert [row["pipeline"] for row in rows] == ["StableDiffusion3Pipeline"]
+    assert [rows[0][level]["works"] for level in ("mixed", "step_cache", "token_cache")] == [True, True, True]
