@@ -27,10 +27,10 @@ class TestContract(EngineContract):
     engine = staticmethod(OpenVINO)
 
 
-def small(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
-    """A pipeline with one block of each kind, two steps."""
+def small(dtype: torch.dtype = torch.float32, seed: int = 0, single_layers: int = 1) -> tuple[Any, dict[str, Any]]:
+    """Make a pipeline with one double block, two steps."""
     pipeline, call = tiny_flux(steps=2)
-    pipeline.transformer = flux_transformer(layers=1, single_layers=1)
+    pipeline.transformer = flux_transformer(layers=1, single_layers=single_layers, seed=seed)
     pipeline.transformer.to(dtype)
     return pipeline, {
         name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in call.items()
@@ -92,13 +92,13 @@ def test_bf16_is_computed_where_it_is_asked_for_and_nowhere_else() -> None:
 
 
 def test_under_a_cache_the_engine_runs_the_blocks_that_the_cache_lets_run() -> None:
-    pipeline, call = small()
+    pipeline, call = small(single_layers=2)
     steps = {"num_inference_steps": 6}
     fast, eager = (accelerate(pipeline, stack) for stack in ([Interval(3), OpenVINO()], [Interval(3)]))
     assert relative_error(generate(fast, call, **steps), generate(eager, call, **steps)) <= 1e-5
     records = [twin.fastdit.last_run for twin in (fast, eager)]
     assert records[0].skipped == records[1].skipped > 0
-    assert {step.engine for step in records[0].steps} == {"OpenVINO", "none"}
+    assert {step.engine for step in records[0].steps if step.blocks_run} == {"OpenVINO"}
 
 
 def test_what_was_kept_is_loaded_and_a_corrupt_blob_is_built_again(tmp_path: Path) -> None:
@@ -143,18 +143,18 @@ def test_one_dynamic_engine_serves_every_stage_that_is_named_and_no_other() -> N
 
 
 def piece_of(pipeline: Any, call: dict[str, Any], kind: str, tokens: int) -> PieceCall:
-    """The call of a block that the pipeline makes at a number of tokens."""
+    """Give the call of a block that the pipeline makes at a number of tokens."""
     (block,) = (block for block in pipeline.transformer.modules() if type(block).__name__ == kind)
     side, calls = 16 * int(tokens**0.5), []
     handle = block.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
     generate(pipeline, call, height=side, width=side)
     handle.remove()
     args, kwargs = mapped(calls[0], canonical)
-    return PieceCall(block, args, kwargs, (side // 16, side // 16, "fine", "fine"))
+    return PieceCall(block, args, kwargs, (side // 16, side // 16, "fine", "coarse"))
 
 
 def test_a_dynamic_engine_that_is_wrong_at_another_stage_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, call = small()
+    pipeline, call = small(seed=1)
     fast = accelerate(pipeline, [OpenVINO(tokens=(25, 36))])
     generate(fast, call, height=80, width=80)
     infer = fastdit_openvino._Request.infer
