@@ -34,7 +34,7 @@ MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)
 
 def main(
     rounds: Annotated[int, typer.Option(help="Paired rounds.")] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of the runs without RALU.")] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of the runs without RALU.")] = 50,
     tokens_per_side: int = 32,
     dtype: str = "bfloat16",
     threshold: float = 0.25,

@@ -22,11 +22,12 @@ from torch import nn
 
 from fastdit.accelerator import register
 from fastdit.errors import EngineMismatch, UnsupportedModel
-from fastdit.structure import Hole, refilled, tensors_of
+from fastdit.structure import refilled
 
-from .arguments import mapped, tensors_in
+from .arguments import tensors_in
 from .compile import inductor_in
 from .engine import Engine, Execute, PieceCall
+from .flat import Flat, decoded, encoded
 
 _PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
 _PREFIX = "piece."
@@ -50,31 +51,17 @@ class AOT(Engine):
         return _Packaged(folder, call).execute
 
 
-class _Flat(nn.Module):
-    """A piece as a function from the tensors among its arguments to those among its outputs."""
-
-    def __init__(self, call: PieceCall) -> None:
-        super().__init__()
-        self.piece = call.module
-        self.__dict__["_call"] = call
-
-    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        call, given = self.__dict__["_call"], iter(tensors)
-        args, kwargs = mapped([call.args, call.kwargs], lambda _: next(given))
-        return tensors_of(self.piece(*args, **kwargs))
-
-
 def _package(call: PieceCall, folder: Path) -> None:
     """Compile a piece and write its package, the shape of its output, and what it holds besides weights."""
     output = call.module(*call.args, **call.kwargs)
     with inductor_in(folder.with_suffix(".work")):
-        exported = torch.export.export(_Flat(call), tuple(tensors_in([call.args, call.kwargs])))
+        exported = torch.export.export(Flat(call), tuple(tensors_in([call.args, call.kwargs])))
         torch._inductor.aoti_compile_and_package(
             exported,
             package_path=str(folder / _PACKAGE),
             inductor_configs={"aot_inductor.package_constants_in_so": False},
         )
-    (folder / _OUTPUT).write_text(json.dumps(_encoded(output)), encoding="utf-8")
+    (folder / _OUTPUT).write_text(json.dumps(encoded(output)), encoding="utf-8")
     own = {name for name, _ in _tensors(call.module)}
     lifted = {
         name: value.detach().contiguous()
@@ -93,7 +80,7 @@ class _Packaged:
     def __init__(self, folder: Path, call: PieceCall) -> None:
         self._package = str(folder / _PACKAGE)
         self._device = call.device
-        self._output = _decoded(json.loads((folder / _OUTPUT).read_bytes()))
+        self._output = decoded(json.loads((folder / _OUTPUT).read_bytes()))
         self._lifted: dict[str, torch.Tensor] = {}
         if (folder / _CONSTANTS).exists():
             from safetensors.torch import load_file
@@ -161,29 +148,3 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _encoded(output: Any) -> Any:
-    """Write down how a piece's output is nested: "tensor", null, or one of these in a tuple, a list or a dictionary."""
-    if isinstance(output, torch.Tensor):
-        return "tensor"
-    if output is None:
-        return None
-    if type(output) in (tuple, list):
-        return {type(output).__name__: [_encoded(item) for item in output]}
-    if type(output) is dict:
-        return {"dict": {name: _encoded(item) for name, item in output.items()}}
-    raise UnsupportedModel(f"its output holds a {type(output).__name__}, which a package can't give; use Compile()")
-
-
-def _decoded(data: Any) -> Any:
-    """Undo `_encoded`, with a hole for each tensor."""
-    if data is None:
-        return None
-    if data == "tensor":
-        return Hole()
-    ((kind, items),) = data.items()
-    if kind == "dict":
-        return {name: _decoded(item) for name, item in items.items()}
-    decoded = [_decoded(item) for item in items]
-    return tuple(decoded) if kind == "tuple" else decoded
