@@ -62,15 +62,39 @@ def configurations() -> list[Configuration]:
     ]
 
 
+def fast_configurations() -> list[Configuration]:
+    """What is about six times faster and more: caches alone, on few steps too, beside RALU with a cache."""
+    line = Taylor(1)
+    coarse = {"ends": (0.5,), "starts": (0.15,), "lift": PixelLift()}
+    alone: dict[str, tuple[list[Accelerator], int]] = {
+        "TeaCache .6, Taylor, of 50 steps": ([TeaCache(0.6, forecast=line)], 50),
+        "TeaCache .4, Taylor, of 20 steps": ([TeaCache(0.4, forecast=line)], 20),
+        "TeaCache .3 of 15 steps": ([TeaCache(0.3)], 15),
+        "TeaCache .25 of 12 steps": ([TeaCache(0.25)], 12),
+    }
+    both: dict[str, list[Accelerator]] = {
+        "RALU 12 + 3 steps + TeaCache .16, Taylor": [RALU(steps=(12, 3), **coarse), TeaCache(0.16, forecast=line)],
+        "RALU 10 + 3 steps + TeaCache .2, Taylor": [RALU(steps=(10, 3), **coarse), TeaCache(0.2, forecast=line)],
+        "RALU 12 + 3 steps + TeaCache .2, Taylor": [RALU(steps=(12, 3), **coarse), TeaCache(0.2, forecast=line)],
+        "RALU 6 + 3 steps": [RALU(steps=(6, 3), **coarse)],
+    }
+    return [
+        *map(plain, (50, 8, 7, 6, 5)),
+        *(Configuration(name, Stack(stack), {"num_inference_steps": steps}) for name, (stack, steps) in alone.items()),
+        *(Configuration(name, Stack(stack)) for name, stack in both.items()),
+    ]
+
+
 def main(
     prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 200,
     batch: int = 8,
     seed: int = 0,
     first: Annotated[int, typer.Option(help="Held-out prompts to leave out at the start.")] = 0,
+    fast: Annotated[bool, typer.Option(help="What is six times faster and more, instead of everything.")] = False,
     out: Path = Path("benchmarks/results/quality.json"),
 ) -> None:
     """Generate, time and score everything in turns."""
-    chosen = configurations()
+    chosen = fast_configurations() if fast else configurations()
     results = compare(chosen, title="quality at equal time", prompts=prompts, batch=batch, seed=seed, first=first)
     Console().print(rich_table(results))
     results.save(out)

@@ -209,6 +209,8 @@ def main() -> None:
             parts += section(json.loads(path.read_text(encoding="utf-8")))
     if (path := RESULTS / "quality.json").exists():
         parts += quality(Results.load(path))
+    if (path := RESULTS / "quality-fast.json").exists():
+        parts += quality(Results.load(path), "About six times faster, and more")
     for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
         if (path := RESULTS / f"spatial-{mini}.json").exists():
             parts += quality(Results.load(path), title)
