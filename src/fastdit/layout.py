@@ -125,7 +125,13 @@ class TokenLayout:
         return cells.flatten(1)
 
     def sources(self, following: TokenLayout) -> torch.Tensor:
-        """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens]."""
+        """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens].
+
+        A coarse token that follows a fine grid has its first cell's.
+        """
+        if following.coarse and not self.coarse:
+            parents = torch.arange(self.rows * self.columns // 4)[None]
+            return self.cells(parents)[:, ::4]
         if following.kept is not None and following.refined is not None:
             return torch.cat([following.kept, following.refined.repeat_interleave(4, dim=1)], dim=1)
         batch, device = (self.kept.shape[0], self.kept.device) if self.kept is not None else (1, None)

@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.nn import functional
 
 import tiny
-from fastdit import BottleneckSampling, InvalidConfig, LatentLift, PixelLift, TokenCopy, accelerate
-from fastdit.layout import assembled, patches
+from fastdit import (
+    BottleneckSampling,
+    Interval,
+    InvalidConfig,
+    LatentLift,
+    PixelLift,
+    SkipPolicy,
+    TokenCopy,
+    accelerate,
+)
+from fastdit.layout import TokenLayout, assembled, patches
 
 SIDE = 8
 SHORT = BottleneckSampling((1, 2, 2), lift=LatentLift())
@@ -58,6 +67,17 @@ def test_it_equals_the_straight_line_loop() -> None:
         large = patches(functional.interpolate(assembled(clean, SIDE // 2, SIDE // 2), scale_factor=2))
         expected, _ = stage((1 - start) * large + start * noise, SIDE, stages[2].sigmas)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_cache_carries_follows_to_the_coarse_grid_and_back() -> None:
+    pipe, call = tiny.flux(size=128, steps=9)
+    cache = Interval(2, stage_change="carry", policy=SkipPolicy(last=0))
+    fast = accelerate(pipe, [BottleneckSampling((2, 4, 3), lift=LatentLift()), cache])
+    assert torch.isfinite(tiny.run(fast, call)).all()
+    assert fast.fastdit.last_run.skipped > 3
+    fine, coarse = TokenLayout(4, 4, coarse=False), TokenLayout(4, 4, coarse=True)
+    assert fine.sources(coarse).tolist() == [[0, 2, 8, 10]]
+    assert coarse.sources(fine).tolist() == [[0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]]
 
 
 def test_pixels_may_be_what_is_resized() -> None:

@@ -24,13 +24,20 @@ from fastdit.caching.step_mask import Interval, StepMask
 from fastdit.caching.teacache import TeaCache
 from fastdit.caching.toca import ToCa
 from fastdit.errors import FastditError, FastditWarning
+from fastdit.spatial.bottleneck import BottleneckSampling
+from fastdit.spatial.lift import PixelLift
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack, accelerate
 from fastdit.testing import counted_calls, generate, tiny_flux
 
 STEPS = 18
 
-SCHEDULES: Mapping[str, Accelerator | None] = {"none": None, "RALU": RALU("4x")}
+SCHEDULES: Mapping[str, Accelerator | None] = {
+    "none": None,
+    "RALU": RALU(steps=(9, 6), ends=(0.5,), starts=(0.15,), lift=PixelLift()),
+    "RALU, mixed stage": RALU(steps=(5, 6, 6), ends=(0.30, 0.45), ratio=0.3),
+    "BottleneckSampling": BottleneckSampling((4, 6, 5)),
+}
 
 STEP_CACHES: Mapping[str, StepCache | None] = {
     "none": None,
