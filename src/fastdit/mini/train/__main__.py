@@ -43,6 +43,18 @@ def transformer(
 
 
 @app.command()
+def sd3(
+    directory: Directory = Path("fastdit-mini"),
+    minutes: Minutes = 75.0,
+    go_on: Annotated[bool, typer.Option(help="Start from the SD3 denoiser that DIR already holds.")] = False,
+) -> None:
+    """Train the SD3 denoiser on what the FLUX denoiser says; needs all parts but the judge."""
+    from fastdit.mini.train.sd3 import train
+
+    train(directory, minutes, go_on=go_on)
+
+
+@app.command()
 def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 7.0) -> None:
     """Train the judge; needs the autoencoder."""
     from fastdit.mini.train.judge import train
