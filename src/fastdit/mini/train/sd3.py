@@ -100,9 +100,7 @@ class Lessons:
         noisy = torch.lerp(clean, torch.randn_like(clean), sigma[:, None, None])
         with torch.no_grad():
             embedded = self._prompts.embed(words)
-            velocity = transformer.forward(
-                self._teacher, noisy, sigma, torch.ones(count), embedded, self.size.side
-            )
+            velocity = transformer.forward(self._teacher, noisy, sigma, torch.ones(count), embedded, self.size.side)
         places = [(self._next + i) % len(self._words) for i in range(count)]
         side = self.size.side
         self._noisy[places] = FLUX.unpack(noisy, side, side)
