@@ -24,7 +24,7 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConf
 from fastdit.errors import FastditError
 from fastdit.measure.experiment import Configuration
 from fastdit.mini import load_mini
-from fastdit.mini.pipeline import MiniFluxPipeline
+from fastdit.mini.pipeline_flux import MiniFluxPipeline
 from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, Scene
 
 STEPS = 50

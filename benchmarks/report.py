@@ -15,7 +15,8 @@ from fastdit.measure.table import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-EVALUATION = Path(fastdit.__file__).parent / "mini" / "evaluation.json"
+MINI = Path(fastdit.__file__).parent / "mini"
+EVALUATIONS = {"FLUX": MINI / "evaluation.json", "SD3": MINI / "evaluation-sd3.json"}
 
 
 def machine(data: Mapping[str, Any]) -> str:
@@ -169,10 +170,11 @@ def isolation(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def evaluation(data: Mapping[str, Any]) -> list[str]:
+def evaluation(data: Mapping[str, Any], architecture: str) -> list[str]:
     names = ["soft", "single_objects", "pairs", "background", "place", "intact", "relative_sharpness", "frechet"]
     lines = [f"| steps | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|--:|{'--:|' * len(names)}"]
-    rows = {**data["steps"], "50 at 128 px": data["half_size_50"], "real renders": data["judge_on_renders"]}
+    half = {f"{steps} at 128 px": row for steps, row in data["half_size"].items()}
+    rows = {**data["steps"], **half, "real renders": data["judge_on_renders"]}
     for steps, row in rows.items():
         cells = (interval(row[name], 3) if name in row else "-" for name in names)
         lines.append(f"| {steps} | {' | '.join(cells)} |")
@@ -180,10 +182,11 @@ def evaluation(data: Mapping[str, Any]) -> list[str]:
     falls = ["| steps | soft | relative sharpness | frechet |", "|--:|--:|--:|--:|"]
     for steps, fall in data["falls"].items():
         falls.append(f"| {steps} | {' | '.join(interval(fall[name], 4) for name in measures)} |")
+    compared = ", ".join(steps for steps, row in data["steps"].items() if "frechet" in row)
     return [
-        "## The embedded pipeline itself",
+        f"## The embedded {architecture} pipeline itself",
         f"{data['prompts']} held-out prompts at 256 px, by the judge; sharpness and Frechet distance (to real renders) "
-        f"over {data['pictures']} pictures at 50, 7 and 5 steps.",
+        f"over {data['pictures']} pictures at {compared} steps.",
         "\n".join(lines),
         "What fewer plain steps lose, paired by picture (positive is worse):",
         "\n".join(falls),
@@ -218,8 +221,9 @@ def main() -> None:
         parts += caching(Results.load(path))
     if (path := RESULTS / "isolation.json").exists():
         parts += isolation(json.loads(path.read_text(encoding="utf-8")))
-    if EVALUATION.exists():
-        parts += evaluation(json.loads(EVALUATION.read_text(encoding="utf-8")))
+    for architecture, path in EVALUATIONS.items():
+        if path.exists():
+            parts += evaluation(json.loads(path.read_text(encoding="utf-8")), architecture)
     (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

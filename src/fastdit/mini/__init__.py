@@ -1,26 +1,52 @@
-"""The embedded pipeline: a small text-to-image model in the real FLUX classes that needs no download.
+"""The embedded pipelines: small text-to-image models in the real FLUX and SD3 classes that need no download.
 
-`load_mini()` gives a `FluxPipeline` that makes 256 x 256 pictures of one or two objects; `fastdit.mini.judge` says
-whether they show what was asked. `fastdit.mini.train` is the recipe of both.
+`load_mini()` gives a `FluxPipeline`, `load_mini("sd3")` a `StableDiffusion3Pipeline`; both make 256 x 256 pictures of
+one or two objects, and `fastdit.mini.judge` says whether they show what was asked. `fastdit.mini.train` is the recipe.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
 if TYPE_CHECKING:
     import torch
 
-    from fastdit.mini.pipeline import MiniFluxPipeline
+    from fastdit.mini.pipeline_flux import MiniFluxPipeline
+    from fastdit.mini.pipeline_sd3 import MiniStableDiffusion3Pipeline
 
 __all__ = ["load_mini"]
 
+Architecture = Literal["flux", "sd3"]
 
-def load_mini(*, torch_dtype: torch.dtype | None = None, **options: Any) -> MiniFluxPipeline:
-    """Load the embedded pipeline from the package, offline, in float32 or in `torch_dtype`.
 
-    `options` go to `DiffusionPipeline.from_pretrained`.
+@overload
+def load_mini(architecture: Literal["flux"] = ..., *, torch_dtype: torch.dtype | None = ...) -> MiniFluxPipeline: ...
+@overload
+def load_mini(
+    architecture: Literal["sd3"], *, torch_dtype: torch.dtype | None = ...
+) -> MiniStableDiffusion3Pipeline: ...
+@overload
+def load_mini(
+    architecture: Architecture, *, torch_dtype: torch.dtype | None = ...
+) -> MiniFluxPipeline | MiniStableDiffusion3Pipeline: ...
+
+
+def load_mini(
+    architecture: Architecture = "flux", *, torch_dtype: torch.dtype | None = None
+) -> MiniFluxPipeline | MiniStableDiffusion3Pipeline:
+    """Load an embedded pipeline from the package, offline, in float32 or in `torch_dtype`.
+
+    `architecture` is "flux" (guidance as an input, 50 steps) or "sd3" (guided by a second prediction, 28 steps).
+    Raises `InvalidConfig` for any other.
     """
-    from fastdit.mini.pipeline import load
+    if architecture == "flux":
+        from fastdit.mini.pipeline_flux import load as load_flux
 
-    return load(torch_dtype=torch_dtype, **options)
+        return load_flux(torch_dtype=torch_dtype)
+    if architecture == "sd3":
+        from fastdit.mini.pipeline_sd3 import load as load_sd3
+
+        return load_sd3(torch_dtype=torch_dtype)
+    from fastdit.errors import InvalidConfig
+
+    raise InvalidConfig(f"the embedded pipelines are 'flux' and 'sd3', got {architecture!r}; give one of them")

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train the embedded pipeline and its judge, stage by stage.", add_completion=False)
+from fastdit.mini import Architecture
+
+app = typer.Typer(help="Train the embedded pipelines and their judge, stage by stage.", add_completion=False)
 
 Directory = Annotated[Path, typer.Option(help="Where the parts are written and read.")]
 Minutes = Annotated[float, typer.Option(help="Time to train this stage.")]
@@ -43,6 +45,18 @@ def transformer(
 
 
 @app.command()
+def sd3(
+    directory: Directory = Path("fastdit-mini"),
+    minutes: Minutes = 68.0,
+    go_on: Annotated[bool, typer.Option(help="Start from the SD3 denoiser that DIR already holds.")] = False,
+) -> None:
+    """Train the SD3 denoiser on what the FLUX denoiser says; needs all parts but the judge."""
+    from fastdit.mini.train.sd3 import train
+
+    train(directory, minutes, go_on=go_on)
+
+
+@app.command()
 def judge(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 7.0) -> None:
     """Train the judge; needs the autoencoder."""
     from fastdit.mini.train.judge import train
@@ -56,6 +70,7 @@ def everything(directory: Directory = Path("fastdit-mini"), scale: float = 1.0) 
     autoencoder(directory, 8.0 * scale)
     text(directory, 1.7 * scale)
     transformer(directory, 108.0 * scale)
+    sd3(directory, 68.0 * scale)
     judge(directory, 7.0 * scale)
 
 
@@ -64,17 +79,21 @@ def install(directory: Directory = Path("fastdit-mini")) -> None:
     """Put trained parts into the package."""
     target = Path(__file__).parents[1] / "weights"
     target.mkdir(exist_ok=True)
-    for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "transformer", "scheduler"):
+    for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "transformer", "scheduler", "sd3"):
         shutil.copytree(directory / name, target / name, dirs_exist_ok=True)
     shutil.copy(directory / "judge.safetensors", target / "judge.safetensors")
 
 
 @app.command()
-def evaluate(prompts: int = 200, pictures: int = 1000) -> None:
-    """Judge the installed model: accuracy at 50 steps, and how quality falls with fewer steps."""
+def evaluate(
+    architecture: Annotated[Architecture, typer.Argument(help="The model to judge.")] = "flux",
+    prompts: int = 200,
+    pictures: int = 1000,
+) -> None:
+    """Judge an installed model: accuracy at its usual steps, and how quality falls with fewer."""
     from fastdit.mini.train.evaluation import evaluate as run
 
-    run(prompts, pictures)
+    run(architecture, prompts, pictures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the trained model can do: accuracy at 50 steps, and how quality falls with fewer steps, by the judge."""
+"""What a trained model can do: accuracy at its usual steps, and how quality falls with fewer, by the judge."""
 
 from __future__ import annotations
 
@@ -16,17 +16,30 @@ from PIL.Image import Image, fromarray
 
 from fastdit.measure.images import frechet_distance, sharpness
 from fastdit.measure.statistics import Interval, jackknife, mean, mean_difference
-from fastdit.mini import load_mini
+from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import Judge, load_judge
 from fastdit.mini.prompts import held_out, parse
 from fastdit.mini.train.render import draw, random_picture
 
-STEPS = (50, 28, 15, 10, 7, 5, 3)
-COMPARED = (50, 7, 5)
-FILE = Path(__file__).parents[1] / "evaluation.json"
 _BATCH = 16
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Course:
+    """The step counts at which a model is judged: all, those that are compared, and its usual one; and the file."""
+
+    steps: tuple[int, ...]
+    compared: tuple[int, ...]
+    usual: int
+    file: Path
+
+
+COURSES: dict[Architecture, Course] = {
+    "flux": Course((50, 28, 15, 10, 7, 5, 3), (50, 7, 5), 50, Path(__file__).parents[1] / "evaluation.json"),
+    "sd3": Course((50, 28, 14, 9, 7, 5), (50, 28, 14, 9, 7, 5), 28, Path(__file__).parents[1] / "evaluation-sd3.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +51,15 @@ class _Judged:
     features: Array
 
 
-def evaluate(prompts: int, pictures: int) -> None:
-    """Judge `prompts` held-out prompts at every step count, and compare 50, 7 and 5 steps over `pictures` pictures.
+def evaluate(architecture: Architecture, prompts: int, pictures: int) -> None:
+    """Judge `prompts` held-out prompts at every step count, and compare some of them over `pictures` pictures.
 
     Compared are the soft score, the sharpness and the Frechet distance to real renders, each as the paired difference
     of two step counts on the same prompts and noise. The model runs in bfloat16, the precision of its weights. Writes
-    evaluation.json beside the weights.
+    the architecture's JSON file beside the weights.
     """
-    pipeline = load_mini(torch_dtype=torch.bfloat16)
+    course = COURSES[architecture]
+    pipeline = load_mini(architecture, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge()
     words = held_out(max(prompts, pictures), background=True)
@@ -54,29 +68,29 @@ def evaluate(prompts: int, pictures: int) -> None:
     report: dict[str, Any] = {"prompts": prompts, "pictures": pictures, "steps": {}, "falls": {}}
     compared: dict[int, _Judged] = {}
     sharp = 0.0
-    for steps in STEPS:
-        count = max(prompts, pictures) if steps in COMPARED else prompts
+    for steps in course.steps:
+        count = max(prompts, pictures) if steps in course.compared else prompts
         images = _generate(pipeline, words[:count], steps, 256)
         scores = _scores(judge, images[:prompts], words[:prompts])
         values = sharpness(images)
         sharp = sharp or float(np.mean(values))
         scores["relative_sharpness"] = mean([value / sharp for value in values])
-        if steps in COMPARED:
+        if steps in course.compared:
             made = _Judged(judge.score(images, words[:count]).tolist(), values, judge.features(images).double().numpy())
             compared[steps] = made
             scores["frechet"] = jackknife(partial(_distance, made.features, target), pictures)
         report["steps"][str(steps)] = scores
         _print(str(steps), scores)
-    for more, fewer in pairwise(COMPARED):
+    for more, fewer in pairwise(course.compared):
         name = f"{more} to {fewer}"
         report["falls"][name] = _fall(compared[more], compared[fewer], target, sharp)
         _print(name, report["falls"][name])
-    half = _generate(pipeline, words[:prompts], 50, 128)
-    report["half_size_50"] = _scores(judge, half, words[:prompts])
-    _print("128 px", report["half_size_50"])
+    half = _scores(judge, _generate(pipeline, words[:prompts], course.usual, 128), words[:prompts])
+    report["half_size"] = {str(course.usual): half}
+    _print("128 px", half)
     report["judge_on_renders"] = _scores(judge, real, words[:pictures])
     _print("real renders", report["judge_on_renders"])
-    FILE.write_text(json.dumps(report, indent=1, default=vars) + "\n", encoding="utf-8")
+    course.file.write_text(json.dumps(report, indent=1, default=vars) + "\n", encoding="utf-8")
 
 
 def _print(name: str, scores: dict[str, Interval]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> torch.Te
 def encode(clip: CLIPTextModel, t5: T5EncoderModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the pooled embedding [B, WIDTH] and the token embeddings [B, LENGTH, WIDTH]; no padding mask, as in FLUX."""
     return clip(ids).pooler_output, t5(ids).last_hidden_state
+
+
+def encoder(directory: Path) -> Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]:
+    """Give trained encoders as a function of prompts: the pooled [B, WIDTH] and the token embeddings."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer")
+    clip = CLIPTextModel.from_pretrained(directory / "text_encoder").eval()
+    t5 = T5EncoderModel.from_pretrained(directory / "text_encoder_2").eval()
+    return lambda prompts: encode(clip, t5, tokenize(tokenizer, prompts))
 
 
 def train(directory: Path, minutes: float) -> None:
