@@ -48,7 +48,7 @@ def compare(
     The first configuration is the baseline; the Frechet distance is to renders of what other prompts ask for. `first`
     leaves out that many held-out prompts at the start, for a comparison on fresh ones.
     """
-    pipeline = load_mini() if mini == "flux" else load_mini(mini)
+    pipeline = load_mini(mini)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge()
     asked = held_out(first + prompts, seed, background=True)[first:]

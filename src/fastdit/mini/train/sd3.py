@@ -1,8 +1,8 @@
 """The SD3 denoiser: six and a half million parameters, taught by the FLUX denoiser.
 
 The student regresses the teacher's velocity at a guidance of 1, for a prompt or for none, at the same noisy latents.
-Unlike noise - x0 that target is the same whenever the same latents come by: less to average over, fewer samples to learn
-from, and each can be learned from several times.
+Unlike noise - x0 that target is the same whenever the same latents come by: less to average over, fewer samples to
+learn from, and each can be learned from several times.
 """
 
 from __future__ import annotations
