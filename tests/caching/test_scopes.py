@@ -187,7 +187,7 @@ def test_a_carried_history_lets_the_first_step_of_a_stage_be_skipped(forecast: A
     pipe, call = tiny.flux(size=128, batch=2)
     call.pop("num_inference_steps")
     mask = (1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1)
-    ralu = RALU("4x")
+    ralu = RALU.paper("4x", fidelity="exact")
     kept, lost = (
         accelerate(pipe, [ralu, StepMask(mask, forecast=forecast, stage_change=change)])
         for change in ("carry", "reset")

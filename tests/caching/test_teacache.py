@@ -154,7 +154,7 @@ def test_skipping_with_a_forecast_differs_from_reusing_and_keeps_the_schedule_s_
 def test_with_ralu_the_first_step_of_every_stage_is_computed_and_the_record_shows_both(threshold: float) -> None:
     pipe, call = tiny.flux(size=128)
     call = {name: value for name, value in call.items() if name != "num_inference_steps"}
-    fast = accelerate(pipe, [RALU("4x"), TeaCache(threshold, coefficients=IDENTITY)])
+    fast = accelerate(pipe, [RALU.paper("4x", fidelity="exact"), TeaCache(threshold, coefficients=IDENTITY)])
     tiny.run(fast, call)  # a twin's first forward also verifies its wiring
     with tiny.counted_blocks(pipe.transformer) as counts:
         found = tiny.run(fast, call)

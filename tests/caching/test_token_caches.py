@@ -419,7 +419,7 @@ def test_carried_over_a_switch_the_first_step_of_a_stage_may_be_partial(cache: A
     pipe, call = tiny.flux(size=128, batch=2)
     call.pop("num_inference_steps")
     carried = dataclasses.replace(cache, interval=20, stage_change="carry")
-    fast = accelerate(pipe, [RALU("4x"), carried])
+    fast = accelerate(pipe, [RALU.paper("4x", fidelity="exact"), carried])
     images = tiny.run(fast, call)
     assert torch.isfinite(images).all()
     assert torch.equal(tiny.run(fast, call), images)
@@ -633,5 +633,5 @@ def test_a_value_that_makes_no_sense_is_refused_when_it_is_written(kind: Any, op
 
 @each_cache
 def test_a_stack_with_a_token_cache_survives_json(cache: Any) -> None:
-    stack = Stack([RALU("4x"), cache])
+    stack = Stack([RALU.paper("4x", fidelity="exact"), cache])
     assert Stack.from_json(json.loads(json.dumps(stack.to_json()))) == stack

@@ -23,7 +23,7 @@ CONFIGURATIONS = (
     plain(8),
     plain(3),
     Configuration("first block", Stack([FirstBlockCache(0.9)]), {"num_inference_steps": 8}),
-    Configuration("RALU", Stack([RALU("4x")]), {"num_inference_steps": 4}),
+    Configuration("RALU", Stack([RALU.paper("4x", fidelity="exact")]), {"num_inference_steps": 4}),
 )
 
 

@@ -42,7 +42,7 @@ def test_the_pipeline_loads_within_three_seconds_without_a_network(monkeypatch: 
 
 def test_all_weights_together_stay_below_their_limits() -> None:
     sizes = {path: path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) < 25 * 2**20
+    assert sum(sizes.values()) < 40 * 2**20
     assert (WEIGHTS / "judge.safetensors").stat().st_size < 3 * 2**20
 
 
