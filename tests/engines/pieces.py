@@ -72,6 +72,16 @@ class Written(Engine):
         return execute
 
 
+@dataclasses.dataclass(frozen=True)
+class Forgetful(Written):
+    """Can't make anything of what it has kept itself."""
+
+    def build(self, call: PieceCall, folder: Path) -> Execute:
+        if any(folder.iterdir()):
+            raise RuntimeError("written by a compiler that nobody remembers")
+        return super().build(call, folder)
+
+
 def inputs(tokens: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
 

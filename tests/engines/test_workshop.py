@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pieces import Written
+from pieces import Forgetful, Written
 from torch.overrides import TorchFunctionMode
 
 import tiny
@@ -56,6 +56,20 @@ def test_another_twin_finds_what_is_kept(tmp_path: Path) -> None:
         assert [build.kept for build in twin.fastdit.workshop.builds] == [kept]
         del twin
         gc.collect()  # engines live as long as their twins
+
+
+def test_a_kept_engine_of_no_use_is_built_again_and_that_is_said(tmp_path: Path) -> None:
+    for again in (False, True):
+        twin = accelerate(pieces.model(), [Forgetful(directory=str(tmp_path))])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = pieces.run(twin, pieces.inputs())
+        assert [str(warning.message).count("nobody remembers") for warning in said] == [1] * again
+        assert [build.kept for build in twin.fastdit.workshop.builds] == [False]
+        with torch.no_grad():
+            assert torch.equal(found, pieces.model()(pieces.inputs()))
+        del twin
+        gc.collect()
 
 
 @given(data=st.data())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from reference_stages import stage
 from torch.nn import functional
 
 import tiny
@@ -41,31 +40,14 @@ def test_it_equals_the_straight_line_loop() -> None:
     stages = SHORT.plan(SIDE, SIDE, None).stages
     coarse_noise = patches(functional.avg_pool2d(assembled(noise, SIDE, SIDE), 2) * 2)
 
-    def stage(tokens: Tensor, side: int, sigmas: Any) -> tuple[Tensor, Tensor]:
-        clean = tokens
-        ids = torch.tensor([[0.0, row, column] for row in range(side) for column in range(side)])
-        for now, following in pairwise(sigmas):
-            velocity = pipe.transformer(
-                hidden_states=tokens,
-                timestep=torch.full((1,), now),
-                guidance=torch.full((1,), 3.5),
-                pooled_projections=call["pooled_prompt_embeds"],
-                encoder_hidden_states=call["prompt_embeds"],
-                txt_ids=torch.zeros(call["prompt_embeds"].shape[1], 3),
-                img_ids=ids,
-                return_dict=False,
-            )[0]
-            clean, tokens = tokens - now * velocity, tokens + (following - now) * velocity
-        return tokens, clean
-
     with torch.no_grad():
-        _, clean = stage(noise, SIDE, stages[0].sigmas)
+        _, clean = stage(pipe, call, noise, SIDE, stages[0].sigmas)
         start = stages[1].sigmas[0]
         small = patches(functional.avg_pool2d(assembled(clean, SIDE, SIDE), 2))
-        _, clean = stage((1 - start) * small + start * coarse_noise, SIDE // 2, stages[1].sigmas)
+        _, clean = stage(pipe, call, (1 - start) * small + start * coarse_noise, SIDE // 2, stages[1].sigmas)
         start = stages[2].sigmas[0]
         large = patches(functional.interpolate(assembled(clean, SIDE // 2, SIDE // 2), scale_factor=2))
-        expected, _ = stage((1 - start) * large + start * noise, SIDE, stages[2].sigmas)
+        expected, _ = stage(pipe, call, (1 - start) * large + start * noise, SIDE, stages[2].sigmas)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from reference_stages import stage
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,27 +25,9 @@ def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, ge
     plan = ralu.plan(SIDE, SIDE, None)
     vae = pipe.vae
 
-    def stage(tokens: Tensor, side: int, sigmas: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([[0.0, row, column] for row in range(side) for column in range(side)])
-        clean = tokens
-        for now, following in pairwise(sigmas):
-            velocity = pipe.transformer(
-                hidden_states=tokens,
-                timestep=torch.full((1,), now),
-                guidance=torch.full((1,), call.get("guidance_scale", 3.5)),
-                pooled_projections=call["pooled_prompt_embeds"],
-                encoder_hidden_states=call["prompt_embeds"],
-                txt_ids=torch.zeros(call["prompt_embeds"].shape[1], 3),
-                img_ids=ids,
-                return_dict=False,
-            )[0]
-            clean = tokens - now * velocity
-            tokens = tokens + (following - now) * velocity
-        return tokens, clean
-
     frames = assembled(noise, SIDE, SIDE)
     coarse = patches(sum(frames[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 2)
-    _, clean = stage(coarse, SIDE // 2, plan.stages[0].sigmas)
+    _, clean = stage(pipe, call, coarse, SIDE // 2, plan.stages[0].sigmas)
     small = assembled(clean, SIDE // 2, SIDE // 2)
     if isinstance(ralu.lift, PixelLift):
         pixels = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
@@ -55,7 +37,7 @@ def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, ge
         latents = functional.interpolate(small, scale_factor=2, mode=ralu.lift.resize)
     start = plan.stages[1].sigmas[0]
     drawn = noise if ralu.lift.noise == "shared" else torch.randn(noise.shape, generator=generator)
-    return stage((1 - start) * patches(latents) + start * drawn, SIDE, plan.stages[1].sigmas)[0]
+    return stage(pipe, call, (1 - start) * patches(latents) + start * drawn, SIDE, plan.stages[1].sigmas)[0]
 
 
 @pytest.mark.parametrize("lift", LIFTS, ids=str)

@@ -143,12 +143,12 @@ class AttentionKernel(Accelerator):
         if backend == NATIVE:
             yield
             return
-        with Switch(self.kernel(backend), f"{self.describe()}: the attention backend {backend!r}") as switch:
+        with KernelMode(self.kernel(backend), f"{self.describe()}: the attention backend {backend!r}") as mode:
             yield
-        run.attended |= switch.answered
+        run.attended |= mode.answered
 
 
-class Switch(TorchFunctionMode):
+class KernelMode(TorchFunctionMode):
     """Lets a kernel answer the calls of scaled_dot_product_attention on four-dimensional tensors; all else passes."""
 
     def __init__(self, attend: Attend, name: str) -> None:

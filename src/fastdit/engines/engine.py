@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
-from fastdit.attention.kernel import Switch
+from fastdit.attention.kernel import KernelMode
 from fastdit.errors import EngineMismatch, InvalidConfig
 
 from .arguments import differences, is_canonical, outline_of, tensors_in
@@ -176,7 +176,7 @@ def refuse_modes() -> None:
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext  # the default device, which compilers know
 
-    known = (DeviceContext, Switch)
+    known = (DeviceContext, KernelMode)
     acting = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, known)]
     if acting:
         raise EngineMismatch(

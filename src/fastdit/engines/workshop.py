@@ -141,10 +141,15 @@ class Workshop:
             kept = self._registry.read(key, folder)
             try:
                 execute = self.engine.build(call, folder)
-            except Exception:
+            except Exception as error:
                 if not kept:
                     raise
-                # As it was written and of no use all the same: built anew, from nothing.
+                warnings.warn(
+                    f"the engine kept for {key.piece} {key.shape} is as it was written and of no use all the same "
+                    f"({type(error).__name__}: {error}); it is removed and built again",
+                    EngineWarning,
+                    stacklevel=2,
+                )
                 self._registry.remove(key)
                 shutil.rmtree(folder)
                 folder.mkdir()

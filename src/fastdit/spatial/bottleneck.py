@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from fastdit.accelerator import Break, Change, Need, Schedule, SchedulePlan, ScheduleRun, StagePlan, is_count, register
+from fastdit.accelerator import Break, Change, Need, Schedule, SchedulePlan, ScheduleRun, is_count, register
 from fastdit.errors import InvalidConfig
 from fastdit.models.family import Family
 
-from . import matching
 from .lift import CleanLift, LatentLift
-from .staged import StagedRun, is_time, proportional, rising
+from .staged import StagedRun, is_time, rising, staged_plan
 
 
 @register
@@ -58,27 +57,17 @@ class BottleneckSampling(Schedule):
 
     def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
         """Lay out the stages. Raises `InvalidConfig` for sizes that don't halve and for too few steps."""
-        if rows % 2 or columns % 2:
-            raise InvalidConfig(
-                f"BottleneckSampling halves the token grid, and {rows} x {columns} tokens can't be halved; choose a "
-                "size whose grid is even"
-            )
-        steps = self.steps
-        if num_inference_steps is not None and num_inference_steps != sum(steps):
-            if num_inference_steps < len(steps):
-                raise InvalidConfig(f"three stages can't run {num_inference_steps} steps; ask for at least 3")
-            steps = proportional(steps, num_inference_steps)
-        solved = matching.solve(steps, self.ends, self.base_shift, starts=self.starts)
-        fine, coarse = rows * columns, rows * columns // 4
-        spans = zip(steps, [0.0, *self.starts], [*self.ends, 1.0], solved.shifts, strict=True)
-        stages = tuple(
-            StagePlan(index, name, tokens, count, matching.stage_sigmas(start, stop, shift, count))
-            for index, ((name, tokens), (count, start, stop, shift)) in enumerate(
-                zip((("fine", fine), ("coarse", coarse), ("fine", fine)), spans, strict=True)
-            )
+        return staged_plan(
+            "BottleneckSampling",
+            ("fine", "coarse", "fine"),
+            rows,
+            columns,
+            num_inference_steps,
+            steps=self.steps,
+            ends=self.ends,
+            starts=self.starts,
+            base_shift=self.base_shift,
         )
-        shifts = ", ".join(f"{shift:.3f}" for shift in solved.shifts)
-        return SchedulePlan(stages, rows, columns, (f"shifts {shifts}; matching distance {solved.distance:.4f}",))
 
     def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
         """Make the state of one run."""

@@ -1,8 +1,8 @@
 """What becomes of the tokens at a stage switch: the contract of a lift, and the lifts of a clean estimate.
 
-A switch takes latents at the time `end` on one layout to latents at an earlier time `start` on a finer one. A lift of
-noisy latents copies them and mends their noise (`fastdit.spatial.token_copy`); a lift of the clean estimate brings that
-to the finer layout and adds noise anew,
+A switch takes latents at the time `end` on one layout to latents at an earlier time `start` on another, most often a
+finer one. A lift of noisy latents copies them and mends their noise (`fastdit.spatial.token_copy`); a lift of the clean
+estimate brings that to the other layout and adds noise anew,
 
     x_start = start * lifted + (1 - start) * z,   z ~ N(0, I),
 
@@ -98,10 +98,8 @@ class CleanLift(Lift):
         rows, columns = before.rows, before.columns
         if before.coarse:
             coarse = coarse_tokens(switch.family, before, denoised)
-            fine = switch.family.pack(
-                self.lifted(switch, switch.family.unpack(coarse, rows // 2, columns // 2)).float()
-            )
-            fine = with_refined(before, denoised, fine)
+            frames = self.lifted(switch, switch.family.unpack(coarse, rows // 2, columns // 2))
+            fine = with_refined(before, denoised, switch.family.pack(frames.float()))
         else:
             frames = self.lowered(switch, switch.family.unpack(denoised, rows, columns))
             coarse, fine = switch.family.pack(frames.float()), denoised

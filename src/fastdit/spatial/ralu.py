@@ -26,7 +26,6 @@ from fastdit.accelerator import (
     Schedule,
     SchedulePlan,
     ScheduleRun,
-    StagePlan,
     is_count,
     is_number,
     register,
@@ -35,9 +34,8 @@ from fastdit.errors import InvalidConfig
 from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
 
-from . import matching
 from .lift import Lift, PixelLift
-from .staged import StagedRun, is_time, proportional, rising
+from .staged import StagedRun, is_time, rising, staged_plan
 from .token_copy import TokenCopy
 
 _FLUX, _SD3 = "FLUX.1", "Stable Diffusion 3"
@@ -169,48 +167,27 @@ class RALU(Schedule):
 
     def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
         """Lay out the stages. Raises `InvalidConfig` for sizes that don't halve and for too few steps."""
-        if rows % 2 or columns % 2:
-            raise InvalidConfig(
-                f"RALU halves the token grid, and {rows} x {columns} tokens can't be halved; choose a size whose "
-                f"grid is even, {rows + rows % 2} x {columns + columns % 2} or {rows - rows % 2} x "
-                f"{columns - columns % 2} tokens"
+        settings, refined = self.settings, self.refined_count(rows, columns)
+        notes: tuple[str, ...] = ()
+        if len(settings.steps) == 3 and refined == 0:
+            notes = (
+                f"a share of {settings.ratio} of {rows * columns // 4} coarse tokens is less than one, so stage 2 "
+                "refines nothing",
             )
-        settings = self.settings
-        notes = []
-        steps: tuple[int, ...] = settings.steps
-        if num_inference_steps is not None and num_inference_steps != sum(steps):
-            if num_inference_steps < len(steps):
-                raise InvalidConfig(
-                    f"RALU has {len(steps)} stages and can't run {num_inference_steps} steps; ask for at least "
-                    f"{len(steps)}, or leave num_inference_steps out for its own {sum(steps)}"
-                )
-            steps = proportional(settings.steps, num_inference_steps)
-            notes.append(
-                f"{num_inference_steps} steps were asked for: {'/'.join(map(str, settings.steps))} became "
-                f"{'/'.join(map(str, steps))} and the matching was solved anew"
-            )
-        solved = matching.solve(steps, settings.ends, self.base_shift, self.restart, settings.starts)
-        restarted = "" if solved.restart is None else f"restart Z {solved.restart:.3f}; "
-        notes.append(
-            f"shifts {', '.join(f'{shift:.3f}' for shift in solved.shifts)}; {restarted}"
-            f"matching distance {solved.distance:.4f}"
+        return staged_plan(
+            "RALU",
+            ("coarse", "fine") if len(settings.steps) == 2 else ("coarse", "mixed", "fine"),
+            rows,
+            columns,
+            num_inference_steps,
+            steps=settings.steps,
+            ends=settings.ends,
+            starts=settings.starts,
+            restart=self.restart,
+            base_shift=self.base_shift,
+            refined=refined,
+            notes=notes,
         )
-        coarse = rows * columns // 4
-        names, tokens = ["coarse", "fine"], [coarse, rows * columns]
-        if len(steps) == 3:
-            names.insert(1, "mixed")
-            tokens.insert(1, coarse + 3 * self.refined_count(rows, columns))
-            if self.refined_count(rows, columns) == 0:
-                notes.append(
-                    f"a share of {settings.ratio} of {coarse} coarse tokens is less than one, so stage 2 refines "
-                    "nothing"
-                )
-        spans = zip(names, tokens, steps, [0.0, *solved.starts], [*settings.ends, 1.0], solved.shifts, strict=True)
-        stages = tuple(
-            StagePlan(index, name, count, number, matching.stage_sigmas(start, stop, shift, number))
-            for index, (name, count, number, start, stop, shift) in enumerate(spans)
-        )
-        return SchedulePlan(stages, rows, columns, tuple(notes))
 
     def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
         """Make the state of one run."""

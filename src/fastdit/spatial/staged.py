@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 
-from fastdit.accelerator import SchedulePlan, ScheduleRun, is_number
+from fastdit.accelerator import SchedulePlan, ScheduleRun, StagePlan, is_number
+from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout, gather_tokens
 from fastdit.models.family import Family
 
-from . import edges
+from . import edges, matching
 from .lift import Lift, Switch, pooled
 
 
@@ -124,6 +125,61 @@ class StagedRun(ScheduleRun):
 
         noise: torch.Tensor = randn_tensor(tuple(shape), generator=self._generator, device=device, dtype=torch.float32)
         return noise
+
+
+def staged_plan(
+    name: str,
+    layouts: Sequence[str],
+    rows: int,
+    columns: int,
+    num_inference_steps: int | None,
+    *,
+    steps: tuple[int, ...],
+    ends: tuple[float, ...],
+    starts: tuple[float, ...] | None,
+    base_shift: float,
+    restart: float | None = None,
+    refined: int = 0,
+    notes: tuple[str, ...] = (),
+) -> SchedulePlan:
+    """Lay out stages of these layouts for the schedule `name`, NT-matching giving their shifts.
+
+    `steps`, `ends` and `starts` are its recipe, `refined` counts the tokens that a mixed stage splits. Raises
+    `InvalidConfig` for sizes that don't halve and for fewer steps than stages.
+    """
+    if rows % 2 or columns % 2:
+        raise InvalidConfig(
+            f"{name} halves the token grid, and {rows} x {columns} tokens can't be halved; choose a size whose "
+            f"grid is even, {rows + rows % 2} x {columns + columns % 2} or {rows - rows % 2} x "
+            f"{columns - columns % 2} tokens"
+        )
+    made = []
+    if num_inference_steps is not None and num_inference_steps != sum(steps):
+        if num_inference_steps < len(steps):
+            raise InvalidConfig(
+                f"{name} has {len(steps)} stages and can't run {num_inference_steps} steps; ask for at least "
+                f"{len(steps)}, or leave num_inference_steps out for its own {sum(steps)}"
+            )
+        shared = proportional(steps, num_inference_steps)
+        made.append(
+            f"{num_inference_steps} steps were asked for: {'/'.join(map(str, steps))} became "
+            f"{'/'.join(map(str, shared))} and the matching was solved anew"
+        )
+        steps = shared
+    solved = matching.solve(steps, ends, base_shift, restart, starts)
+    restarted = "" if solved.restart is None else f"restart Z {solved.restart:.3f}; "
+    made.append(
+        f"shifts {', '.join(f'{shift:.3f}' for shift in solved.shifts)}; {restarted}"
+        f"matching distance {solved.distance:.4f}"
+    )
+    coarse = rows * columns // 4
+    tokens = {"coarse": coarse, "mixed": coarse + 3 * refined, "fine": rows * columns}
+    spans = zip(layouts, steps, [0.0, *solved.starts], [*ends, 1.0], solved.shifts, strict=True)
+    stages = tuple(
+        StagePlan(index, layout, tokens[layout], count, matching.stage_sigmas(start, stop, shift, count))
+        for index, (layout, count, start, stop, shift) in enumerate(spans)
+    )
+    return SchedulePlan(stages, rows, columns, (*made, *notes))
 
 
 def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
