@@ -8,7 +8,7 @@ import pytest
 import reference_ralu
 import reference_sd3
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference_ralu import Generators
 
@@ -135,6 +135,19 @@ def test_skip_layer_guidance_reaches_the_share_of_the_steps_that_are_run() -> No
     batch=st.integers(1, 3),
     guidance=st.sampled_from([1.0, 3.0]),
     positions=st.integers(10, 21),
+)
+@example(
+    # Two tokens with equal edges, of which the noise prefers the later one.
+    steps=(2, 1, 1),
+    sides=(3, 4),
+    ends=(0.125, 0.125),
+    ratio=0.5,
+    restart=2.0,
+    fidelity="paper",
+    frame="coarse",
+    batch=1,
+    guidance=1.0,
+    positions=10,
 )
 def test_any_schedule_on_any_size_equals_the_reference(
     steps: tuple[int, int, int],

@@ -117,7 +117,8 @@ class StagedRun(ScheduleRun):
         pixels = self._family.decode(self._pipeline, frames)
         scores = edges.edge_scores(pixels, rows, columns, paper=not self._exact)
         if not self._exact:
-            scores = scores + 1e-6 * self._noise(scores.shape, torch.device("cpu"))
+            # In float32 so little noise would vanish beside the scores, and break no tie.
+            scores = scores.double() + 1e-6 * self._noise(scores.shape, torch.device("cpu"))
         return edges.top_tokens(scores, self._refined).to(denoised.device)
 
     def _noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
