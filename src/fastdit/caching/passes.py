@@ -27,6 +27,7 @@ from fastdit.wiring import (
 from .decision import BranchState, Decider, GroupState
 from .segments import Cut, Segment
 from .step_cache import Site, StepCache, Verdict
+from .watching import WatchedBlock
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -137,7 +138,10 @@ class BlockPass:
             return self._run_leading(name, index, block, args, kwargs)
         if place == segment.first:
             if segment.decides:
-                self._decide(segment, values, block, args, kwargs)
+                watched = WatchedBlock(block)
+                self._decide(segment, values, watched, args, kwargs)
+                # An engine or a token cache knows a block by its own object.
+                block = watched if self._run_block is run_plainly else block
             self._start, self._rows = values, []
             self._versions = [version_of(value) for value in values]
         return self._inside(segment, place, port, values, block, args, kwargs)
