@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdit.errors import IncompatibleStack
 from fastdit.structure import behaves_otherwise, structural_twin, tensors_of
-from fastdit.wiring import version_of
+from fastdit.wiring import Port, version_of
 
 
 class WatchedBlock:
@@ -61,18 +61,20 @@ class _Answers:
 
     def __init__(self, part: nn.Module) -> None:
         self._part = part
-        self.noted: list[tuple[dict[Any, Any], Any, list[int]]] = []
+        self.noted: list[tuple[dict[Port, Any], Any, list[int]]] = []
         self.replays = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(enumerate(args)), **kwargs}
+        arguments: dict[Port, Any] = dict(enumerate(args))
+        arguments.update(kwargs)
         if self.replays:
             for noted, output, _ in self.noted:
                 if arguments.keys() == noted.keys() and all(arguments[name] is noted[name] for name in noted):
                     return output
             return self._part(*args, **kwargs)
         output = self._part(*args, **kwargs)
-        self.noted.append((arguments, output, _versions(output)))
+        if not any(tensor.is_inference() for tensor in tensors_of(output)):  # those don't count what is written to them
+            self.noted.append((arguments, output, _versions(output)))
         return output
 
     def __getattr__(self, name: str) -> Any:
