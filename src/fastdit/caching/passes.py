@@ -77,6 +77,7 @@ class _Part:
     def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site) -> None:
         self.groups, self.verdicts, self.site = groups, verdicts, site
         self.computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
+        self.whole = len(self.computing) == len(groups)
 
 
 class BlockPass:
@@ -129,6 +130,9 @@ class BlockPass:
         if found is None:
             return self._run_block(name, index, block, args, kwargs)
         segment, place, port = found
+        part = self._parts.get(segment.part)
+        if part is not None and part.whole and segment.first < place < segment.stop - 1:
+            return self._run_block(name, index, block, args, kwargs)  # inside of what is computed, nothing is seen to
         values = [read_port(source, args, kwargs) for source in port.inputs]
         if place == segment.enters and segment.decides:
             self._entered = values[self._watched(segment.chain, values)]
@@ -179,7 +183,7 @@ class BlockPass:
     ) -> Any:
         part = self._parts[segment.part]
         computing, last = part.computing, place == segment.stop - 1
-        if len(computing) == len(part.groups):
+        if part.whole:
             output = self._run_block(port.name, port.index, block, args, kwargs)
             if last:
                 ends = outputs_of(port, output)
