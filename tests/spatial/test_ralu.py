@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -295,6 +296,9 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
         {"steps": (5, 6, 7), "ends": (0.3, 0.45), "ratio": 0.3, "restart": float("nan")},
         {"steps": (5, 6, 7), "ends": (0.3, 0.45), "ratio": 0.3, "fidelity": "rough"},
         {"steps": (5, 6, 7), "ends": (0.3, 0.45), "ratio": 0.3, "base_shift": 0.0},
+        {"steps": (5, 3), "ends": (0.5,), "shifts": (3.0, 2.0)},
+        {"steps": (5, 3), "ends": (0.5,), "starts": (0.15,), "shifts": (3.0,)},
+        {"steps": (5, 3), "ends": (0.5,), "starts": (0.15,), "shifts": (3.0, 0.0)},
     ],
     ids=str,
 )
@@ -312,6 +316,21 @@ def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
     assert plans[0].stages[0].sigmas[-1] == pytest.approx(0.2)
     restarted = RALU("4x", restart=6.0)
     assert restarted.settings.starts is None
+
+
+def test_given_shifts_space_the_stages_and_no_shifts_are_matched() -> None:
+    pipe, _ = tiny.flux()
+    stages = {"steps": (4, 3), "ends": (0.5,), "starts": (0.2,), "lift": PixelLift()}
+    plan = accelerate(pipe, [RALU(**stages, shifts=(2.0, 0.5))]).fastdit.plan(128, 128)
+    for stage, (start, stop, shift) in zip(plan.stages, [(1.0, 0.5, 2.0), (0.8, 0.0, 0.5)], strict=True):
+        uniform = [sigma / (shift - (shift - 1) * sigma) for sigma in stage.sigmas]
+        assert (stage.sigmas[0], stage.sigmas[-1]) == pytest.approx((start, stop))
+        assert [b - a for a, b in pairwise(uniform)] == pytest.approx(
+            [(uniform[-1] - uniform[0]) / stage.steps] * stage.steps
+        )
+    assert "shifts 2.000, 0.500; as given" in plan.notes
+    matched = accelerate(pipe, [RALU(**stages)]).fastdit.plan(128, 128)
+    assert any("matching distance" in note for note in matched.notes)
 
 
 def test_the_papers_recipe_is_kept_with_and_without_the_flaws_of_its_code() -> None:
