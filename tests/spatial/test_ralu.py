@@ -73,7 +73,7 @@ def test_a_call_without_a_generator_works_and_varies(built: tiny.Built) -> None:
     assert not torch.equal(tiny.run(fast, call, seed=None), tiny.run(fast, call, seed=None))
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("4x", 23), ("5x", 19), ("7x", 14)])
+@pytest.mark.parametrize(("preset", "steps"), [("4x", 28), ("5x", 24), ("7x", 17), ("10x", 12)])
 def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, steps: int) -> None:
     pipe, call = built
     fast = accelerate(pipe, [RALU(preset)])
@@ -309,13 +309,14 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
     late = RALU("4x", ends=(0.8,))
-    assert late.settings == RALU(steps=(15, 8), ends=(0.8,), starts=(0.15,), lift=PixelLift()).settings
+    whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.6), "lift": PixelLift()}
+    assert late.settings == RALU(**whole, ends=(0.8,)).settings
     pipe, _ = tiny.flux()
     plans = [accelerate(pipe, [ralu]).fastdit.plan(128, 128) for ralu in (late, RALU("4x"))]
-    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[15, 8]] * 2
+    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[22, 6]] * 2
     assert plans[0].stages[0].sigmas[-1] == pytest.approx(0.2)
     restarted = RALU("4x", restart=6.0)
-    assert restarted.settings.starts is None
+    assert restarted.settings.starts is restarted.settings.shifts is None
 
 
 def test_given_shifts_space_the_stages_and_no_shifts_are_matched() -> None:
