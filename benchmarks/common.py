@@ -53,7 +53,7 @@ def compare(
     """
     judge = load_judge()
     asked = held_out(first + prompts, seed, background=True)[first:]
-    experiment = Experiment(_pipeline(mini, dtype), asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
+    experiment = Experiment(pipeline_of(mini, dtype), asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
     results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
     target = judge.features(renders(RENDERED, seed + 1)).numpy()
     distances = {}
@@ -78,13 +78,14 @@ def clock(
     dtype: torch.dtype | None = None,
 ) -> Results:
     """Time what `compare` compared anew, in so many rounds of its prompts: for a machine that is quiet for minutes."""
-    experiment = Experiment(_pipeline(mini, dtype), results.prompts, batch=results.images_per_round)
+    experiment = Experiment(pipeline_of(mini, dtype), results.prompts, batch=results.images_per_round)
     tasks = {entry.name: experiment.task(entry) for entry in configurations}
     timed = time_interleaved(tasks, rounds=rounds, progress=lambda done, total: _say("timing", done, total))
     return dataclasses.replace(results.with_seconds(timed), environment=Environment.capture())
 
 
-def _pipeline(mini: Architecture, dtype: torch.dtype | None) -> Any:
+def pipeline_of(mini: Architecture, dtype: torch.dtype | None = None) -> Any:
+    """Load an embedded pipeline without its progress bar."""
     pipeline = load_mini(mini, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

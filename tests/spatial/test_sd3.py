@@ -173,8 +173,8 @@ def test_a_preset_brings_its_own_step_count_to_the_pipeline_s_loop(built: tiny.B
     pipe_class_bar = fast.progress_bar
     fast.progress_bar = lambda *args, **options: totals.append(options.get("total")) or pipe_class_bar(*args, **options)
     tiny.run(fast, without)
-    assert len(fast.fastdit.last_run.steps) == 20 == fast.fastdit.plan(128, 128).steps
-    assert totals == [20]
+    assert len(fast.fastdit.last_run.steps) == 24 == fast.fastdit.plan(128, 128).steps
+    assert totals == [24]
 
 
 def test_half_precision_runs_in_the_latents_own_type() -> None:
