@@ -32,7 +32,7 @@ SIDE = 256
 HALF_STEPS = 14
 
 #: Plain step counts around the times of the schedules, the baseline first.
-PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 14, 9, 7), "sd3": (28, 16, 12, 7)}
+PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 14, 9, 7), "sd3": (28, 16, 12, 7, 5)}
 
 #: Steps of the rivals that take as long as a preset: the paper's recipe, BottleneckSampling, a progressive schedule.
 RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {
@@ -45,11 +45,12 @@ RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int
         "2x": (RALU.paper("2x", steps=(6, 7, 10)), (5, 18, 5), (28, 7)),
         "3x": (RALU.paper("3x", steps=(4, 4, 8)), (3, 13, 4), (20, 5)),
         "6x": (RALU.paper("3x", steps=(2, 2, 5)), (2, 7, 2), (7, 4)),
+        "9x": (RALU.paper("3x", steps=(1, 2, 3)), (1, 5, 2), (5, 3)),
     },
 }
 
-#: The preset whose parts are exchanged one at a time.
-EXCHANGED: dict[Architecture, str] = {"flux": "7x", "sd3": "6x"}
+#: The preset whose parts are exchanged one at a time, where any is.
+EXCHANGED: dict[Architecture, str] = {"flux": "7x"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -77,7 +78,8 @@ def configurations(mini: Architecture) -> list[Configuration]:
             f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
             f"{preset} rival: progressive, {_listed(progressive)}": _progressive(progressive),
         }
-    schedules |= _exchanged(EXCHANGED[mini])
+    if mini in EXCHANGED:
+        schedules |= _exchanged(EXCHANGED[mini])
     return [
         *map(plain, PLAIN[mini]),
         Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),

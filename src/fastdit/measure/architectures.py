@@ -141,6 +141,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         clip_configs=(CLIP_L, CLIP_G),
         guided=True,
         steps=28,
-        presets=("2x", "3x", "6x"),
+        presets=("2x", "3x", "6x", "9x"),
     ),
 }

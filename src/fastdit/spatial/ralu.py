@@ -52,8 +52,8 @@ class _Recipe:
     family: str | None = dataclasses.field(default=None, compare=False)
 
 
-def _whole(steps: tuple[int, int], shifts: tuple[float, float], family: str) -> _Recipe:
-    return _Recipe(steps, (0.50,), None, (0.15,), PixelLift(), shifts, family)
+def _whole(steps: tuple[int, int], shifts: tuple[float, float], family: str, start: float = 0.15) -> _Recipe:
+    return _Recipe(steps, (0.50,), None, (start,), PixelLift(), shifts, family)
 
 
 #: The settings by how many times fewer FLOPs they cost than 50 steps (28 of SD3), each for its family of models. The
@@ -66,6 +66,7 @@ PRESETS = {
     "2x": _whole((28, 6), (3.0, 0.4), _SD3),
     "3x": _whole((20, 4), (3.0, 0.6), _SD3),
     "6x": _whole((7, 3), (3.0, 0.6), _SD3),
+    "9x": _whole((5, 2), (3.0, 1.0), _SD3, start=0.20),
 }
 
 #: The published settings.
@@ -83,8 +84,8 @@ PAPER = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in two or three stages.
 
-    `preset` names a setting of the model's family ("4x", the default, "5x", "7x" and "10x" of FLUX.1, "2x", "3x" and
-    "6x" of SD3).
+    `preset` names a setting of the model's family ("4x", the default, "5x", "7x" and "10x" of FLUX.1, "2x", "3x",
+    "6x" and "9x" of SD3).
     What is given beside it takes the place of the preset's; without a preset, `steps` and `ends` are needed:
 
     - `steps`: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them.
