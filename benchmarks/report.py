@@ -28,13 +28,13 @@ def interval(data: Mapping[str, float], digits: int) -> str:
 
 
 def overhead(data: Mapping[str, Any]) -> list[str]:
-    rounds = len(data["seconds"]["plain"])
     lines = ["| twin | over plain |", "|---|--:|"]
     lines += [f"| {name} | {interval(ratio, 4)} |" for name, ratio in data["ratios"].items()]
     return [
         f"## What a stack costs where it saves nothing: {data['model']}",
-        f"An empty stack, and caches whose threshold lets them skip nothing: twin over plain, paired, {rounds} rounds "
-        f"of {data['steps']} steps at {data['tokens']} tokens (bar {data['bar']}).",
+        f"An empty stack, and caches whose threshold lets them skip nothing: twin over plain, {data['processes']} "
+        f"processes of {data['rounds']} paired rounds of {data['steps']} steps at {data['tokens']} tokens (bar "
+        f"{data['bar']}).",
         "\n".join(lines),
         machine(data),
     ]

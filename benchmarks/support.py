@@ -17,7 +17,8 @@ Written by `benchmarks/support.py`, as `fastdit matrix` prints it: all {count} p
 class itself under RALU (two prompts, a picture that is not square), and, where there is none, its transformer or
 another pipeline with the same one under the caches (FirstBlockCache for the step caches, ToCa for the token caches).
 
-Mixed-resolution stages work with {described} of these pipelines. Image-to-image starts at the stage that the strength
+Mixed-resolution stages work with {mixed} of these pipelines, stages of whole frames (two, as RALU's presets have them)
+with {whole}; a video's frames are made smaller plane by plane. Image-to-image starts at the stage that the strength
 reaches, masks follow the stages, and the tokens of pictures that an editing pipeline appends stay in place. Where a
 reason ends in "undescribed", nothing is known to be in the way but the description. `EasyCache` and the like, which
 skip whole forwards, need no blocks, so they also work where the step caches here say no.
@@ -27,11 +28,11 @@ skip whole forwards, need no blocks, so they also work where the step caches her
 def main(out: Path = Path("benchmarks/results/support.json"), page: Path = Path("docs/support.md")) -> None:
     """Try every pipeline class, save what came of it, and write the page."""
     rows = [supported(pipeline) for pipeline in pipeline_classes()]
-    described = sum(bool(row.mixed.works) for row in rows)
+    mixed, whole = (sum(bool(getattr(row, level).works) for row in rows) for level in ("mixed", "whole"))
     save(out, {"pipelines": rows})
-    head = _HEAD.format(count=len(rows), version=diffusers.__version__, described=described)
+    head = _HEAD.format(count=len(rows), version=diffusers.__version__, mixed=mixed, whole=whole)
     page.write_text(f"{head}\n{table(rows)}", encoding="utf-8")
-    print(f"{len(rows)} pipelines, mixed stages with {described}; written to {page}")
+    print(f"{len(rows)} pipelines, mixed stages with {mixed}, whole frames with {whole}; written to {page}")
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ class Need(Enum):
 
     BLOCK_LISTS = "block lists whose streams can be observed"
     MODULATED_SIGNAL = "the first block's modulated input"
+    FRAME_SIZES = "latents whose frame can have another size at each stage"
     TOKEN_POSITIONS = "token positions that can be set"
     FIXED_TOKENS = "one token set for the whole run"
     OWN_TIMESTEPS = "the pipeline's own timesteps"
-    TOKEN_GRID = "the rows and columns of the image tokens"
+    TOKEN_GRID = "the rows and columns of the image tokens, in one plane"
     SEPARABLE_ROWS = "blocks that treat the images of a batch one by one"
     FIXED_ROWS = "the same images in every block call"
     PRECISE_ACTIVATIONS = "activations that are not rounded, since an extrapolation amplifies what rounding adds"

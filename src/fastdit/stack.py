@@ -134,14 +134,31 @@ class Stack(Sequence[Accelerator]):
         if pipeline is not None:
             transformers = _denoisers_of(pipeline)
             for accelerator in self:
-                if accelerator.effects.needs & {Need.TOKEN_POSITIONS, Need.TOKEN_GRID}:
-                    _require_family(pipeline, accelerator)
+                if accelerator.effects.needs & {Need.FRAME_SIZES, Need.TOKEN_POSITIONS, Need.TOKEN_GRID}:
+                    self._check_family(pipeline, accelerator)
                 if Need.BLOCK_LISTS in accelerator.effects.needs:
                     _require_block_lists(transformers, accelerator)
                 for transformer in transformers.values():
                     accelerator.check(pipeline, transformer)
             for name, transformer in transformers.items():
                 self.check_state(name, transformer)
+
+    def _check_family(self, pipeline: Any, accelerator: Accelerator) -> None:
+        """Raise `UnsupportedModel` if the tokens of a pipeline's family are not as an accelerator needs them."""
+        family, needs = _require_family(pipeline, accelerator), accelerator.effects.needs
+        if Need.TOKEN_POSITIONS in needs and not family.mixes:
+            raise UnsupportedModel(
+                f"{accelerator.describe()} must place tokens, and can't in {type(pipeline).__name__}, whose stages "
+                f"are whole frames: {why_not(type(pipeline))}; give two stages, and leave frame out"
+            )
+        if family.one_plane:
+            return
+        several = f"needs {Need.TOKEN_GRID.value}, and {type(pipeline).__name__}'s fill one for each of several frames"
+        if Need.TOKEN_GRID in needs:
+            raise UnsupportedModel(f"{accelerator.describe()} {several}; use another, such as FirstBlockCache")
+        for cache in (self.step_cache, self.token_cache):
+            if Need.FRAME_SIZES in needs and cache is not None and cache.stage_change == "carry":
+                raise UnsupportedModel(f"{cache.describe()} {several}; set stage_change='reset'")
 
     def check_state(self, name: str, module: nn.Module) -> None:
         """Raise `IncompatibleStack` if the state that a denoiser is in changes what an accelerator needs."""
@@ -245,7 +262,8 @@ def make_plan(
         for name, parameter in inspect.signature(type(pipeline).__call__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    arguments = {**defaults, "height": height, "width": width}
+    asked = {"height": height, "width": width}
+    arguments = {**defaults, **{name: value for name, value in asked.items() if value is not None}}
     schedule_plan = _schedule_plan(stack, pipeline, arguments, num_inference_steps)
     if schedule_plan is not None:
         return Plan(stack, schedule_plan.stages, (*schedule_plan.notes, *_outlook(stack, schedule_plan.steps)))
@@ -623,9 +641,9 @@ def _require_family(base: Any, accelerator: Accelerator) -> Family:
     family = None if isinstance(base, nn.Module) else family_of(base)
     if family is None:
         raise UnsupportedModel(
-            f"{accelerator.describe()} must place tokens, and can't in {type(base).__name__}: {_why_not(base)}; "
+            f"{accelerator.describe()} must know how tokens lie, and can't in {type(base).__name__}: {_why_not(base)}; "
             "use it with a pipeline that `fastdit matrix` lists, describe the family in fastdit.models, or keep to "
-            "accelerators that need no token positions"
+            "accelerators that need no description of the tokens"
         )
     return family
 
@@ -654,5 +672,6 @@ def _lifted_result(run: Run, arguments: Mapping[str, Any], result: Any) -> Any:
         return result
     if isinstance(result, tuple):
         return (lift(run, result[0]), *result[1:])
-    result.images = lift(run, result.images)
+    name = next(iter(result))  # images, or the frames of a video
+    setattr(result, name, lift(run, result[name]))
     return result

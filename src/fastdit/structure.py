@@ -45,6 +45,12 @@ def structural_twin(module: _Module, children: Mapping[str, Any], *, hooks: bool
     return twin
 
 
+def behaves_otherwise(module: nn.Module) -> bool:
+    """Whether a module's object carries behaviour or hooks of its own, which a structural twin would lose."""
+    own = module.__dict__
+    return any(own.get(name) is not None for name in _BEHAVIOUR) or any(own.get(name) for name in _HOOKS)
+
+
 def meta_twin(module: _Module) -> _Module:
     """Copy a module, children included, without weights and without hooks: every tensor becomes a meta tensor.
 

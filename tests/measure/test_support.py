@@ -11,27 +11,30 @@ from fastdit.cli import app
 from fastdit.measure.support import Answer, Support, gist, pipeline_classes, supported, table
 from fastdit.measure.tiny_pipelines import PIPELINES
 from fastdit.models.family import families
-from fastdit.models.undescribed import BY_PIPELINE, why_not
+from fastdit.models.undescribed import BY_PIPELINE, why_not, why_not_whole
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma, inside diffusers
+    pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning"),  # PRX, inside diffusers
 ]
 CLASSES = {cls.__name__: cls for cls in pipeline_classes()}
 DESCRIBED = {name for family in families() for name in family.pipelines}
 
 
 @pytest.mark.parametrize("name", sorted(DESCRIBED & set(PIPELINES) & set(CLASSES)))
-def test_every_described_pipeline_with_a_tiny_one_takes_mixed_stages(name: str) -> None:
+def test_every_described_pipeline_with_a_tiny_one_takes_stages_of_its_kind(name: str) -> None:
     row = supported(CLASSES[name])
-    assert row.mixed == Answer(True)
-    assert row.family in {family.name for family in families()}
+    family = next(family for family in families() if name in family.pipelines)
+    assert row.family == family.name
+    assert row.mixed.works is family.mixes
+    assert row.whole.works is True
 
 
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - DESCRIBED))
 def test_every_other_pipeline_says_in_one_sentence_why_it_takes_none(name: str) -> None:
-    reason = why_not(CLASSES[name])
-    assert 20 < len(reason) < 140
-    assert ". " not in reason
+    for reason in (why_not(CLASSES[name]), why_not_whole(CLASSES[name])):
+        assert 20 < len(reason) < 140
+        assert ". " not in reason
 
 
 def test_no_pipeline_is_described_twice_or_given_a_reason_against_it() -> None:
@@ -42,10 +45,10 @@ def test_no_pipeline_is_described_twice_or_given_a_reason_against_it() -> None:
 
 def test_a_table_numbers_its_reasons_and_gives_each_once() -> None:
     refused = Answer(False, "UnsupportedModel: ToCa(interval=3, first=1) knows nothing of Block (T.list)")
-    rows = [Support(name, "T", None, Answer(False, "no plane"), Answer(True), refused) for name in ("A", "B")]
+    rows = [Support(name, "T", None, Answer(False, "no plane"), *2 * [Answer(True)], refused) for name in ("A", "B")]
     text = table(rows)
-    assert "| A |  | no (1) | yes | no (2) |" in text
-    assert "| B |  | no (1) | yes | no (2) |" in text
+    assert "| A |  | no (1) | yes | yes | no (2) |" in text
+    assert "| B |  | no (1) | yes | yes | no (2) |" in text
     assert text.count("no plane") == 1
     assert text.endswith("2. ToCa knows nothing of its blocks\n")
     assert gist("plain words") == "plain words"
@@ -56,4 +59,4 @@ def test_the_command_prints_the_rows_that_were_asked_for() -> None:
     assert result.exit_code == 0 and "| pipeline |" in result.output
     rows = json.loads(CliRunner().invoke(app, ["matrix", "StableDiffusion3Pipeline", "--json"]).stdout)
     assert [row["pipeline"] for row in rows] == ["StableDiffusion3Pipeline"]
-    assert [rows[0][level]["works"] for level in ("mixed", "step_cache", "token_cache")] == [True, True, True]
+    assert [rows[0][level]["works"] for level in ("mixed", "whole", "step_cache", "token_cache")] == [True] * 4

@@ -29,7 +29,7 @@ DESCRIBED = [
     name
     for name in PIPELINES
     if not name.endswith(("Img2ImgPipeline", "InpaintPipeline", "FillPipeline"))
-    and any(name in family.pipelines for family in families())
+    and any(name in family.pipelines and family.mixes for family in families())
 ]
 #: Two calls of the transformer a step, one a branch.
 TWO_CALLS = ("ChromaPipeline", "OvisImagePipeline", "Flux2KleinPipeline", "QwenImagePipeline", "HunyuanImagePipeline",

@@ -333,6 +333,14 @@ def test_a_table_that_is_not_made_of_sines_is_refused_by_name() -> None:
         tiny.run(accelerate(pipe, [SHORT]), call)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_table_that_was_rounded_before_it_was_loaded_is_taken(stored: torch.dtype) -> None:
+    pipe, call = tiny.sd3(size=128, steps=6)
+    table = pipe.transformer.pos_embed.pos_embed
+    table.copy_(table.to(stored))
+    assert torch.isfinite(tiny.run(accelerate(pipe, [SHORT]), call)).all()
+
+
 @pytest.mark.parametrize("frame", ["middle", None, 1])
 def test_an_unknown_frame_is_refused_when_it_is_written(frame: Any) -> None:
     with pytest.raises(InvalidConfig, match=r"coarse.*fine"):

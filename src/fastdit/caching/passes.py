@@ -27,6 +27,7 @@ from fastdit.wiring import (
 from .decision import BranchState, Decider, GroupState
 from .segments import Cut, Segment
 from .step_cache import Site, StepCache, Verdict
+from .watching import WatchedBlock
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -76,6 +77,7 @@ class _Part:
     def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site) -> None:
         self.groups, self.verdicts, self.site = groups, verdicts, site
         self.computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
+        self.whole = len(self.computing) == len(groups)
 
 
 class BlockPass:
@@ -128,6 +130,9 @@ class BlockPass:
         if found is None:
             return self._run_block(name, index, block, args, kwargs)
         segment, place, port = found
+        part = self._parts.get(segment.part)
+        if part is not None and part.whole and segment.first < place < segment.stop - 1:
+            return self._run_block(name, index, block, args, kwargs)  # inside of what is computed, nothing is seen to
         values = [read_port(source, args, kwargs) for source in port.inputs]
         if place == segment.enters and segment.decides:
             self._entered = values[self._watched(segment.chain, values)]
@@ -137,7 +142,10 @@ class BlockPass:
             return self._run_leading(name, index, block, args, kwargs)
         if place == segment.first:
             if segment.decides:
-                self._decide(segment, values, block, args, kwargs)
+                watched = WatchedBlock(block)
+                self._decide(segment, values, watched, args, kwargs)
+                # An engine or a token cache knows a block by its own object.
+                block = watched if self._run_block is run_plainly else block
             self._start, self._rows = values, []
             self._versions = [version_of(value) for value in values]
         return self._inside(segment, place, port, values, block, args, kwargs)
@@ -175,7 +183,7 @@ class BlockPass:
     ) -> Any:
         part = self._parts[segment.part]
         computing, last = part.computing, place == segment.stop - 1
-        if len(computing) == len(part.groups):
+        if part.whole:
             output = self._run_block(port.name, port.index, block, args, kwargs)
             if last:
                 ends = outputs_of(port, output)

@@ -12,6 +12,7 @@ latents. No calibration. It needs the rows and columns of the tokens and the noi
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -93,6 +94,7 @@ def filtered(frames: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
     return (rows @ (columns @ frames.float()).flatten(2)).view(frames.shape)
 
 
+@lru_cache(maxsize=128)  # two small matrices a step, the same ones in every run of a schedule
 def _responses(length: int, sigma: float, power: float, device: torch.device) -> torch.Tensor:
     """What the filter along one axis makes of an impulse at each place, [length, length]."""
     frequencies: torch.Tensor = torch.fft.rfftfreq(length, device=device)

@@ -13,27 +13,29 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdit.accelerator import Accelerator
+from fastdit.accelerator import Accelerator, Schedule
 from fastdit.caching.first_block_cache import FirstBlockCache
 from fastdit.caching.policy import SkipPolicy
 from fastdit.caching.toca import ToCa
 from fastdit.errors import FastditError, UnsupportedModel
 from fastdit.models.family import Family, families
-from fastdit.models.undescribed import annotated, why_not
+from fastdit.models.undescribed import annotated, why_not, why_not_whole
+from fastdit.spatial.lift import PixelLift
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import accelerate
 
-from .tiny_pipelines import PIPELINES, TOKEN_PIXELS
+from .tiny_pipelines import PIPELINES, TOKEN_PIXELS, flow_matching
 from .tiny_transformers import TRANSFORMERS
 
 STEPS = 6
-_SCHEDULE = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
+_MIXED = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
+_WHOLE = RALU(steps=(3, 3), ends=(0.5,), starts=(0.2,), lift=PixelLift())
 _STEP_CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 _TOKEN_CACHE = ToCa(3, 0.5, first=1)
 _NOT_RUN = "not run: there is no tiny model of it here"
@@ -58,6 +60,7 @@ class Support:
     transformer: str
     family: str | None
     mixed: Answer
+    whole: Answer
     step_cache: Answer
     token_cache: Answer
 
@@ -83,28 +86,39 @@ def supported(pipeline: type[Any]) -> Support:
     transformer = ", ".join(annotated(pipeline, "transformer"))
     if name in PIPELINES:
         caches = [_on_pipeline(name, cache, fired=True) for cache in (_STEP_CACHE, _TOKEN_CACHE)]
-        mixed = _on_pipeline(name, _SCHEDULE) if family is not None else Answer(False, why_not(pipeline))
+        run = partial(_on_pipeline, name)
     else:
         caches = [_on_transformer(transformer, cache) for cache in (_STEP_CACHE, _TOKEN_CACHE)]
-        mixed = Answer(None, _described(family)) if family is not None else Answer(False, why_not(pipeline))
-    return Support(name, transformer, None if family is None else family.name, mixed, *caches)
+        run = partial(_not_run, family)
+    mixed = run(_MIXED) if family is not None and family.mixes else Answer(False, why_not(pipeline))
+    whole = run(_WHOLE) if family is not None else Answer(False, why_not_whole(pipeline))
+    return Support(name, transformer, None if family is None else family.name, mixed, whole, *caches)
 
 
-def _described(family: Family) -> str:
-    return f"described with {family.name}, and there is no tiny pipeline of it here"
+def _not_run(family: Family | None, _: Accelerator) -> Answer:
+    name = None if family is None else family.name
+    return Answer(None, f"described with {name}, and there is no tiny pipeline of it here")
 
 
 def _on_pipeline(name: str, accelerator: Accelerator, *, fired: bool = False) -> Answer:
-    """Run an accelerator on a tiny pipeline of two prompts whose picture is not square."""
-    side = TOKEN_PIXELS.get(name, 16)
+    """Run an accelerator on a tiny pipeline of two prompts whose picture is not square.
+
+    A schedule gets the flow-matching scheduler that it needs where a flow's pipeline comes with another one.
+    """
+    side, remarks = TOKEN_PIXELS.get(name, 16), []
 
     def run() -> bool:
         pipeline, call = PIPELINES[name](size=(4 * side, 6 * side), steps=STEPS, batch=2)
+        scheduler = type(pipeline.scheduler).__name__
+        if isinstance(accelerator, Schedule) and "FlowMatch" not in scheduler:
+            pipeline.scheduler = flow_matching()
+            remarks.append(f"with a FlowMatchEulerDiscreteScheduler in the place of its {scheduler}")
         fast = accelerate(pipeline, [accelerator])
         output = fast(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
         return _ran(output, fast.fastdit.last_run, fired)
 
-    return _answered(run)
+    answer = _answered(run)
+    return dataclasses.replace(answer, reason="; ".join(filter(None, (*remarks, answer.reason))))
 
 
 @lru_cache
@@ -159,12 +173,12 @@ def table(rows: Iterable[Support]) -> str:
     """Write rows as a table in Markdown, and every reason once below it."""
     reasons: dict[str, int] = {}
     lines = [
-        "| pipeline | family | mixed-resolution stages | step caches | token caches |",
-        "|---|---|---|---|---|",
+        "| pipeline | family | mixed-resolution stages | whole-frame stages | step caches | token caches |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = []
-        for answer in (row.mixed, row.step_cache, row.token_cache):
+        for answer in (row.mixed, row.whole, row.step_cache, row.token_cache):
             number = reasons.setdefault(gist(answer.reason), len(reasons) + 1) if answer.reason else None
             cells.append(f"{answer}" if number is None else f"{answer} ({number})")
         lines.append(f"| {row.pipeline} | {row.family or ''} | {' | '.join(cells)} |")

@@ -525,6 +525,127 @@ def wan(*, size: Size = 32, steps: int = 4, batch: int = 1) -> Built:
     return pipeline, _call(size, steps, **embeds, num_frames=5, guidance_scale=3.0)
 
 
+def _guided(batch: int, width: int) -> Call:
+    return {
+        "prompt_embeds": randn(batch, 6, width, seed=21),
+        "prompt_attention_mask": torch.ones(batch, 6),
+        "negative_prompt_embeds": randn(batch, 6, width, seed=23),
+        "negative_prompt_attention_mask": torch.ones(batch, 6),
+        "guidance_scale": 3.0,
+    }
+
+
+def aura_flow(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
+    """AuraFlow: a learned table of positions, both branches in one batch."""
+    transformer = component(
+        "AuraFlowTransformer2DModel",
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=256,
+        **_HEADS,
+    )
+    parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
+    return assembled("AuraFlowPipeline", transformer=transformer, **parts), _call(size, steps, **_guided(batch, 32))
+
+
+def sana(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
+    """Sana: linear attention, convolutions over the frame, an autoencoder without a distribution, a DPM solver."""
+    transformer = component(
+        "SanaTransformer2DModel",
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=16,
+        sample_size=8,
+        **_HEADS,
+    )
+    vae = component(
+        "AutoencoderDC",
+        seed=1,
+        latent_channels=4,
+        attention_head_dim=4,
+        **{f"{part}_block_types": "ResBlock" for part in ("encoder", "decoder")},
+        **{f"{part}_block_out_channels": (4, 8, 8, 8, 8) for part in ("encoder", "decoder")},
+        **{f"{part}_layers_per_block": (1,) * 5 for part in ("encoder", "decoder")},
+        **{f"{part}_qkv_multiscales": ((),) * 5 for part in ("encoder", "decoder")},
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipeline = assembled("SanaPipeline", scheduler=scheduler, vae=vae, transformer=transformer)
+    return pipeline, _call(size, steps, **_guided(batch, 16), negative_prompt=None, use_resolution_binning=False)
+
+
+def prx(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
+    """PRX: the ids of a whole frame are made in the forward. Guided, the pipeline takes a single prompt."""
+    transformer = component(
+        "PRXTransformer2DModel",
+        in_channels=4,
+        context_in_dim=32,
+        hidden_size=32,
+        num_heads=2,
+        depth=2,
+        axes_dim=[8, 8],
+    )
+    parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
+    call = _guided(batch, 32) | {"guidance_scale": 1.0}
+    call |= {name: value.bool() for name, value in call.items() if "mask" in name}
+    pipeline = assembled("PRXPipeline", transformer=transformer, **parts)
+    return pipeline, _call(size, steps, **call, use_resolution_binning=False)
+
+
+def hunyuan_video(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
+    """HunyuanVideo, five frames, with true guidance: two calls a step."""
+    transformer = component(
+        "HunyuanVideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=32,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        guidance_embeds=True,
+        **_HEADS,
+    )
+    vae = component(
+        "AutoencoderKLHunyuanVideo",
+        seed=1,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    pipeline = assembled(
+        "HunyuanVideoPipeline",
+        _numbered("text_encoder", "tokenizer"),
+        scheduler=flow_matching(),
+        vae=vae,
+        transformer=transformer,
+    )
+    embeds = {
+        f"{prefix}{name}": value
+        for prefix, seed in (("", 21), ("negative_", 23))
+        for name, value in {
+            "prompt_embeds": randn(batch, 6, 32, seed=seed),
+            "pooled_prompt_embeds": randn(batch, 8, seed=seed + 1),
+            "prompt_attention_mask": torch.ones(batch, 6),
+        }.items()
+    }
+    return pipeline, _call(size, steps, **embeds, num_frames=5, true_cfg_scale=2.0)
+
+
 #: Every builder by the name of its pipeline's class.
 PIPELINES: dict[str, Builder] = {
     "FluxPipeline": flux,
@@ -543,6 +664,10 @@ PIPELINES: dict[str, Builder] = {
     "HiDreamImagePipeline": hidream,
     "PixArtSigmaPipeline": pixart,
     "WanPipeline": wan,
+    "HunyuanVideoPipeline": hunyuan_video,
+    "AuraFlowPipeline": aura_flow,
+    "SanaPipeline": sana,
+    "PRXPipeline": prx,
     "FluxImg2ImgPipeline": from_picture("FluxImg2ImgPipeline", flux),
     "ChromaImg2ImgPipeline": from_picture("ChromaImg2ImgPipeline", chroma),
     "QwenImageImg2ImgPipeline": from_picture("QwenImageImg2ImgPipeline", qwen_image),
@@ -564,5 +689,4 @@ TOKEN_PIXELS: dict[str, int] = {
     "QwenImageImg2ImgPipeline": 8,
     "QwenImageInpaintPipeline": 8,
     "HunyuanImagePipeline": 8,
-    "WanPipeline": 8,
 }

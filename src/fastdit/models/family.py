@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,11 @@ class Family(Protocol):
     which `tokens` and `latents` translate.
     """
 
+    #: Whether a stage may mix resolutions and set its tokens' places; whole frames of either size are always possible.
+    mixes: ClassVar[bool]
+    #: Whether the tokens lie in one plane; where they don't, a layout's token stands for its place in every plane.
+    one_plane: ClassVar[bool]
+
     @property
     def name(self) -> str:
         """What the family is called; published settings belong to it."""
@@ -28,6 +33,9 @@ class Family(Protocol):
 
     def matches(self, pipeline: Any) -> bool:
         """Whether this description holds for a pipeline (by its class)."""
+
+    def of(self, pipeline: Any) -> Family:
+        """Give the description with what it takes from a pipeline's own configuration."""
 
     def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Give the image's height and width in pixels for a call's arguments."""
@@ -54,10 +62,10 @@ class Family(Protocol):
         """Bring frames of a picture, or of its mask, to half their height and width."""
 
     def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
-        """Decode latent frames to pixels [B, 3, H, W] in about [-1, 1]."""
+        """Decode latent frames to pixels [B, 3, H, W] in about [-1, 1]; [B, 3 T, H, W] of a video of T pictures."""
 
     def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels [B, 3, H, W] in [-1, 1] to latent frames, as the pipeline's own would be scaled."""
+        """Encode pixels of the same shape, in [-1, 1], to latent frames, as the pipeline's own would be scaled."""
 
     def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
         """Find the latents of a layout among a forward's arguments, in the shape in which the scheduler gets them."""
@@ -92,17 +100,19 @@ def families() -> tuple[Family, ...]:
     from .placed import COGVIEW4, HUNYUAN_IMAGE
     from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
     from .sd3 import SD3
+    from .whole_frames import AURA_FLOW, HUNYUAN_VIDEO, PRX, SANA, WAN
     from .z_image import Z_IMAGE
 
     flux = (FLUX, FLUX_FILL, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
     qwen = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)
     frames = (SD3, HUNYUAN_IMAGE, COGVIEW4, LUMINA2, Z_IMAGE, HIDREAM)
-    return (*flux, *qwen, *frames)
+    whole = (AURA_FLOW, SANA, PRX, WAN, HUNYUAN_VIDEO)
+    return (*flux, *qwen, *frames, *whole)
 
 
 def family_of(pipeline: Any) -> Family | None:
     """Find the description of a pipeline's family, or None."""
-    return next((family for family in families() if family.matches(pipeline)), None)
+    return next((family.of(pipeline) for family in families() if family.matches(pipeline)), None)
 
 
 #: Arguments by which pipelines take pictures as prompts, whose features are made for one token layout.
@@ -132,7 +142,10 @@ def decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
 def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Encode pixels to latent frames: the undoing of `decoded`. Distributions give their mode, so nothing is drawn."""
     made = vae.encode(pixels.to(vae.dtype))
-    latents: torch.Tensor = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    if hasattr(made, "latent_dist"):
+        latents: torch.Tensor = made.latent_dist.mode()
+    else:
+        latents = made.latents if hasattr(made, "latents") else made.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scaled: torch.Tensor = (latents - shift) * vae.config.scaling_factor
     return scaled

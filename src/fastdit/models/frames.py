@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,8 +27,14 @@ class FrameFamily:
     patch: int = 2
     refused: tuple[str, ...] = ()
 
+    mixes: ClassVar[bool] = True
+    one_plane: ClassVar[bool] = True
+
     def matches(self, pipeline: Any) -> bool:
         return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
+
+    def of(self, pipeline: Any) -> FrameFamily:
+        return self
 
     def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         factor = pipeline.vae_scale_factor

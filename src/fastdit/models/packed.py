@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -41,8 +41,14 @@ class PackedFamily:
     decoding: Callable[[Any, torch.Tensor], torch.Tensor] = decoded
     encoding: Callable[[Any, torch.Tensor], torch.Tensor] = encoded
 
+    mixes: ClassVar[bool] = True
+    one_plane: ClassVar[bool] = True
+
     def matches(self, pipeline: Any) -> bool:
         return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
+
+    def of(self, pipeline: Any) -> PackedFamily:
+        return self
 
     def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         default = pipeline.default_sample_size * pipeline.vae_scale_factor

@@ -116,7 +116,8 @@ def _is_sinusoidal(table: torch.Tensor) -> bool:
     if side < 2 or width % 4:
         return False
     columns, rows = table[0, :, : width // 2].float(), table[:, 0, width // 2 :].float()
-    tolerance = 8 * torch.finfo(table.dtype).eps
+    # A checkpoint may have been rounded before it was loaded in the precision that it has here.
+    tolerance = 8 * torch.finfo(torch.bfloat16).eps
     for axis in (columns, rows):
         sine, cosine = axis.chunk(2, dim=1)
         if ((sine**2 + cosine**2 - 1).abs() > tolerance).any():

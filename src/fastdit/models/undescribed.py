@@ -1,6 +1,6 @@
 """Why a pipeline of diffusers can't take stages of mixed resolution: one sentence each, found in the class's own code.
 
-Whole-frame schedules and caches need none of this and serve most of these pipelines all the same.
+Stages of whole frames need less of a pipeline than that (`fastdit.models.whole_frames`), and caches nothing of it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ BY_TRANSFORMER: dict[str, str] = {
 }
 
 
+#: What stands in the way of mixed stages alone, and of whole frames only as far as nobody has described them.
+_OF_MIXED_STAGES = (
+    _FRAMES,
+    *(BY_TRANSFORMER[f"{name}Transformer2DModel"] for name in ("AuraFlow", "BriaFibo", "ErnieImage", "PRX", "Sana")),
+)
+
+
+def why_not_whole(pipeline: type[Any]) -> str:
+    """Say in one sentence why pipelines of a class that no family describes can't take stages of whole frames."""
+    schedulers, reason = annotated(pipeline, "scheduler"), why_not(pipeline)
+    if reason not in _OF_MIXED_STAGES:
+        return reason
+    return _no_flow(schedulers) or "no family describes in what shape its latents travel, undescribed"
+
+
 def why_not(pipeline: type[Any]) -> str:
     """Say in one sentence why pipelines of a class that no family describes can't take mixed stages."""
     if reason := BY_PIPELINE.get(pipeline.__name__):
@@ -74,9 +89,13 @@ def why_not(pipeline: type[Any]) -> str:
         return _FRAMES
     if reason := next((reason for kind, reason in BY_KIND.items() if kind in pipeline.__name__), None):
         return reason
-    if schedulers and not any("FlowMatch" in name for name in schedulers):
-        return f"RALU re-noises along a flow, and {schedulers[0]} is no flow-matching scheduler"
-    return "no family describes how it lays its tokens out"
+    return _no_flow(schedulers) or "no family describes how it lays its tokens out"
+
+
+def _no_flow(schedulers: list[str]) -> str | None:
+    if not schedulers or any("FlowMatch" in name for name in schedulers):
+        return None
+    return f"RALU re-noises along a flow, and {schedulers[0]} is no flow-matching scheduler"
 
 
 def annotated(pipeline: type[Any], part: str) -> list[str]:

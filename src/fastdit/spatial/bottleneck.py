@@ -38,7 +38,7 @@ class BottleneckSampling(Schedule):
     base_shift: float = 3.0
 
     changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
-    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
+    needs: ClassVar = frozenset({Need.FRAME_SIZES, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
 
     def __post_init__(self) -> None:

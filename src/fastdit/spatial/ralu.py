@@ -22,6 +22,7 @@ from typing import Any, ClassVar, cast
 from fastdit.accelerator import (
     Break,
     Change,
+    Effects,
     Need,
     Schedule,
     SchedulePlan,
@@ -121,7 +122,7 @@ class RALU(Schedule):
     frame: str = "coarse"
 
     changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
-    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
+    needs: ClassVar = frozenset({Need.FRAME_SIZES, Need.WHOLE_FRAME})
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
 
     def __post_init__(self) -> None:
@@ -162,6 +163,11 @@ class RALU(Schedule):
         if self.restart is not None:
             own |= {"starts": None, "shifts": None}
         return dataclasses.replace(PRESETS[self.preset], **own)
+
+    @property
+    def effects(self) -> Effects:
+        places = len(self.settings.steps) == 3 or self.frame == "fine"
+        return super().effects.adding(needs={Need.TOKEN_POSITIONS} if places else set())
 
     def check(self, pipeline: Any, transformer: Any) -> None:
         """Raise `InvalidConfig` for a preset of another family of models."""

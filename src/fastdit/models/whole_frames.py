@@ -1,0 +1,169 @@
+"""Families whose stages are whole frames: a frame of half the height and width is one that the model takes as it is.
+
+Nothing of the model is replaced, so convolutions over rows and columns, learned tables of positions and several frames
+in one sequence are no obstacle. A video is resized plane by plane: a token stands for its place in every plane, its
+channels those of all of them in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from fastdit.layout import TokenLayout
+
+from .frames import FrameFamily
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFrameFamily(FrameFamily):
+    """Pictures [B, C, h, w]. The patch is the transformer's own."""
+
+    mixes: ClassVar[bool] = False
+
+    def of(self, pipeline: Any) -> WholeFrameFamily:
+        patch = pipeline.transformer.config.patch_size
+        return dataclasses.replace(self, patch=patch if isinstance(patch, int) else patch[-1])
+
+    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AuraFlowFamily(WholeFrameFamily):
+    """AuraFlow: the middle of a learned table of positions, whatever the frame's size."""
+
+    def default_side(self, pipeline: Any) -> int:
+        return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
+
+    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+        most = int(pipeline.transformer.config.pos_embed_max_size**0.5)
+        return super().refusal(pipeline, arguments) or self.too_large(pipeline, arguments, most)
+
+
+@dataclasses.dataclass(frozen=True)
+class BinnedFamily(WholeFrameFamily):
+    """Pipelines that make a picture of the nearest size in a list and crop it to the size that was asked for."""
+
+    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        height, width = super().size(pipeline, arguments)
+        if not arguments.get("use_resolution_binning"):
+            return height, width
+        ratios = self.bins(pipeline)
+        if ratios is None:
+            return height, width  # the pipeline itself refuses the call
+        found: tuple[int, int] = pipeline.image_processor.classify_height_width_bin(height, width, ratios=ratios)
+        return found
+
+    def bins(self, pipeline: Any) -> dict[str, list[float]] | None:
+        """Give the pipeline's list of sizes by aspect ratio."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaFamily(BinnedFamily):
+    """Sana: one latent pixel a token."""
+
+    def default_side(self, pipeline: Any) -> int:
+        return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
+
+    def bins(self, pipeline: Any) -> dict[str, list[float]] | None:
+        from diffusers.pipelines.sana import pipeline_sana
+
+        side = 32 * pipeline.transformer.config.sample_size
+        found: dict[str, list[float]] | None = getattr(pipeline_sana, f"ASPECT_RATIO_{side}_BIN", None)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class PRXFamily(BinnedFamily):
+    """PRX: the ids of a whole frame are made inside its forward."""
+
+    def default_side(self, pipeline: Any) -> int:
+        return int(pipeline.get_default_resolution())
+
+    def bins(self, pipeline: Any) -> dict[str, list[float]] | None:
+        from diffusers.pipelines.prx import pipeline_prx
+
+        found: dict[str, list[float]] | None = pipeline_prx.ASPECT_RATIO_BINS.get(pipeline.default_sample_size)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFamily(WholeFrameFamily):
+    """Videos [B, C, F, h, w] of `channels` = C latent channels, which come from the pipeline's transformer."""
+
+    channels: int = 0
+    one_plane: ClassVar[bool] = False
+
+    def of(self, pipeline: Any) -> VideoFamily:
+        transformer = pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
+        patch = transformer.config.patch_size
+        patch = patch if isinstance(patch, int) else patch[-1]
+        return dataclasses.replace(self, patch=patch, channels=int(transformer.config.in_channels))
+
+    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        latents = arguments.get("latents")
+        if isinstance(latents, torch.Tensor) and latents.dim() == 5:
+            factor = pipeline.vae_scale_factor_spatial
+            return latents.shape[3] * factor, latents.shape[4] * factor
+        return arguments["height"], arguments["width"]
+
+    def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
+        side = pipeline.vae_scale_factor_spatial * self.patch
+        return int(height) // side, int(width) // side
+
+    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+        latents = arguments.get("latents")
+        if latents is not None and (latents.dim() != 5 or any(side % self.patch for side in latents.shape[3:])):
+            return (
+                f"latents of shape {tuple(latents.shape)} are not videos [B, C, F, h, w] whose sides are multiples of "
+                f"{self.patch}; reshape them"
+            )
+        if getattr(pipeline.config, "expand_timesteps", False):
+            return "the pipeline gives every token of a whole frame a timestep of its own; drop the schedule"
+        return None
+
+    def tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().tokens(latents.flatten(1, 2))
+
+    def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        return self._planes(super().latents(tokens, layout))
+
+    def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+        vae = pipeline.vae
+        scale, mean = _statistics(vae, frames)
+        latents = (self._planes(frames) * scale + mean).to(vae.dtype)
+        pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+        return pixels.flatten(1, 2)
+
+    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+        vae = pipeline.vae
+        latents = vae.encode(pixels.unflatten(1, (3, -1)).to(vae.dtype)).latent_dist.mode()
+        scale, mean = _statistics(vae, latents)
+        frames: torch.Tensor = ((latents - mean) / scale).flatten(1, 2)
+        return frames
+
+    def _planes(self, frames: torch.Tensor) -> torch.Tensor:
+        planes: torch.Tensor = frames.unflatten(1, (self.channels, -1))
+        return planes
+
+
+def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give what normalised latents are multiplied by, and what is added then, [1, C or 1, 1, 1, 1]."""
+    if getattr(vae.config, "latents_mean", None) is None:
+        return like.new_tensor(1.0 / vae.config.scaling_factor), like.new_tensor(0.0)
+    deviation, mean = (
+        like.new_tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1) for name in ("latents_std", "latents_mean")
+    )
+    return deviation, mean
+
+
+AURA_FLOW = AuraFlowFamily("AuraFlow", ("AuraFlowPipeline",))
+SANA = SanaFamily("Sana", ("SanaPipeline",))
+PRX = PRXFamily("PRX", ("PRXPipeline",))
+WAN = VideoFamily("Wan", ("WanPipeline",))
+HUNYUAN_VIDEO = VideoFamily("HunyuanVideo", ("HunyuanVideoPipeline",))
