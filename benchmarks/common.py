@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image, fromarray
 
 from fastdit.measure.environment import Environment
 from fastdit.measure.experiment import Configuration, Experiment
 from fastdit.measure.images import frechet_distance
 from fastdit.measure.results import Metric, Results
-from fastdit.measure.statistics import jackknife
-from fastdit.mini import load_mini
+from fastdit.measure.statistics import influences, jackknife
+from fastdit.measure.timing import time_interleaved
+from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
 from fastdit.mini.train.render import draw, random_picture
@@ -58,18 +60,17 @@ def compare(
     batch: int,
     seed: int,
     first: int = 0,
-    mini: str = "flux",
+    mini: Architecture = "flux",
+    dtype: torch.dtype | None = None,
 ) -> Results:
     """Make every configuration's pictures of held-out prompts in turns; time them, score them.
 
     The first configuration is the baseline; the Frechet distance is to renders of what other prompts ask for. `first`
     leaves out that many held-out prompts at the start, for a comparison on fresh ones.
     """
-    pipeline = load_mini(mini)
-    pipeline.set_progress_bar_config(disable=True)
     judge = load_judge()
     asked = held_out(first + prompts, seed, background=True)[first:]
-    experiment = Experiment(pipeline, asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
+    experiment = Experiment(pipeline_of(mini, dtype), asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
     results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
     target = judge.features(renders(RENDERED, seed + 1)).numpy()
     distances = {}
@@ -79,10 +80,32 @@ def compare(
         def distance(rows: np.ndarray, features: np.ndarray = features) -> float:
             return frechet_distance(target, features[rows], regularisation=1e-3)
 
-        distances[name] = Metric(jackknife(distance, prompts))
+        distances[name] = Metric(jackknife(distance, prompts), influences(distance, prompts))
     # The records of single runs are for a reader of one report; a comparison of many would be megabytes of them.
     bare = tuple(dataclasses.replace(configuration, records=()) for configuration in results.configurations)
     return dataclasses.replace(results, configurations=bare).with_metric("frechet", distances)
+
+
+def clock(
+    configurations: Sequence[Configuration],
+    results: Results,
+    *,
+    rounds: int,
+    mini: Architecture = "flux",
+    dtype: torch.dtype | None = None,
+) -> Results:
+    """Time what `compare` compared anew, in so many rounds of its prompts: for a machine that is quiet for minutes."""
+    experiment = Experiment(pipeline_of(mini, dtype), results.prompts, batch=results.images_per_round)
+    tasks = {entry.name: experiment.task(entry) for entry in configurations}
+    timed = time_interleaved(tasks, rounds=rounds, progress=lambda done, total: _say("timing", done, total))
+    return dataclasses.replace(results.with_seconds(timed), environment=Environment.capture())
+
+
+def pipeline_of(mini: Architecture, dtype: torch.dtype | None = None) -> Any:
+    """Load an embedded pipeline without its progress bar."""
+    pipeline = load_mini(mini, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def renders(count: int, seed: int) -> list[Image]:

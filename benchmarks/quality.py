@@ -17,7 +17,7 @@ from fastdit.caching.teacache import TeaCache
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
 from fastdit.spatial.bottleneck import BottleneckSampling
-from fastdit.spatial.lift import LatentLift, PixelLift
+from fastdit.spatial.lift import PixelLift
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
 
@@ -25,8 +25,6 @@ from fastdit.stack import Stack
 def configurations() -> list[Configuration]:
     """The plain runs that every method must beat, and the methods."""
     line = Taylor(1)
-    whole = {"steps": (13, 6), "ends": (0.5,), "starts": (0.15,)}
-    mixed = {"steps": (8, 3, 5), "ends": (0.5, 0.8), "starts": (0.2, 0.15), "ratio": 0.3, "frame": "fine"}
     caches: dict[str, tuple[list[Accelerator], int]] = {
         "TeaCache .2": ([TeaCache(0.2)], 50),
         "TeaCache .2, Taylor": ([TeaCache(0.2, forecast=line)], 50),
@@ -45,11 +43,8 @@ def configurations() -> list[Configuration]:
         "RALU 4x, paper": [RALU.paper("4x")],
         "RALU 5x, paper": [RALU.paper("5x")],
         "RALU 7x, paper": [RALU.paper("7x")],
-        "RALU 5x, fresh noise": [RALU("5x", lift=PixelLift(noise="fresh"))],
-        "RALU 5x, latents enlarged": [RALU(**whole, lift=LatentLift(resize="bicubic", noise="fresh"))],
-        "RALU 5x, a mixed stage": [RALU(**mixed, lift=PixelLift())],
+        "RALU 10x": [RALU("10x")],
         "BottleneckSampling": [BottleneckSampling()],
-        "BottleneckSampling, pixels": [BottleneckSampling(lift=PixelLift())],
         "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
         "RALU 4x + TeaCache .2, Taylor": [RALU("4x"), TeaCache(0.2, forecast=line)],
         "RALU 5x + TeaCache .2, Taylor": [RALU("5x"), TeaCache(0.2, forecast=line)],

@@ -108,6 +108,34 @@ def quality(results: Results, title: str = "Quality at equal time on the embedde
     ]
 
 
+def spatial(results: Results, title: str) -> list[str]:
+    names = [configuration.name for configuration in results.configurations]
+    lines = ["| preset | speed-up | rival | its time | judge, preset - rival | Frechet distance, preset - rival |"]
+    lines.append("|---|--:|---|--:|--:|--:|")
+    for preset in (name for name in names if name.startswith("RALU ")):
+        own = preset.removeprefix("RALU ")
+        plain = results.rival(preset)
+        others = [name for name in names if name.startswith(f"{own} rival: ")]
+        for rival in ([] if plain is None else [plain]) + others:
+            time = results[rival].median_seconds / results[preset].median_seconds
+            scores = (results.advantage(preset, rival, metric) for metric in ("judge", "frechet"))
+            shown = " | ".join("-" if score is None else format(score, "+.3f") for score in scores)
+            speed = format(results.speed_up(preset), ".2f")
+            lines.append(f"| {own} | {speed} | {rival.removeprefix(f'{own} rival: ')} | {time:.2f} | {shown} |")
+    rounds = len(results[results.baseline].seconds)
+    return [
+        f"## {title}",
+        f"{len(results.prompts)} held-out prompts in {results.settings['dtype']}, {results.images_per_round} a call; "
+        f"timed apart from that, in {rounds} rounds in turns. Each preset beside the schedules that take as long (*its "
+        "time* is the rival's over the preset's); differences are paired, a higher judge's score and a lower distance "
+        "are better.",
+        "\n".join(lines),
+        "Everything that took part, one preset with its parts exchanged among it:",
+        markdown(results),
+        f"Machine: {results.environment}.",
+    ]
+
+
 #: Speed-ups over 50 plain steps at which the libraries' best caches are set side by side.
 TARGETS = (1.5, 2.0, 3.0)
 
@@ -216,7 +244,7 @@ def main() -> None:
         parts += quality(Results.load(path), "About six times faster, and more")
     for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
         if (path := RESULTS / f"spatial-{mini}.json").exists():
-            parts += quality(Results.load(path), title)
+            parts += spatial(Results.load(path), title)
     if (path := RESULTS / "caching.json").exists():
         parts += caching(Results.load(path))
     if (path := RESULTS / "isolation.json").exists():

@@ -1,67 +1,153 @@
-"""Schedules at equal time on the embedded pipelines: RALU's parts, its paper's recipe, rivals, fewer plain steps."""
+"""Schedules at equal time on the embedded pipelines: RALU's presets, their rivals, and one part exchanged at a time.
+
+`pictures` makes and scores everything and may share its machine; `clock` then times it all in turns on a quiet one.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
+from PIL.Image import Resampling
 from rich.console import Console
 
-from common import compare
+from common import clock, compare, pipeline_of
 from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration, plain
+from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
+from fastdit.mini import Architecture
 from fastdit.spatial.bottleneck import BottleneckSampling
 from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.ralu import PRESETS, RALU
+from fastdit.spatial.token_copy import TokenCopy
 from fastdit.stack import Stack
 
+RESULTS = Path("benchmarks/results")
+DTYPE = torch.bfloat16
+SIDE = 256
+HALF_STEPS = 14
+
 #: Plain step counts around the times of the schedules, the baseline first.
-PLAIN = {"flux": (50, 17, 12, 10, 8, 7), "sd3": (28, 14, 11, 9, 8)}
+PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 14, 9, 7), "sd3": (28, 16, 12, 7, 5)}
 
-#: The presets of each embedded pipeline's family, and the one whose parts are exchanged.
-OWN = {"flux": (("4x", "5x", "7x"), "5x"), "sd3": (("2x", "3x"), "3x")}
+#: Steps of the rivals that take as long as a preset: the paper's recipe, BottleneckSampling, a progressive schedule.
+RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {
+    "flux": {
+        "4x": (RALU.paper("4x", steps=(6, 7, 8)), (4, 15, 5), (22, 7)),
+        "7x": (RALU.paper("7x", steps=(3, 4, 6)), (2, 11, 3), (14, 4)),
+        "10x": (RALU.paper("7x"), (2, 7, 2), (10, 3)),
+    },
+    "sd3": {
+        "2x": (RALU.paper("2x", steps=(6, 7, 10)), (5, 18, 5), (28, 7)),
+        "3x": (RALU.paper("3x", steps=(4, 4, 8)), (3, 13, 4), (20, 5)),
+        "6x": (RALU.paper("3x", steps=(2, 2, 5)), (2, 7, 2), (7, 4)),
+        "9x": (RALU.paper("3x", steps=(1, 2, 3)), (1, 5, 2), (5, 3)),
+    },
+}
+
+#: The preset whose parts are exchanged one at a time, where any is.
+EXCHANGED: dict[Architecture, str] = {"flux": "7x"}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def schedules(mini: str) -> dict[str, Accelerator]:
-    """The presets, the paper's, and one preset with one part changed at a time."""
-    presets, varied = OWN[mini]
-    coarse, fine = PRESETS[varied].steps
-    whole = {"steps": (coarse, fine), "ends": (0.5,), "starts": (0.15,)}
-    mixed = {"steps": (coarse - 4, 3, fine - 1), "ends": (0.5, 0.8), "starts": (0.2, 0.15), "ratio": 0.3}
+class HalfSize:
+    """Pictures of half the size, enlarged: what a schedule must be better than, since the judge looks no closer."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline, self.transformer = pipeline, pipeline.transformer
+
+    def __call__(self, **call: Any) -> Any:
+        made = self.pipeline(height=SIDE // 2, width=SIDE // 2, **call)
+        made.images = [image.resize((SIDE, SIDE), Resampling.BICUBIC) for image in made.images]
+        return made
+
+
+def configurations(mini: Architecture) -> list[Configuration]:
+    """Plain sampling, the presets, each with the rivals that take as long, and one preset with its parts exchanged."""
+    half = {"pipeline": HalfSize(pipeline_of(mini, DTYPE)), "call": {"num_inference_steps": HALF_STEPS}}
+    schedules: dict[str, Accelerator] = {}
+    for preset, (recipe, bottleneck, progressive) in RIVALS[mini].items():
+        schedules |= {
+            f"RALU {preset}": RALU(preset),
+            f"{preset} rival: paper's recipe, {_listed(recipe.settings.steps)}": recipe,
+            f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
+            f"{preset} rival: progressive, {_listed(progressive)}": _progressive(progressive),
+        }
+    if mini in EXCHANGED:
+        schedules |= _exchanged(EXCHANGED[mini])
+    return [
+        *map(plain, PLAIN[mini]),
+        Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
+        *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
+    ]
+
+
+def _progressive(steps: tuple[int, int]) -> RALU:
+    """The whole frame grows once: the clean latents are enlarged as they are, and noise is drawn anew."""
+    return RALU(steps=steps, ends=(0.5,), starts=(0.15,), lift=LatentLift(resize="bicubic", noise="fresh"))
+
+
+def _exchanged(preset: str) -> dict[str, Accelerator]:
+    recipe = PRESETS[preset]
+    coarse, fine = recipe.steps
+    mixed = {"steps": (coarse - 3, 3, fine - 1), "ends": (0.5, 0.8), "starts": (0.2, 0.15), "ratio": 0.3}
+    shifts = (*recipe.shifts[:1], 1.0, *recipe.shifts[1:]) if recipe.shifts else None
     return {
-        **{f"RALU {preset}": RALU(preset) for preset in presets},
-        **{f"RALU {preset}, paper": RALU.paper(preset) for preset in presets},
-        f"{varied}: noise drawn anew": RALU(varied, lift=PixelLift(noise="fresh")),
-        f"{varied}: latents enlarged (progressive)": RALU(**whole, lift=LatentLift(resize="bicubic", noise="fresh")),
-        f"{varied}: tokens copied": RALU(**whole),
-        f"{varied}: a later start": RALU(varied, starts=(0.4,)),
-        f"{varied}: a mixed stage, coarse frame": RALU(**mixed, lift=PixelLift()),
-        f"{varied}: a mixed stage, fine frame": RALU(**mixed, lift=PixelLift(), frame="fine"),
-        "BottleneckSampling": BottleneckSampling(),
-        "BottleneckSampling, pixels": BottleneckSampling(lift=PixelLift()),
+        f"{preset}, shifts matched": RALU(steps=recipe.steps, ends=recipe.ends, starts=recipe.starts, lift=PixelLift()),
+        f"{preset}, noise drawn anew": RALU(preset, lift=PixelLift(noise="fresh")),
+        f"{preset}, latents enlarged": RALU(preset, lift=LatentLift(resize="bicubic")),
+        f"{preset}, tokens copied": RALU(preset, lift=TokenCopy()),
+        f"{preset}, a later start": RALU(preset, starts=(0.4,)),
+        f"{preset}, a mixed stage, coarse frame": RALU(**mixed, shifts=shifts, lift=PixelLift()),
+        f"{preset}, a mixed stage, fine frame": RALU(**mixed, shifts=shifts, lift=PixelLift(), frame="fine"),
     }
 
 
-def main(
-    mini: Annotated[str, typer.Option(help="Which embedded pipeline: flux or sd3.")] = "flux",
+def _listed(steps: tuple[int, ...]) -> str:
+    return " + ".join(map(str, steps))
+
+
+MiniOption = Annotated[Architecture, typer.Option(help="Which embedded pipeline: flux or sd3.")]
+OutOption = Annotated[Path | None, typer.Option(help="The JSON file; one by the pipeline's name in the results.")]
+
+
+@app.command()
+def pictures(
+    mini: MiniOption = "flux",
     prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 200,
     batch: int = 8,
     seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="A JSON file; one by the pipeline's name in the results.")] = None,
+    out: OutOption = None,
 ) -> None:
-    """Generate, time and score everything in turns."""
-    chosen = [
-        *map(plain, PLAIN[mini]),
-        *(Configuration(name, Stack([schedule])) for name, schedule in schedules(mini).items()),
-    ]
-    results = compare(chosen, title=f"schedules, {mini}", prompts=prompts, batch=batch, seed=seed, mini=mini)
-    Console(width=200).print(rich_table(results))
-    results.save(out or Path(f"benchmarks/results/spatial-{mini}.json"))
+    """Make and score the pictures of everything; the seconds are of a machine as it is."""
+    chosen = configurations(mini)
+    results = compare(
+        chosen, title=f"schedules, {mini}", prompts=prompts, batch=batch, seed=seed, mini=mini, dtype=DTYPE
+    )
+    results.save(_path(mini, out))
+
+
+@app.command(name="clock")
+def clock_(
+    mini: MiniOption = "flux",
+    rounds: Annotated[int, typer.Option(help="Rounds in turns, of the pictures' first prompts.")] = 6,
+    out: OutOption = None,
+) -> None:
+    """Time everything in turns, write the seconds into the results, and print them."""
+    results = clock(configurations(mini), Results.load(_path(mini, out)), rounds=rounds, mini=mini, dtype=DTYPE)
+    Console(width=220).print(rich_table(results))
+    results.save(_path(mini, out))
+
+
+def _path(mini: Architecture, out: Path | None) -> Path:
+    return out or RESULTS / f"spatial-{mini}.json"
 
 
 if __name__ == "__main__":
     np.seterr(all="raise")
-    typer.run(main)
+    app()

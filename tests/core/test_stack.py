@@ -180,7 +180,7 @@ def test_a_twin_s_stack_is_the_one_it_was_given() -> None:
 def test_the_explanation_is_readable_and_complete() -> None:
     pipe, _ = tiny.flux()
     text = Stack([RALU("4x"), TeaCache(0.25, coefficients="flux-dev")]).explain(pipe, height=1024, width=1024)
-    for word in ("RALU", "TeaCache", "0.25", "1024", "4096", "23"):
+    for word in ("RALU", "TeaCache", "0.25", "1024", "4096", "28"):
         assert word in text, f"{word!r} is not in\n{text}"
     assert all(len(line) <= 160 for line in text.splitlines())
     assert len(text.splitlines()) >= 4

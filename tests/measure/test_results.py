@@ -57,6 +57,23 @@ def test_the_rival_is_the_fastest_plain_run_that_gets_as_much_time() -> None:
     assert [results.rival(entry.name) for entry in results.configurations] == [None, None, None, "28 steps", "11 steps"]
 
 
+def test_a_clock_of_its_own_takes_the_place_of_the_seconds_alone() -> None:
+    results = make_results()
+    timed = results.with_seconds({entry.name: (2.0, 2.0) for entry in results.configurations})
+    assert timed.speed_up("RALU 4x").estimate == 1.0
+    assert timed.with_seconds({entry.name: entry.seconds for entry in results.configurations}) == results
+
+
+def test_a_metric_of_whole_sets_is_compared_in_pairs_where_it_has_samples() -> None:
+    results = make_results()
+    whole = {entry.name: Metric(Interval(2.0, 1.0, 3.0)) for entry in results.configurations}
+    assert "Frechet vs plain at its time" not in header(results.with_metric("frechet", whole))
+    nearer = {name: Metric(metric.interval, (1.0 + (name == "11 steps"),) * 4) for name, metric in whole.items()}
+    table = results.with_metric("frechet", nearer)
+    column = header(table).index("Frechet vs plain at its time")
+    assert [row.cells[column] for row in rows(table)][3:] == ["+0.000 [+0.000, +0.000]", "-1.000 [-1.000, -1.000]"]
+
+
 def test_the_environment_names_the_software_but_no_machine() -> None:
     import platform
 

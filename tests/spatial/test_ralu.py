@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_a_call_without_a_generator_works_and_varies(built: tiny.Built) -> None:
     assert not torch.equal(tiny.run(fast, call, seed=None), tiny.run(fast, call, seed=None))
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("4x", 23), ("5x", 19), ("7x", 14)])
+@pytest.mark.parametrize(("preset", "steps"), [("4x", 28), ("5x", 24), ("7x", 17), ("10x", 12)])
 def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, steps: int) -> None:
     pipe, call = built
     fast = accelerate(pipe, [RALU(preset)])
@@ -295,6 +296,9 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
         {"steps": (5, 6, 7), "ends": (0.3, 0.45), "ratio": 0.3, "restart": float("nan")},
         {"steps": (5, 6, 7), "ends": (0.3, 0.45), "ratio": 0.3, "fidelity": "rough"},
         {"steps": (5, 6, 7), "ends": (0.3, 0.45), "ratio": 0.3, "base_shift": 0.0},
+        {"steps": (5, 3), "ends": (0.5,), "shifts": (3.0, 2.0)},
+        {"steps": (5, 3), "ends": (0.5,), "starts": (0.15,), "shifts": (3.0,)},
+        {"steps": (5, 3), "ends": (0.5,), "starts": (0.15,), "shifts": (3.0, 0.0)},
     ],
     ids=str,
 )
@@ -305,13 +309,29 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
     late = RALU("4x", ends=(0.8,))
-    assert late.settings == RALU(steps=(15, 8), ends=(0.8,), starts=(0.15,), lift=PixelLift()).settings
+    whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.4), "lift": PixelLift()}
+    assert late.settings == RALU(**whole, ends=(0.8,)).settings
     pipe, _ = tiny.flux()
     plans = [accelerate(pipe, [ralu]).fastdit.plan(128, 128) for ralu in (late, RALU("4x"))]
-    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[15, 8]] * 2
+    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[22, 6]] * 2
     assert plans[0].stages[0].sigmas[-1] == pytest.approx(0.2)
     restarted = RALU("4x", restart=6.0)
-    assert restarted.settings.starts is None
+    assert restarted.settings.starts is restarted.settings.shifts is None
+
+
+def test_given_shifts_space_the_stages_and_no_shifts_are_matched() -> None:
+    pipe, _ = tiny.flux()
+    stages = {"steps": (4, 3), "ends": (0.5,), "starts": (0.2,), "lift": PixelLift()}
+    plan = accelerate(pipe, [RALU(**stages, shifts=(2.0, 0.5))]).fastdit.plan(128, 128)
+    for stage, (start, stop, shift) in zip(plan.stages, [(1.0, 0.5, 2.0), (0.8, 0.0, 0.5)], strict=True):
+        uniform = [sigma / (shift - (shift - 1) * sigma) for sigma in stage.sigmas]
+        assert (stage.sigmas[0], stage.sigmas[-1]) == pytest.approx((start, stop))
+        assert [b - a for a, b in pairwise(uniform)] == pytest.approx(
+            [(uniform[-1] - uniform[0]) / stage.steps] * stage.steps
+        )
+    assert "shifts 2.000, 0.500; as given" in plan.notes
+    matched = accelerate(pipe, [RALU(**stages)]).fastdit.plan(128, 128)
+    assert any("matching distance" in note for note in matched.notes)
 
 
 def test_the_papers_recipe_is_kept_with_and_without_the_flaws_of_its_code() -> None:

@@ -30,7 +30,7 @@ class Architecture:
     clip_configs: tuple[Mapping[str, Any], ...] = ()
     guided: bool = False
     steps: int = 50
-    presets: tuple[str, ...] = ("4x", "5x", "7x")
+    presets: tuple[str, ...] = ("4x", "5x", "7x", "10x")
 
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens of a picture of this size in pixels."""
@@ -141,6 +141,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         clip_configs=(CLIP_L, CLIP_G),
         guided=True,
         steps=28,
-        presets=("2x", "3x"),
+        presets=("2x", "3x", "6x", "9x"),
     ),
 }

@@ -25,7 +25,10 @@ class ResultsError(FastditError, ValueError):
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured quantity with its interval and the raw samples under it (none where it belongs to a whole set)."""
+    """One measured quantity with its interval and the raw samples under it.
+
+    A quantity of a whole set of pictures has the `influences` of groups of them for samples, or none.
+    """
 
     interval: Interval
     samples: tuple[float, ...] = ()
@@ -40,8 +43,9 @@ class Metric:
 class ConfigurationResult:
     """All that was measured of one configuration; `seconds` and `flops` hold one value a round, in rounds' order.
 
-    `stack` is the accelerators' own JSON, None for the untouched pipeline. `records` holds the run records of the
-    first rounds, `images` the names of the pictures saved beside the file.
+    Where the clock ran apart from the pictures, `seconds` are of its own rounds. `stack` is the accelerators' own JSON,
+    None for the untouched pipeline. `records` holds the run records of the first rounds, `images` the names of the
+    pictures saved beside the file.
     """
 
     name: str
@@ -102,7 +106,7 @@ class Results:
         return min(slower, key=lambda entry: entry.median_seconds).name if slower else None
 
     def advantage(self, name: str, rival: str, metric: str) -> Interval | None:
-        """How much higher a metric is than the rival's, paired by prompt; None where either lacks its samples."""
+        """How much higher a metric is than the rival's, its samples paired; None where either lacks them."""
         pair = [self[one].metrics[metric].samples for one in (name, rival) if metric in self[one].metrics]
         return mean_difference(*pair) if len(pair) == 2 and all(pair) else None
 
@@ -116,6 +120,11 @@ class Results:
             replace(entry, metrics={**entry.metrics, metric: values[entry.name]}) if entry.name in values else entry
             for entry in self.configurations
         )
+        return replace(self, configurations=configurations)
+
+    def with_seconds(self, seconds: Mapping[str, Sequence[float]]) -> Results:
+        """These results timed anew: `seconds` holds one value a round, in rounds' order, of every configuration."""
+        configurations = tuple(replace(entry, seconds=tuple(seconds[entry.name])) for entry in self.configurations)
         return replace(self, configurations=configurations)
 
     def to_json(self) -> dict[str, Any]:

@@ -79,14 +79,25 @@ def jackknife(
 
     For statistics that repeated rows bias, such as a Frechet distance: no resample ever holds a row twice.
     """
+    values = influences(statistic, count, groups=groups)
+    estimate = float(np.mean(values))
+    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * float(np.std(values, ddof=1)) / groups**0.5
+    return Interval(estimate, estimate - reach, estimate + reach, confidence)
+
+
+def influences(
+    statistic: Callable[[npt.NDArray[np.intp]], float], count: int, *, groups: int = 20
+) -> tuple[float, ...]:
+    """Give one value a group of rows: their mean is the statistic, their standard error the jackknife's.
+
+    Two statistics of the same rows can so be compared in pairs, as samples of single rows can.
+    """
     if not 2 <= groups <= count:
         raise ValueError(f"a jackknife needs between 2 groups and one a row; got {groups} groups of {count} rows")
     rows = np.arange(count)
-    estimate = statistic(rows)
     left_out = np.array([statistic(rows[rows % groups != group]) for group in range(groups)])
-    variance = (groups - 1) / groups * float(np.sum((left_out - left_out.mean()) ** 2))
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * variance**0.5
-    return Interval(estimate, estimate - reach, estimate + reach, confidence)
+    values = statistic(rows) + (groups - 1) * (left_out.mean() - left_out)
+    return tuple(values.tolist())
 
 
 def _bootstrap(

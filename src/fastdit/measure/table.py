@@ -35,7 +35,8 @@ def header(results: Results) -> tuple[str, ...]:
     """The columns' names."""
     scored = ("judge", "judge vs plain at its time") if _has(results, "judge") else ()
     distance = ("Frechet distance",) if _has(results, "frechet") else ()
-    return ("run", "s/image", "speed-up", "fewer FLOPs", *scored, *distance, "sharpness", "PSNR dB", "SSIM")
+    paired = ("Frechet vs plain at its time",) if _has_samples(results, "frechet") else ()
+    return ("run", "s/image", "speed-up", "fewer FLOPs", *scored, *distance, *paired, "sharpness", "PSNR dB", "SSIM")
 
 
 def rows(results: Results, show: Show = format) -> list[Row]:
@@ -85,6 +86,9 @@ def _row(results: Results, configuration: ConfigurationResult, show: Show) -> Ro
         cells.append(_ABSENT if advantage is None else f"{show(advantage, '+.3f')} vs {rival}")
     if _has(results, "frechet"):
         cells.append(_metric(configuration, "frechet", show))
+    if _has_samples(results, "frechet"):
+        farther = None if rival is None else results.advantage(name, rival, "frechet")
+        cells.append(_ABSENT if farther is None else show(farther, "+.3f"))
     reference = results[results.baseline].metrics["sharpness"].interval.estimate
     sharp = configuration.metrics["sharpness"].interval.estimate
     cells.append(f"{sharp:.2f} ({sharp / reference:.0%})")
@@ -104,3 +108,7 @@ def _metric(configuration: ConfigurationResult, name: str, show: Show) -> str:
 
 def _has(results: Results, metric: str) -> bool:
     return any(metric in configuration.metrics for configuration in results.configurations)
+
+
+def _has_samples(results: Results, metric: str) -> bool:
+    return any(entry.metrics[metric].samples for entry in results.configurations if metric in entry.metrics)

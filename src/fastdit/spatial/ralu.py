@@ -49,16 +49,25 @@ class _Recipe:
     ratio: float | None = None
     starts: tuple[float, ...] | None = None
     lift: Lift = dataclasses.field(default_factory=TokenCopy)
+    shifts: tuple[float, ...] | None = None
     family: str | None = dataclasses.field(default=None, compare=False)
 
 
-#: The settings by how many times fewer FLOPs they cost than 50 steps (28 of SD3), each for its family of models.
+def _whole(steps: tuple[int, int], shifts: tuple[float, float], family: str, start: float = 0.15) -> _Recipe:
+    return _Recipe(steps, (0.50,), None, (start,), PixelLift(), shifts, family)
+
+
+#: The settings by how many times fewer FLOPs they cost than 50 steps (28 of SD3), each for its family of models. The
+#: first stage has the family's own shift at half the size; the last one steps more evenly than plain sampling does.
 PRESETS = {
-    "4x": _Recipe((15, 8), (0.50,), None, (0.15,), PixelLift(), _FLUX),
-    "5x": _Recipe((13, 6), (0.50,), None, (0.15,), PixelLift(), _FLUX),
-    "7x": _Recipe((10, 4), (0.50,), None, (0.15,), PixelLift(), _FLUX),
-    "2x": _Recipe((14, 9), (0.50,), None, (0.15,), PixelLift(), _SD3),
-    "3x": _Recipe((10, 6), (0.50,), None, (0.15,), PixelLift(), _SD3),
+    "4x": _whole((22, 6), (2.0, 0.4), _FLUX),
+    "5x": _whole((20, 4), (2.0, 0.6), _FLUX),
+    "7x": _whole((14, 3), (2.0, 0.6), _FLUX),
+    "10x": _whole((10, 2), (2.0, 1.0), _FLUX),
+    "2x": _whole((28, 6), (3.0, 0.4), _SD3),
+    "3x": _whole((20, 4), (3.0, 0.6), _SD3),
+    "6x": _whole((7, 3), (3.0, 0.6), _SD3),
+    "9x": _whole((5, 2), (3.0, 1.0), _SD3, start=0.20),
 }
 
 #: The published settings.
@@ -76,7 +85,8 @@ PAPER = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in two or three stages.
 
-    `preset` names a setting of the model's family ("4x", the default, "5x" and "7x" of FLUX.1, "2x" and "3x" of SD3).
+    `preset` names a setting of the model's family ("4x", the default, "5x", "7x" and "10x" of FLUX.1, "2x", "3x",
+    "6x" and "9x" of SD3).
     What is given beside it takes the place of the preset's; without a preset, `steps` and `ends` are needed:
 
     - `steps`: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them.
@@ -85,6 +95,8 @@ class RALU(Schedule):
     - `starts`: the times at which all stages but the first start. Left out, they are s = e / (Z (1 - e) + e) of the
       times before them, with one Z that `restart` fixes (at least 2; larger restarts closer to noise) and that the
       matching solves otherwise.
+    - `shifts`: one timestep shift a stage, for which `starts` are needed: above 1 a stage takes its smaller steps where
+      there is more noise, below 1 where there is less. Left out, the matching solves them.
     - `lift`: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
       `LatentLift(resize=...)`.
 
@@ -103,6 +115,7 @@ class RALU(Schedule):
     ratio: float | None = None
     starts: tuple[float, ...] | None = None
     restart: float | None = None
+    shifts: tuple[float, ...] | None = None
     lift: Lift | None = None
     base_shift: float = 3.0
     fidelity: str = "exact"
@@ -113,7 +126,7 @@ class RALU(Schedule):
     breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "ends", "starts"):
+        for name in ("steps", "ends", "starts", "shifts"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 object.__setattr__(self, name, tuple(_plain(item) for item in value))
@@ -143,12 +156,12 @@ class RALU(Schedule):
     @property
     def settings(self) -> _Recipe:
         """The recipe in force."""
-        names = ("steps", "ends", "ratio", "starts", "lift")
+        names = ("steps", "ends", "ratio", "starts", "shifts", "lift")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.preset is None:
             return _Recipe(**own)
         if self.restart is not None:
-            own["starts"] = None
+            own |= {"starts": None, "shifts": None}
         return dataclasses.replace(PRESETS[self.preset], **own)
 
     @property
@@ -190,6 +203,7 @@ class RALU(Schedule):
             ends=settings.ends,
             starts=settings.starts,
             restart=self.restart,
+            shifts=settings.shifts,
             base_shift=self.base_shift,
             refined=refined,
             notes=notes,
@@ -244,6 +258,13 @@ def _validate(settings: _Recipe, restart: float | None, base_shift: float, fidel
         if not isinstance(starts, tuple) or len(starts) != len(ends) or not all(map(is_time, starts)):
             raise InvalidConfig(f"{len(ends)} switches need as many start times between 0 and 1, got {starts!r}")
         settings.lift.check(ends, starts)
+    shifts = settings.shifts
+    if shifts is not None and (
+        not isinstance(shifts, tuple) or len(shifts) != len(steps) or not all(is_number(h) and h > 0.0 for h in shifts)
+    ):
+        raise InvalidConfig(f"{len(steps)} stages need as many timestep shifts above 0, got shifts={shifts!r}")
+    if shifts is not None and starts is None:
+        raise InvalidConfig("shifts say how stages with known starts are spaced; give starts beside them")
     if not is_number(base_shift) or base_shift <= 0.0:
         raise InvalidConfig(f"base_shift must be positive, got {base_shift!r}")
     if fidelity not in ("exact", "paper"):

@@ -140,13 +140,14 @@ def staged_plan(
     starts: tuple[float, ...] | None,
     base_shift: float,
     restart: float | None = None,
+    shifts: tuple[float, ...] | None = None,
     refined: int = 0,
     notes: tuple[str, ...] = (),
 ) -> SchedulePlan:
-    """Lay out stages of these layouts for the schedule `name`, NT-matching giving their shifts.
+    """Lay out stages of these layouts for the schedule `name`; without `shifts`, NT-matching gives them.
 
-    `steps`, `ends` and `starts` are its recipe, `refined` counts the tokens that a mixed stage splits. Raises
-    `InvalidConfig` for sizes that don't halve and for fewer steps than stages.
+    `steps`, `ends` and `starts` are its recipe, `refined` counts the tokens that a mixed stage splits. `shifts` need
+    `starts`. Raises `InvalidConfig` for sizes that don't halve and for fewer steps than stages.
     """
     if rows % 2 or columns % 2:
         raise InvalidConfig(
@@ -164,18 +165,21 @@ def staged_plan(
         shared = proportional(steps, num_inference_steps)
         made.append(
             f"{num_inference_steps} steps were asked for: {'/'.join(map(str, steps))} became "
-            f"{'/'.join(map(str, shared))} and the matching was solved anew"
+            f"{'/'.join(map(str, shared))}{'' if shifts else ' and the matching was solved anew'}"
         )
         steps = shared
-    solved = matching.solve(steps, ends, base_shift, restart, starts)
-    restarted = "" if solved.restart is None else f"restart Z {solved.restart:.3f}; "
-    made.append(
-        f"shifts {', '.join(f'{shift:.3f}' for shift in solved.shifts)}; {restarted}"
-        f"matching distance {solved.distance:.4f}"
-    )
+    if shifts is None:
+        solved = matching.solve(steps, ends, base_shift, restart, starts)
+        shifts, starts = solved.shifts, solved.starts
+        restarted = "" if solved.restart is None else f"restart Z {solved.restart:.3f}; "
+        how = f"{restarted}matching distance {solved.distance:.4f}"
+    else:
+        how = "as given"
+    made.append(f"shifts {', '.join(f'{shift:.3f}' for shift in shifts)}; {how}")
+    assert starts is not None
     coarse = rows * columns // 4
     tokens = {"coarse": coarse, "mixed": coarse + 3 * refined, "fine": rows * columns}
-    spans = zip(layouts, steps, [0.0, *solved.starts], [*ends, 1.0], solved.shifts, strict=True)
+    spans = zip(layouts, steps, [0.0, *starts], [*ends, 1.0], shifts, strict=True)
     stages = tuple(
         StagePlan(index, layout, tokens[layout], count, matching.stage_sigmas(start, stop, shift, count))
         for index, (layout, count, start, stop, shift) in enumerate(spans)
