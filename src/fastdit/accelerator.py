@@ -289,6 +289,9 @@ class ScheduleRun:
         """
         raise NotImplementedError
 
+    def observe(self, velocity: torch.Tensor) -> None:
+        """See the velocity that a step was taken with, in the pipeline's shape; nothing by default."""
+
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Turn the last latents of `stage` into the next stage's, given the estimate of the clean latents."""
         raise NotImplementedError

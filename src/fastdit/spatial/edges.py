@@ -1,4 +1,4 @@
-"""Which coarse tokens show edges: Canny on the decoded preview, counted a token (RALU's selection)."""
+"""Which coarse tokens show edges: Canny on the decoded preview, counted a token (the paper's selection)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ def edge_scores(pixels: torch.Tensor, rows: int, columns: int, *, paper: bool) -
     clips them to [0, 1] without mapping, which blackens everything darker than mid-grey and hides its edges; `paper`
     repeats that, otherwise the range is mapped.
     """
-    weights = torch.tensor(_LUMA, device=pixels.device)[:, None, None]
-    grey = (pixels.float() * weights).sum(dim=1)
+    shades = grey(pixels)
     if not paper:
-        grey = (grey + 1.0) / 2.0
-    images = (grey.clamp(0.0, 1.0) * 255.0).to(torch.uint8).cpu().numpy()
+        shades = (shades + 1.0) / 2.0
+    images = (shades.clamp(0.0, 1.0) * 255.0).to(torch.uint8).cpu().numpy()
     edges = np.stack([cv2.Canny(np.ascontiguousarray(image), _LOW, _HIGH) for image in images])
     batch, height, width = edges.shape
     cells = edges.reshape(batch, rows, height // rows, columns, width // columns)
     return torch.from_numpy(cells.astype(np.float32).sum(axis=(2, 4)).reshape(batch, rows * columns))
+
+
+def grey(pixels: torch.Tensor) -> torch.Tensor:
+    """Weigh the colours of pixels [B, 3, H, W] to shades of grey [B, H, W], float32, in the pixels' range."""
+    weights = torch.tensor(_LUMA, device=pixels.device)[:, None, None]
+    return (pixels.float() * weights).sum(dim=1)
 
 
 def top_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:

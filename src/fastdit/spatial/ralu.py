@@ -36,6 +36,7 @@ from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
 
 from .lift import Lift, PixelLift
+from .selector import Selector
 from .staged import StagedRun, is_time, rising, staged_plan
 from .token_copy import TokenCopy
 
@@ -97,6 +98,8 @@ class RALU(Schedule):
       matching solves otherwise.
     - `shifts`: one timestep shift a stage, for which `starts` are needed: above 1 a stage takes its smaller steps where
       there is more noise, below 1 where there is less. Left out, the matching solves them.
+    - `selector`: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()` or
+      `VelocityVariance()`.
     - `lift`: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
       `LatentLift(resize=...)`.
 
@@ -116,6 +119,7 @@ class RALU(Schedule):
     starts: tuple[float, ...] | None = None
     restart: float | None = None
     shifts: tuple[float, ...] | None = None
+    selector: Selector | None = None
     lift: Lift | None = None
     base_shift: float = 3.0
     fidelity: str = "exact"
@@ -140,7 +144,11 @@ class RALU(Schedule):
             )
         if not isinstance(self.lift, Lift | None):
             raise InvalidConfig(f"lift is a lift such as PixelLift() or TokenCopy(), got {self.lift!r}")
+        if not isinstance(self.selector, Selector | None):
+            raise InvalidConfig(f"selector is a selector such as Edges(), got {self.selector!r}")
         _validate(self.settings, self.restart, self.base_shift, self.fidelity)
+        if self.selector is not None and len(self.settings.steps) != 3:
+            raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none between them")
         if self.frame not in FRAMES:
             raise InvalidConfig(f'frame is "coarse" or "fine", got {self.frame!r}')
 
@@ -193,7 +201,7 @@ class RALU(Schedule):
                 f"a share of {settings.ratio} of {rows * columns // 4} coarse tokens is less than one, so stage 2 "
                 "refines nothing",
             )
-        return staged_plan(
+        plan = staged_plan(
             "RALU",
             ("coarse", "fine") if len(settings.steps) == 2 else ("coarse", "mixed", "fine"),
             rows,
@@ -208,6 +216,11 @@ class RALU(Schedule):
             refined=refined,
             notes=notes,
         )
+        if self.selector is not None and self.selector.watches and plan.stages[0].steps < 2:
+            raise InvalidConfig(
+                f"{self.selector!r} compares the steps of the coarse stage, which has one here; give it two or more"
+            )
+        return plan
 
     def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
         """Make the state of one run."""
@@ -219,6 +232,7 @@ class RALU(Schedule):
             lift=self.settings.lift,
             ends=self.settings.ends,
             refined=self.refined_count(plan.rows, plan.columns),
+            selector=self.selector,
             frame=self.frame,
             exact=self.fidelity == "exact",
         )

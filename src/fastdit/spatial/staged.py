@@ -15,13 +15,14 @@ from fastdit.models.family import Family
 
 from . import edges, matching
 from .lift import Lift, Switch, pooled
+from .selector import Edges, Scene, Selector
 
 
 class StagedRun(ScheduleRun):
     """One run: the layout that it stands in, the noise that it began with, and its switches.
 
     The plan's stages are "coarse", "mixed" (after a coarse one) or "fine"; `ends` are the times at which all but the
-    last end, `refined` counts the coarse tokens that a mixed stage splits.
+    last end, `refined` counts the coarse tokens that a mixed stage splits, `selector` chooses them.
     """
 
     def __init__(
@@ -34,11 +35,14 @@ class StagedRun(ScheduleRun):
         lift: Lift,
         ends: Sequence[float],
         refined: int = 0,
+        selector: Selector | None = None,
         frame: str = "coarse",
         exact: bool = True,
     ) -> None:
         self._plan = plan
         self._lift, self._ends, self._refined = lift, tuple(ends), refined
+        self._selector = selector or Edges()
+        self._velocities: list[torch.Tensor] = []
         self._family = family
         self._pipeline = pipeline
         self._generator = generator
@@ -83,6 +87,10 @@ class StagedRun(ScheduleRun):
             coarse = torch.cat([mixed[:, : mixed.shape[1] - children.shape[1]], children], dim=1)
         return self._family.latents(coarse, self._layout), self._layout
 
+    def observe(self, velocity: torch.Tensor) -> None:
+        if self._selector.watches and self._layout is self._coarse:
+            self._velocities.append(self._family.tokens(velocity))
+
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         assert self._field is not None
         before, following = self._layout, self._plan.stages[stage + 1]
@@ -113,9 +121,9 @@ class StagedRun(ScheduleRun):
 
     def _select(self, denoised: torch.Tensor) -> torch.Tensor:
         rows, columns = self._rows // 2, self._columns // 2
-        frames = self._family.unpack(denoised, rows, columns)
-        pixels = self._family.decode(self._pipeline, frames)
-        scores = edges.edge_scores(pixels, rows, columns, paper=not self._exact)
+        scene = Scene(self._family, self._pipeline, rows, columns, denoised, tuple(self._velocities), exact=self._exact)
+        scores = self._selector.scores(scene)
+        self._velocities.clear()
         if not self._exact:
             # In float32 so little noise would vanish beside the scores, and break no tie.
             scores = scores.double() + 1e-6 * self._noise(scores.shape, torch.device("cpu"))

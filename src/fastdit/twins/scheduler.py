@@ -104,6 +104,7 @@ def _staged_step(
         result = cls.step(scheduler, model_output, timestep, sample, *args, **kwargs)  # type: ignore[attr-defined]
     finally:
         scheduler.sigmas = published
+    run.schedule.observe(model_output)
     latents = result[0] if isinstance(result, tuple) else result.prev_sample
     ends = run.stage_step + 1 == stage.steps and run.stage + 1 < len(run.plan.stages)
     number = run.stage

@@ -1,0 +1,91 @@
+"""Selectors: which coarse tokens a mixed stage splits, by what the coarse stage has shown of the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+from fastdit.accelerator import register
+from fastdit.errors import InvalidConfig
+from fastdit.models.family import Family
+
+from . import edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What there is to choose by at the end of a coarse stage of `rows` x `columns` tokens.
+
+    `clean` is the estimate of the clean latents, tokens [B, rows * columns, C]; `velocities` are the stage's
+    predictions, of the same shape, where the selector `watches` them. `exact` is False where known flaws of the
+    published code are wanted.
+    """
+
+    family: Family
+    pipeline: Any
+    rows: int
+    columns: int
+    clean: torch.Tensor
+    velocities: Sequence[torch.Tensor] = ()
+    exact: bool = True
+
+    def decoded(self) -> torch.Tensor:
+        """Decode the clean estimate to pixels [B, 3, H, W] in about [-1, 1]."""
+        return self.family.decode(self.pipeline, self.family.unpack(self.clean, self.rows, self.columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """Base of what gives coarse tokens a score; those with the highest are split."""
+
+    #: Whether the velocities of the coarse stage are kept for it.
+    watches: ClassVar[bool] = False
+
+    def scores(self, scene: Scene) -> torch.Tensor:
+        """Score the tokens of each image, [B, rows * columns]."""
+        raise NotImplementedError
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Edges(Selector):
+    """Counts the edge pixels that Canny's method finds in the decoded estimate (the paper's). Runs on the CPU."""
+
+    def scores(self, scene: Scene) -> torch.Tensor:
+        return edges.edge_scores(scene.decoded(), scene.rows, scene.columns, paper=not scene.exact)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class PixelGradient(Selector):
+    """The mean length of the decoded estimate's gradient, by central differences of its grey. Stays on the device."""
+
+    def scores(self, scene: Scene) -> torch.Tensor:
+        grey = functional.pad(edges.grey(scene.decoded())[:, None], (1, 1, 1, 1), mode="replicate")
+        across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
+        down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+        length = torch.hypot(across, down) / 2.0
+        return functional.adaptive_avg_pool2d(length, (scene.rows, scene.columns)).flatten(1)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class VelocityVariance(Selector):
+    """The variance of the predicted velocity over the steps of the coarse stage, mean over channels.
+
+    Where the prediction still turns, the picture is not settled. Needs two steps in the coarse stage.
+    """
+
+    watches: ClassVar[bool] = True
+
+    def scores(self, scene: Scene) -> torch.Tensor:
+        if len(scene.velocities) < 2:
+            raise InvalidConfig(
+                "VelocityVariance compares the steps of a coarse stage, and there were fewer than two before the "
+                "mixed one; give the coarse stage more steps, start at a higher strength, or use Edges()"
+            )
+        return torch.stack([velocity.float() for velocity in scene.velocities]).var(0).mean(-1)
