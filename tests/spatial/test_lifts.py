@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tiny
-from fastdit import RALU, InvalidConfig, LatentLift, PixelLift, TokenCopy, accelerate
+from fastdit import RALU, CorrectedLift, InvalidConfig, LatentLift, PixelLift, TokenCopy, accelerate
 from fastdit.layout import TokenLayout, assembled, patches
 from fastdit.models.flux import FLUX
 from fastdit.spatial.lift import Lift, Switch
@@ -87,6 +87,27 @@ def test_shared_noise_is_that_of_the_same_place_and_needs_no_generator() -> None
     assert torch.equal(tiny.run(fast, call, latents=latents, seed=2), first)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_corrected_lift_moves_the_worst_places_half_the_way_or_more_to_the_pixels(share: float) -> None:
+    pipe, _ = tiny.flux(size=128)
+    vae, small = pipe.vae, tiny.randn(2, 4, SIDE, SIDE, seed=7)
+    switch = Switch(FLUX, pipe, *2 * [TokenLayout(SIDE, SIDE, coarse=True)], *3 * [small], 0.6, 0.2, torch.zeros)
+    with torch.no_grad():
+        found = CorrectedLift(share=share).lifted(switch, small)
+        pixels = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+        large = functional.interpolate(pixels, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        legal = (vae.encode(large).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    enlarged = functional.interpolate(small, scale_factor=2, mode="bilinear")
+    for own, direct, aim in zip(found, enlarged, legal, strict=True):
+        apart = (aim - direct).abs().mean(dim=0)
+        order = apart.flatten().sort(descending=True).indices
+        worst = order[: round(share * apart.numel())]
+        moved = ((own - direct).abs().mean(dim=0) / apart).flatten()
+        torch.testing.assert_close(moved[worst[0]], torch.tensor(1.0))
+        assert (moved[worst] >= 0.5 - 1e-4).all() and (moved[worst] <= 1.0 + 1e-4).all()
+        assert (moved[order[len(worst) + 1 :]] == 0).all()
+
+
 def test_what_a_mixed_stage_has_refined_is_not_lifted_again() -> None:
     coarse = TokenLayout(4, 4, coarse=True)
     mixed, fine = coarse.refined_at(torch.tensor([[1]])), TokenLayout(4, 4, coarse=False)
@@ -108,6 +129,12 @@ def test_a_start_that_a_lift_can_t_go_back_to_is_refused(lift: Lift, ends: Any, 
 
 def test_token_copy_may_start_as_late_as_its_covariance_allows() -> None:
     assert RALU(steps=(2, 2), ends=(0.5,), starts=(0.5 / 1.5,), lift=TokenCopy()).settings.starts == (0.5 / 1.5,)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, "half"])
+def test_a_share_that_is_none_is_refused(share: Any) -> None:
+    with pytest.raises(InvalidConfig, match="share"):
+        CorrectedLift(share=share)
 
 
 @pytest.mark.parametrize("arguments", [{"noise": "loud"}, {"resize": "sinc"}], ids=str)

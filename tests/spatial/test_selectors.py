@@ -40,9 +40,10 @@ def test_a_pixel_gradient_is_the_mean_length_of_central_differences() -> None:
 
 def test_a_velocity_s_variance_is_that_over_the_steps_of_the_coarse_stage() -> None:
     velocities = [tiny.randn(2, ROWS * COLUMNS, 16, seed=seed) for seed in range(4)]
-    found = VelocityVariance().scores(scene(velocities=velocities))
+    found = VelocityVariance("turning").scores(scene(velocities=velocities))
     expected = np.stack([velocity.numpy() for velocity in velocities]).var(axis=0, ddof=1).mean(axis=-1)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+    assert torch.equal(VelocityVariance().scores(scene(velocities=velocities)), -found)
 
 
 @pytest.mark.parametrize("selector", [Edges(), PixelGradient(), VelocityVariance()], ids=str)
@@ -79,6 +80,8 @@ def test_what_a_selector_can_t_do_is_refused_before_anything_runs() -> None:
         RALU(**SHORT, selector="edges")
     with pytest.raises(InvalidConfig, match="two or more"):
         RALU(**{**SHORT, "steps": (1, 2, 2)}, selector=VelocityVariance()).plan(8, 8, None)
+    with pytest.raises(InvalidConfig, match="settled"):
+        VelocityVariance("fast")
     with pytest.raises(InvalidConfig, match="higher strength"):
         VelocityVariance().scores(scene())
 

@@ -77,10 +77,18 @@ class PixelGradient(Selector):
 class VelocityVariance(Selector):
     """The variance of the predicted velocity over the steps of the coarse stage, mean over channels.
 
-    Where the prediction still turns, the picture is not settled. Needs two steps in the coarse stage.
+    Where the prediction no longer turns, the picture is settled. `first` says which tokens are split: "settled" ones,
+    as in Fresco (arXiv 2601.07462), or "turning" ones. Needs two steps in the coarse stage. Raises `InvalidConfig` for
+    another word.
     """
 
+    first: str = "settled"
+
     watches: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.first not in ("settled", "turning"):
+            raise InvalidConfig(f'first is "settled" or "turning", got {self.first!r}')
 
     def scores(self, scene: Scene) -> torch.Tensor:
         if len(scene.velocities) < 2:
@@ -88,4 +96,5 @@ class VelocityVariance(Selector):
                 "VelocityVariance compares the steps of a coarse stage, and there were fewer than two before the "
                 "mixed one; give the coarse stage more steps, start at a higher strength, or use Edges()"
             )
-        return torch.stack([velocity.float() for velocity in scene.velocities]).var(0).mean(-1)
+        variance = torch.stack([velocity.float() for velocity in scene.velocities]).var(0).mean(-1)
+        return -variance if self.first == "settled" else variance
