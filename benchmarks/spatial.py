@@ -22,6 +22,7 @@ from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
 from fastdit.spatial.bottleneck import BottleneckSampling
 from fastdit.spatial.lift import LatentLift, PixelLift
+from fastdit.spatial.progressive import ProgressiveResolution
 from fastdit.spatial.ralu import PRESETS, RALU
 from fastdit.spatial.token_copy import TokenCopy
 from fastdit.stack import Stack
@@ -76,7 +77,7 @@ def configurations(mini: Architecture) -> list[Configuration]:
             f"RALU {preset}": RALU(preset),
             f"{preset} rival: paper's recipe, {_listed(recipe.settings.steps)}": recipe,
             f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
-            f"{preset} rival: progressive, {_listed(progressive)}": _progressive(progressive),
+            f"{preset} rival: progressive, {_listed(progressive)}": ProgressiveResolution(progressive),
         }
     if mini in EXCHANGED:
         schedules |= _exchanged(EXCHANGED[mini])
@@ -85,11 +86,6 @@ def configurations(mini: Architecture) -> list[Configuration]:
         Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
         *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
     ]
-
-
-def _progressive(steps: tuple[int, int]) -> RALU:
-    """The whole frame grows once: the clean latents are enlarged as they are, and noise is drawn anew."""
-    return RALU(steps=steps, ends=(0.5,), starts=(0.15,), lift=LatentLift(resize="bicubic", noise="fresh"))
 
 
 def _exchanged(preset: str) -> dict[str, Accelerator]:
