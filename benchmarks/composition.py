@@ -17,6 +17,7 @@ import torch
 import typer
 
 from common import save
+from fastdit.acceleration import accelerate
 from fastdit.caching.coefficients import Coefficients
 from fastdit.caching.teacache import TeaCache
 from fastdit.engines.compile import Compile
@@ -26,7 +27,6 @@ from fastdit.measure.statistics import median_of_ratios
 from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.spatial.ralu import RALU
-from fastdit.stack import accelerate
 
 BAR = 0.9
 MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import save
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.caching.forecast import Taylor
 from fastdit.caching.teacache import TeaCache
@@ -22,7 +23,6 @@ from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
 from fastdit.run import RunRecord
 from fastdit.spatial.ralu import RALU
-from fastdit.stack import accelerate
 
 BASELINE = "12 steps"
 

@@ -14,6 +14,7 @@ import torch
 import typer
 
 from common import keep_freed_memory, save
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.caching.coefficients import Coefficients
 from fastdit.caching.easycache import EasyCache
@@ -27,7 +28,6 @@ from fastdit.measure.statistics import mean, median_of_ratios
 from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.mini import load_mini
-from fastdit.stack import accelerate
 
 BAR = 1.01
 MODEL = FluxSize(double_blocks=2, single_blocks=4, heads=4, head_width=64)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .acceleration import accelerate
     from .attention.dispatcher import Attention
     from .caching.clusca import ClusCa
     from .caching.coefficients import Coefficients
@@ -44,14 +45,15 @@ if TYPE_CHECKING:
     )
     from .mini import load_mini
     from .spatial.ralu import RALU
-    from .stack import Plan, Stack, accelerate
+from .plan import Plan
+from .stack import Stack
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "accelerate": "stack",
+    "accelerate": "acceleration",
     "Stack": "stack",
-    "Plan": "stack",
+    "Plan": "plan",
     "ProgressiveResolution": "spatial.progressive",
     "RALU": "spatial.ralu",
     "BottleneckSampling": "spatial.bottleneck",

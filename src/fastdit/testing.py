@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .acceleration import accelerate
 from .accelerator import Accelerator, Break, Change, Level
 from .caching.step_cache import StepCache
 from .engines.arguments import canonical, mapped
 from .engines.engine import BuiltEngine, Engine, PieceCall
 from .engines.workshop import Workshop
 from .errors import EngineMismatch, FastditWarning
-from .stack import Stack, accelerate
+from .stack import Stack
 from .structure import tensors_of
 
 STEPS = 12

@@ -104,7 +104,7 @@ def test_an_extra_field_is_refused_wherever_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "field", "value"),
     [
-        (0, "preset", "9x"),
+        (0, "preset", "8x"),
         (0, "fidelity", "rough"),
         (1, "threshold", "0.25"),
         (1, "threshold", None),

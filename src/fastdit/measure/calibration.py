@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import is_count
 from fastdit.caching.coefficients import Coefficients
 from fastdit.caching.curves import MagnitudeCurve
@@ -30,7 +31,6 @@ from fastdit.caching.published import source_of
 from fastdit.caching.step_cache import Memory, Site, StepCache, difference
 from fastdit.errors import FastditWarning, InvalidConfig, UnsupportedModel
 from fastdit.models.signals import SIGNAL_KINDS, signal_for
-from fastdit.stack import accelerate
 
 if TYPE_CHECKING:
     from .experiment import Progress

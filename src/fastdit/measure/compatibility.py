@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.caching.clusca import ClusCa
 from fastdit.caching.curves import MagnitudeCurve
@@ -27,7 +28,7 @@ from fastdit.errors import FastditError, FastditWarning
 from fastdit.spatial.bottleneck import BottleneckSampling
 from fastdit.spatial.lift import PixelLift
 from fastdit.spatial.ralu import RALU
-from fastdit.stack import Stack, accelerate
+from fastdit.stack import Stack
 from fastdit.testing import counted_calls, generate, tiny_flux
 
 STEPS = 18

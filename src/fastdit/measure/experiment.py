@@ -15,8 +15,9 @@ import torch
 from PIL.Image import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import Break
-from fastdit.stack import Stack, accelerate
+from fastdit.stack import Stack
 
 from .environment import Environment
 from .images import psnr, sharpness, ssim

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator, Schedule
 from fastdit.caching.first_block_cache import FirstBlockCache
 from fastdit.caching.policy import SkipPolicy
@@ -28,7 +29,6 @@ from fastdit.models.family import Family, families
 from fastdit.models.undescribed import annotated, why_not, why_not_whole
 from fastdit.spatial.lift import PixelLift
 from fastdit.spatial.ralu import RALU
-from fastdit.stack import accelerate
 
 from .tiny_pipelines import PIPELINES, TOKEN_PIXELS, flow_matching
 from .tiny_transformers import TRANSFORMERS
