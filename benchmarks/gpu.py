@@ -265,26 +265,23 @@ def compare(rows: list[Row]) -> None:
 
 
 def table(title: str, rows: list[Row]) -> Table:
-    """Show the rows; one that failed, or was left out, with why."""
+    """Show the rows that ran."""
     shown = Table(title=title, title_justify="left")
     headings = ("run", "s/run", "s/step", "speed-up", "as long as plain steps", "skipped", "peak GiB", "prepared s")
     for heading in headings:
         shown.add_column(heading, justify="left" if heading == "run" else "right")
     for row in rows:
-        if row.error is not None:
-            shown.add_row(f"{row.name}: {row.error.splitlines()[0]}", *[""] * 7)
-            continue
-        skipped = "" if row.forwards is None else f"{row.skipped} of {row.forwards}"
-        shown.add_row(
-            row.name,
-            f"{median(row.seconds):.3f}" if row.seconds else "",
-            " / ".join(f"{seconds:.4f}" for seconds in row.step_seconds),
-            "" if row.speed_up is None else format(row.speed_up, ".2f"),
-            "" if row.equal_steps is None else f"{row.equal_steps:.1f}",
-            skipped,
-            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}",
-            "" if row.prepared is None else f"{row.prepared:.1f}",
-        )
+        if row.error is None:
+            shown.add_row(
+                row.name,
+                f"{median(row.seconds):.3f}" if row.seconds else "",
+                " / ".join(f"{seconds:.4f}" for seconds in row.step_seconds),
+                "" if row.speed_up is None else format(row.speed_up, ".2f"),
+                "" if row.equal_steps is None else f"{row.equal_steps:.1f}",
+                "" if row.forwards is None else f"{row.skipped} of {row.forwards}",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}",
+                "" if row.prepared is None else f"{row.prepared:.1f}",
+            )
     return shown
 
 
@@ -319,6 +316,9 @@ def main(
         measure(bench, chosen, rounds=rounds, say=lambda text: print(text, flush=True))
         compare(chosen)
         Console(width=None if Console().is_terminal else 160).print(table(f"{name}, {model.pixels} px", chosen))
+        for row in chosen:
+            if row.error is not None:
+                print(f"  {row.name}: {row.error}")
         found[name] = {
             "pixels": model.pixels,
             "text_tokens": model.text_tokens,
