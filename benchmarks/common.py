@@ -44,10 +44,10 @@ def keep_freed_memory() -> str:
     return "glibc, freed memory kept"
 
 
-def save(path: Path, values: Mapping[str, Any]) -> None:
+def save(path: Path, values: Mapping[str, Any], *, device: str = "cpu") -> None:
     """Write values with the environment as JSON; dataclasses become dictionaries."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"environment": Environment.capture(), **values}
+    data = {"environment": Environment.capture(device), **values}
     path.write_text(json.dumps(data, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
     print(f"written to {path}")
 

@@ -58,7 +58,10 @@ def meta_twin(module: _Module) -> _Module:
     """
 
     def without_data(tensor: torch.Tensor) -> torch.Tensor:
-        copied = torch.empty_like(tensor, device="meta")
+        # A weight of a class of its own (packed by a quantiser) stands for a plain one of its shape and type.
+        plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+        like = tensor if plain else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        copied = torch.empty_like(like, device="meta")
         return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
     return twin_with(module, without_data)

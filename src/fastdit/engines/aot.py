@@ -48,11 +48,19 @@ class AOT(Engine):
     def build(self, call: PieceCall, folder: Path) -> Execute:
         if not (folder / _PACKAGE).exists():
             _package(call, folder)
-        return _Packaged(folder, call).execute
+        packaged = _Packaged(folder, call)
+        packaged.bound(call.module)  # what can't be loaded is found here, not in the middle of a run
+        return packaged.execute
 
 
 def _package(call: PieceCall, folder: Path) -> None:
     """Compile a piece and write its package, the shape of its output, and what it holds besides weights."""
+    for name, tensor in _tensors(call.module):
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            raise UnsupportedModel(
+                f"its weight {name} is a {type(tensor).__name__}, the parts of which a package can't be given; take "
+                "Compile()"
+            )
     output = call.module(*call.args, **call.kwargs)
     with inductor_in(folder.with_suffix(".work")):
         exported = torch.export.export(Flat(call), tuple(tensors_in([call.args, call.kwargs])))
@@ -90,6 +98,10 @@ class _Packaged:
         self._runners: weakref.WeakKeyDictionary[nn.Module, _Runner] = weakref.WeakKeyDictionary()
 
     def execute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return refilled(self._output, iter(self.bound(module).run(tensors_in([args, kwargs]))))
+
+    def bound(self, module: nn.Module) -> _Runner:
+        """Give the runner of a module, with the tensors that the module has now."""
         runner = self._runners.get(module)
         if runner is None:
             runner = self._runners[module] = _Runner(self._package, self._device)
@@ -102,7 +114,7 @@ class _Packaged:
                         f"{self._outlines.get(name)} when it was built; change the model between runs, not in them"
                     )
             runner.bind(module, {**self._lifted, **{_PREFIX + name: tensor for name, tensor in tensors.items()}})
-        return refilled(self._output, iter(runner.run(tensors_in([args, kwargs]))))
+        return runner
 
 
 class _Runner:

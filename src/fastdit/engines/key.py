@@ -11,7 +11,7 @@ import functools
 import hashlib
 import inspect
 import platform
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -152,7 +152,21 @@ def _tensor(tensor: torch.Tensor | None) -> Any:
     if tensor is None:
         return None
     kind, shape = type(tensor).__name__, tuple(tensor.shape)
-    return kind, shape, tensor.stride(), str(tensor.dtype), str(tensor.device), tensor.requires_grad
+    own = kind, shape, tensor.stride(), str(tensor.dtype), str(tensor.device), tensor.requires_grad
+    parts = parts_of(tensor)
+    if parts is None:
+        return own
+    held, how = parts
+    return own, [(name, _tensor(part)) for name, part in held.items()], _described(how, _DEPTH)
+
+
+def parts_of(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], Any] | None:
+    """Give the tensors that a tensor of a class of its own holds (packed values, scales), by name, and how it reads
+    them; None for one that is plain, or that does not say."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    names, how = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}, how
 
 
 def adapters_of(module: nn.Module) -> tuple[Any, ...]:
@@ -216,15 +230,25 @@ def weights_of(module: nn.Module) -> str:
     return _sampled([*module.parameters(), *module.buffers()])
 
 
-def _sampled(tensors: list[torch.Tensor]) -> str:
+def _sampled(tensors: Iterable[torch.Tensor]) -> str:
     with torch.no_grad():
-        picked = [_pick(tensor.detach()) for tensor in tensors if tensor.numel() and tensor.device.type != "meta"]
+        plain = [part for tensor in tensors for part in _unpacked(tensor.detach())]
+        picked = [_pick(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
         digest = hashlib.sha256()
         for device in dict.fromkeys(tensor.device for tensor in picked):
             # One transfer for all the weights of a device.
             together = torch.cat([tensor.double() for tensor in picked if tensor.device == device])
             digest.update(together.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _unpacked(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    parts = parts_of(tensor)
+    if parts is None:
+        yield tensor
+        return
+    for part in parts[0].values():
+        yield from _unpacked(part)
 
 
 def _pick(tensor: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,10 @@ class Registry:
             yield
 
     def read(self, key: Key, into: Path) -> bool:
-        """Copy the files of a key into a folder, if they are all as they were written. The key is held."""
+        """Copy the files of a key into a folder, if they are all as they were written. The key is held.
+
+        Raises `OSError` where there is no room for the copy; what is kept stays.
+        """
         folder = self.directory / key.digest
         if not folder.exists():
             return False
@@ -83,10 +86,6 @@ class Registry:
             if manifest["key"] != key.to_json():
                 raise _Unfit("it was built for something else")
             contents = dict(self._contents(folder, manifest))
-            for name, content in contents.items():
-                target = into / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
             os.utime(folder / _MANIFEST)
         except (_Unfit, OSError) as error:
             warnings.warn(
@@ -94,9 +93,12 @@ class Registry:
                 EngineWarning,
                 stacklevel=2,
             )
-            _clear(into)
             shutil.rmtree(folder, ignore_errors=True)
             return False
+        for name, content in contents.items():
+            target = into / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
         return True
 
     def keep(self, key: Key, made: Path) -> bool:
@@ -257,8 +259,3 @@ def _sha256(content: bytes) -> str:
 def _last_used(folder: Path) -> float:
     manifest = folder / _MANIFEST
     return manifest.stat().st_mtime if manifest.exists() else 0.0
-
-
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,337 @@
+"""FLUX.1-dev and Stable Diffusion 3 medium at full size on one GPU: seconds a step, whole runs, peak memory.
+
+Every configuration is prepared once (its engines built), and then they take turns: a whole call each a round, from
+noise to decoded picture, by events on the device's stream. Weights are random (`published.py`), so pictures mean
+nothing and what a gate skips is not what it would skip of a real model: how many forwards it skipped stands beside its
+time. Whatever fails, or finds no time left, is a row that says so. The plain run is the untouched pipeline's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common import save
+from fastdit.accelerator import Accelerator
+from fastdit.caching.coefficients import Coefficients
+from fastdit.caching.compositions import TaylorSeer
+from fastdit.caching.first_block_cache import FirstBlockCache
+from fastdit.caching.teacache import TeaCache
+from fastdit.caching.toca import ToCa
+from fastdit.engines.aot import AOT
+from fastdit.engines.compile import Compile
+from fastdit.errors import NeverFired
+from fastdit.measure.statistics import Interval, ratio_of_medians
+from fastdit.run import Clock
+from fastdit.spatial.ralu import RALU
+from fastdit.stack import Stack, accelerate
+from published import MODELS, Published
+
+#: The parts of the time that the models share, and the part of a model's own that may go into preparing.
+SHARES = {"flux-dev": 3.0, "sd3-medium": 1.0}
+PREPARING = 0.55
+
+NO_GPU = 3
+
+#: Kernels of diffusers' dispatcher; one that is not installed is a row that says so.
+KERNELS = ("_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "sage", "xformers")
+
+
+class TimeUp(BaseException):
+    """The time for something is over. No `Exception`, which a compiler would take for a failure of its own."""
+
+
+@dataclass
+class Row:
+    """What came of one configuration; `seconds` are those of its whole calls, one a round.
+
+    `make` gives its accelerators, None for the untouched pipeline. `step_seconds` are medians over the forwards that
+    ran in whole, one a stage; `equal_steps` is how many plain steps take as long as it; `error` says why it was left.
+    """
+
+    name: str
+    make: Callable[[], list[Accelerator]] | None
+    steps: int | None
+    stack: Any = None
+    prepared: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    forwards: int | None = None
+    skipped: int | None = None
+    speed_up: Interval | None = None
+    equal_steps: float | None = None
+    peak_bytes: int | None = None
+    error: str | None = None
+    pipeline: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        hidden = {"make", "pipeline"}
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in hidden}
+
+
+def rows(model: Published, directory: str) -> list[Row]:
+    """List the configurations, the most important first: what finds no time left is at the end."""
+    steps, preset = model.architecture.steps, model.architecture.presets[0]
+    engine, package = Compile(directory=directory), AOT(directory=directory)
+    # Random weights have no published coefficients: the change of the signal itself is what is accumulated.
+    cache = TeaCache(0.25, Coefficients((1.0, 0.0)))
+    whole: dict[str, Callable[[], list[Accelerator]]] = {
+        "empty stack": lambda: [],
+        "Compile": lambda: [engine],
+        f"RALU {preset}": lambda: [RALU(preset)],
+        f"RALU {preset}, TeaCache, Compile": lambda: [RALU(preset), cache, engine],
+        "TeaCache": lambda: [cache],
+        f"RALU {preset}, TeaCache": lambda: [RALU(preset), cache],
+        f"RALU {preset}, Compile": lambda: [RALU(preset), engine],
+        "TeaCache, Compile": lambda: [cache, engine],
+        "AOT": lambda: [package],
+        f"RALU {preset}, paper": lambda: [RALU.paper(preset)],
+        f"RALU {preset}, paper, Compile": lambda: [RALU.paper(preset), engine],
+        "TaylorSeer": lambda: [TaylorSeer()],
+        "FirstBlockCache": lambda: [FirstBlockCache(0.1)],
+        "ToCa": lambda: [ToCa()],
+        **{f"attention {name}": lambda name=name: [attention(name)] for name in KERNELS},
+        "XFormers (adapter)": xformers,
+        "TensorRT (adapter)": lambda: tensorrt(directory),
+    }
+    plain = [Row(f"plain, {count} steps", None, count) for count in (steps, steps // 2, steps // 4)]
+    return plain + [Row(name, make, None if "RALU" in name else steps) for name, make in whole.items()]
+
+
+def attention(name: str) -> Accelerator:
+    from fastdit.attention.dispatcher import Attention
+
+    return Attention(name)
+
+
+def xformers() -> list[Accelerator]:
+    from fastdit_xformers import XFormers
+
+    return [XFormers()]
+
+
+def tensorrt(directory: str) -> list[Accelerator]:
+    from fastdit_tensorrt import TensorRT
+
+    return [TensorRT(directory=directory)]
+
+
+class Bench:
+    """One model on one device: prepares rows and runs them in turns until `deadline`, a value of `time.monotonic`."""
+
+    def __init__(self, model: Published, device: str, dtype: torch.dtype, deadline: float) -> None:
+        self.device, self.deadline = torch.device(device), deadline
+        self._preparing_ends = time.monotonic() + PREPARING * (deadline - time.monotonic())
+        self.pipeline = model.build(device, dtype)
+        self._call = model.call(self.pipeline)
+
+    def prepare(self, row: Row) -> None:
+        """Make a row's twin, build its engines, and run it so far that nothing is new to the first round.
+
+        A row with a stack may take half of what is left of the time for preparing, and leaves the rest to the others.
+        """
+        start = time.monotonic()
+
+        def act() -> None:
+            row.pipeline = self.pipeline
+            if row.make is not None:
+                stack = Stack(row.make())
+                row.stack, row.pipeline = stack.to_json(), accelerate(self.pipeline, stack)
+                if stack.engine is not None:
+                    row.pipeline.fastdit.warmup(num_inference_steps=row.steps, progress=False, **self._call)
+            self._run(row, None if row.steps is None else 2)
+            row.prepared = time.monotonic() - start
+
+        left = self._preparing_ends - start
+        self._attempt(row, act, left if row.make is None else left / 2)
+
+    def round(self, rows: Iterable[Row]) -> None:
+        """Run every row once."""
+        for row in rows:
+            self._attempt(row, partial(self._timed, row), self.deadline - time.monotonic())
+
+    def _timed(self, row: Row) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        clock = Clock(self.device)
+        self._run(row, row.steps)
+        clock.stop()
+        row.seconds.append(clock.seconds())
+        if self.device.type == "cuda":
+            row.peak_bytes = max(row.peak_bytes or 0, torch.cuda.max_memory_allocated())
+        if row.make is not None:
+            read_record(row, row.pipeline.fastdit.last_run)
+
+    def _run(self, row: Row, steps: int | None) -> None:
+        count = {} if steps is None else {"num_inference_steps": steps}
+        row.pipeline(**self._call, **count, output_type="pt", generator=torch.Generator().manual_seed(0))
+
+    def _attempt(self, row: Row, act: Callable[[], None], seconds: float) -> None:
+        """Do something for a row. What goes wrong is written into the row, which is then left; the others go on."""
+        try:
+            with limited(seconds):
+                act()
+            return
+        except TimeUp:
+            row.error = "left out: the time was up"
+        except Exception as error:
+            row.error = f"{type(error).__name__}: {error}"
+        row.pipeline = None
+        release(self.device)
+
+
+def read_record(row: Row, record: Any) -> None:
+    """Take over how many forwards there were, and what those that ran in whole took at each stage."""
+    row.forwards, row.skipped = len(record.steps), record.skipped + record.partial
+    stages: dict[int, list[float]] = {}
+    for step in record.steps:
+        if step.action == "computed":
+            stages.setdefault(step.stage, []).append(step.seconds)
+    row.step_seconds = [median(seconds) for _, seconds in sorted(stages.items())]
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise `TimeUp` in whatever runs inside once the seconds are over, or when it next returns from compiled code."""
+
+    def ring(*_: Any) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(bench: Bench, rows: list[Row], *, rounds: int, say: Callable[[str], None]) -> None:
+    """Prepare all rows and run them in turns, as many whole rounds as there is time for; at most `rounds`."""
+    for row in rows:
+        bench.prepare(row)
+        say(f"{row.name}: {row.error or f'prepared in {row.prepared:.1f} s'}")
+    order = random.Random(0)
+    for number in range(rounds):
+        running = [row for row in rows if row.error is None]
+        # The first round is in the rows' order, so that the important ones are run if the time ends in it.
+        if number:
+            if time.monotonic() + sum(row.seconds[-1] for row in running) > bench.deadline:
+                say(f"{number} of {rounds} rounds: the time is up")
+                return
+            order.shuffle(running)
+        bench.round(running)
+        say(f"round {number + 1}: {sum(row.error is None for row in rows)} configurations")
+
+
+def compare(rows: list[Row]) -> None:
+    """Set the rows beside the plain runs: speed-ups to the first, and the number of plain steps that take as long."""
+    plain = [row for row in rows if row.make is None and row.seconds and row.error is None]
+    baseline = rows[0]
+    if baseline not in plain:
+        return
+    line = np.polyfit([row.steps for row in plain], [median(row.seconds) for row in plain], 1) if plain[1:] else None
+    for row in rows:
+        if row.error is None and len(row.seconds) == len(baseline.seconds):
+            row.speed_up = ratio_of_medians(baseline.seconds, row.seconds)
+            if line is not None:
+                row.equal_steps = float((median(row.seconds) - line[1]) / line[0])
+
+
+def table(title: str, rows: list[Row]) -> Table:
+    """Show the rows that ran."""
+    shown = Table(title=title, title_justify="left")
+    headings = ("run", "s/run", "s/step", "speed-up", "as long as plain steps", "skipped", "peak GiB", "prepared s")
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading == "run" else "right")
+    for row in rows:
+        if row.error is None:
+            shown.add_row(
+                row.name,
+                f"{median(row.seconds):.3f}" if row.seconds else "",
+                " / ".join(f"{seconds:.4f}" for seconds in row.step_seconds),
+                "" if row.speed_up is None else format(row.speed_up, ".2f"),
+                "" if row.equal_steps is None else f"{row.equal_steps:.1f}",
+                "" if row.forwards is None else f"{row.skipped} of {row.forwards}",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}",
+                "" if row.prepared is None else f"{row.prepared:.1f}",
+            )
+    return shown
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="For everything; what finds no time left says so in its row.")] = 8.0,
+    rounds: Annotated[int, typer.Option(help="At most; as many as there is time for.")] = 5,
+    models: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(MODELS),
+    only: Annotated[str, typer.Option(help="Only rows whose name has this in it, and the plain runs.")] = "",
+    directory: Annotated[Path | None, typer.Option(help="Where engines are kept; a new folder if left out.")] = None,
+    out: Path = Path("benchmarks/results/gpu.json"),
+    try_on_cpu: Annotated[
+        bool, typer.Option(help="Try this script out: tiny models on the CPU, nothing saved as a result.")
+    ] = False,
+) -> None:
+    """Measure everything that is installed; exit 3 where there is no CUDA device, 1 where the plain run failed."""
+    if not try_on_cpu and not torch.cuda.is_available():
+        print("There is no CUDA device here, and this benchmark is for one; --try-on-cpu tries the script itself out.")
+        raise typer.Exit(NO_GPU)
+    warnings.simplefilter("ignore", NeverFired)
+    end = time.monotonic() + 60.0 * minutes
+    names = [name.strip() for name in models.split(",")]
+    device = "cpu" if try_on_cpu else "cuda"
+    kept = str(directory or tempfile.mkdtemp(prefix="engines-"))
+    found: dict[str, Any] = {}
+    failed = False
+    for index, name in enumerate(names):
+        model = MODELS[name].smallest() if try_on_cpu else MODELS[name]
+        chosen = [row for row in rows(model, kept) if row.make is None or only in row.name]
+        left = sum(SHARES[later] for later in names[index:])
+        now = time.monotonic()
+        bench = Bench(model, device, torch.bfloat16, now + (end - now) * SHARES[name] / left)
+        measure(bench, chosen, rounds=rounds, say=lambda text: print(text, flush=True))
+        compare(chosen)
+        Console(width=None if Console().is_terminal else 160).print(table(f"{name}, {model.pixels} px", chosen))
+        for row in chosen:
+            if row.error is not None:
+                print(f"  {row.name}: {row.error}")
+        found[name] = {
+            "pixels": model.pixels,
+            "text_tokens": model.text_tokens,
+            "parameters": sum(parameter.numel() for parameter in bench.pipeline.transformer.parameters()),
+            "rows": [row.to_json() for row in chosen],
+        }
+        failed |= chosen[0].error is not None
+        del bench, chosen
+        release(torch.device(device))
+        if not try_on_cpu:  # after each model: what was measured outlives a process that is killed
+            save(out, {"dtype": "bfloat16", "minutes": minutes, "models": found}, device=device)
+    raise typer.Exit(failed)
+
+
+if __name__ == "__main__":
+    typer.run(main)
