@@ -8,6 +8,7 @@ the eager output.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -32,7 +33,16 @@ from fastdit.spatial.ralu import RALU
 
 MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)
 SPEED_BAR, ERROR_BAR, START_BAR = 1.25, 1.2, 3.0
-ENGINES: dict[str, Engine] = {"Compile": Compile(), "Compile, frozen": Compile(freeze=True), "AOT": AOT()}
+ENGINES: dict[str, Engine] = {
+    "Compile": Compile(),
+    "Compile, frozen": Compile(freeze=True),
+    "Compile, frozen, torch's attention": Compile(freeze=True, attention="torch"),
+    "AOT": AOT(),
+}
+if importlib.util.find_spec("fastdit_openvino") and importlib.util.find_spec("openvino"):
+    from fastdit_openvino import OpenVINO
+
+    ENGINES["OpenVINO, bf16"] = OpenVINO(precision="bf16")
 
 app = typer.Typer()
 

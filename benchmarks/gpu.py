@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import save
+from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.caching.coefficients import Coefficients
 from fastdit.caching.compositions import TaylorSeer
@@ -42,7 +43,7 @@ from fastdit.errors import NeverFired
 from fastdit.measure.statistics import Interval, ratio_of_medians
 from fastdit.run import Clock
 from fastdit.spatial.ralu import RALU
-from fastdit.stack import Stack, accelerate
+from fastdit.stack import Stack
 from published import MODELS, Published
 
 #: The parts of the time that the models share, and the part of a model's own that may go into preparing.

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from fastdit.structure import refilled
 
 from .arguments import tensors_in
 from .compile import inductor_in
-from .engine import Engine, Execute, PieceCall
+from .engine import Execute, PieceCall
 from .flat import Flat, decoded, encoded
+from .processor import ProcessorEngine
 
 _PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
 _PREFIX = "piece."
@@ -35,7 +37,7 @@ _PREFIX = "piece."
 
 @register
 @dataclasses.dataclass(frozen=True)
-class AOT(Engine):
+class AOT(ProcessorEngine):
     """Run blocks from packages that AOTInductor compiled ahead of time."""
 
     def check(self, pipeline: Any, transformer: Any) -> None:
@@ -47,13 +49,13 @@ class AOT(Engine):
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
         if not (folder / _PACKAGE).exists():
-            _package(call, folder)
+            _package(call, folder, self.tracing(call, folder))
         packaged = _Packaged(folder, call)
         packaged.bound(call.module)  # what can't be loaded is found here, not in the middle of a run
         return packaged.execute
 
 
-def _package(call: PieceCall, folder: Path) -> None:
+def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContextManager[Any]]) -> None:
     """Compile a piece and write its package, the shape of its output, and what it holds besides weights."""
     for name, tensor in _tensors(call.module):
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
@@ -63,7 +65,8 @@ def _package(call: PieceCall, folder: Path) -> None:
             )
     output = call.module(*call.args, **call.kwargs)
     with inductor_in(folder.with_suffix(".work")):
-        exported = torch.export.export(Flat(call), tuple(tensors_in([call.args, call.kwargs])))
+        with tracing():
+            exported = torch.export.export(Flat(call), tuple(tensors_in([call.args, call.kwargs])))
         torch._inductor.aoti_compile_and_package(
             exported,
             package_path=str(folder / _PACKAGE),

@@ -17,10 +17,10 @@ import itertools
 import os
 import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,8 @@ from torch import nn
 from fastdit.accelerator import register
 from fastdit.errors import EngineMismatch, InvalidConfig
 
-from .engine import Engine, Execute, PieceCall
+from .engine import Execute, PieceCall
+from .processor import ProcessorEngine
 
 _NUMBERS = itertools.count()
 
@@ -43,7 +44,7 @@ MODES = ("default", "max-autotune-no-cudagraphs")
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Compile(Engine):
+class Compile(ProcessorEngine):
     """Run blocks as compiled by Inductor.
 
     `freeze` bakes the weights in: a tenth to a half faster on CPUs, one build for every block instead of one for every
@@ -54,8 +55,6 @@ class Compile(Engine):
     _: dataclasses.KW_ONLY
     freeze: bool = False
     mode: str = "default"
-
-    unkeyed: ClassVar[frozenset[str]] = Engine.unkeyed
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +69,7 @@ class Compile(Engine):
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
-        compiled = isolated(_frozen(call.module) if self.freeze else _plainly, mode=self.mode)
+        compiled = isolated(_piece(self.tracing(call, folder), call.module if self.freeze else None), mode=self.mode)
         with inductor_in(folder), torch._inductor.config.patch(freezing=self.freeze):
             # Dynamo traces at the first call, so that is where building happens.
             compiled(call.module, call.args, call.kwargs)
@@ -88,15 +87,12 @@ class Compile(Engine):
         return execute
 
 
-def _plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module(*args, **kwargs)
+def _piece(tracing: Callable[[], AbstractContextManager[Any]], frozen: nn.Module | None) -> Any:
+    """Make the function that is compiled. It closes over a module that is `frozen`: its weights then are constants."""
 
-
-def _frozen(module: nn.Module) -> Any:
-    """Close over a module, whose weights then are constants of the graph."""
-
-    def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return module(*args, **kwargs)
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with tracing():
+            return module(*args, **kwargs) if frozen is None else frozen(*args, **kwargs)
 
     return run
 
