@@ -44,9 +44,15 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from .mini import load_mini
+    from .plan import Plan
+    from .spatial.bottleneck import BottleneckSampling
+    from .spatial.corrected_lift import CorrectedLift
+    from .spatial.lift import LatentLift, PixelLift
+    from .spatial.progressive import ProgressiveResolution
     from .spatial.ralu import RALU
-from .plan import Plan
-from .stack import Stack
+    from .spatial.selector import Edges, PixelGradient, VelocityVariance
+    from .spatial.token_copy import TokenCopy
+    from .stack import Stack
 
 __version__ = "0.1.0"
 
