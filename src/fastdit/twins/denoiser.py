@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastdit.attention.kernel import AttentionKernel
+from fastdit.caching.block_pass import BlockPass
 from fastdit.caching.decision import BranchState
-from fastdit.caching.passes import BlockPass, ForwardPass
+from fastdit.caching.forward_pass import ForwardPass
 from fastdit.caching.segments import Cut
 from fastdit.caching.step_cache import StepCache
 from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState

@@ -1,22 +1,19 @@
-"""One forward under a step cache: `BlockPass` skips runs of blocks, `ForwardPass` the whole forward."""
+"""One forward under a step cache that skips runs of blocks: it answers every block call of the structural twin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
-from fastdit.errors import IncompatibleStack, UnsupportedModel
+from fastdit.errors import IncompatibleStack
 from fastdit.run import Outcome, Run, StepContext
-from fastdit.structure import Hole, refilled, select_rows, tensors_of
+from fastdit.structure import tensors_of
 from fastdit.wiring import (
     BlockCall,
     BlockPort,
     BlockRunner,
-    Port,
     outputs_of,
     read_port,
     returned,
@@ -25,50 +22,13 @@ from fastdit.wiring import (
 )
 
 from .decision import BranchState, Decider, GroupState
+from .rows import on_rows, prove_rows
 from .segments import Cut, Segment
 from .step_cache import Site, StepCache, Verdict
+from .tally import Tally
 from .watching import WatchedBlock
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class _Tally:
-    """Adds up what the decisions of one forward led to."""
-
-    saved: dict[str, float] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
-    computed: int = 0
-    reused: int = 0
-    forecast: int = 0
-
-    def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], segment: int) -> None:
-        """Count what was decided for each group."""
-        for verdict, group in zip(verdicts, groups, strict=True):
-            if verdict.compute:
-                self.computed += 1
-            elif group.histories[segment].extrapolates:
-                self.forecast += 1
-            else:
-                self.reused += 1
-        if len(verdicts) == 1:
-            self.reasons.append(verdicts[0].reason)
-        else:
-            kinds = dict.fromkeys(verdict.reason for verdict in verdicts)
-            self.reasons.append(next(iter(kinds)) if len(kinds) == 1 else "; ".join(v.reason for v in verdicts))
-
-    def outcome(self, tokens: int | None) -> Outcome:
-        """Give the sum."""
-        return Outcome(self.action, "; ".join(self.reasons) or "no block was called", self.saved, tokens)
-
-    @property
-    def action(self) -> str:
-        """`computed`, `reused` or `forecast` where all that was decided agrees; `partial` where it does not."""
-        if self.computed:
-            return "partial" if self.reused or self.forecast else "computed"
-        if self.forecast:
-            return "forecast"
-        return "reused" if self.reused else "computed"
 
 
 class _Part:
@@ -114,7 +74,7 @@ class BlockPass:
         self._start: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._rows: list[torch.Tensor] = []
-        self._tally = _Tally()
+        self._tally = Tally()
         self._tokens: int | None = None
         for call in observed:
             call.again(self)
@@ -211,11 +171,11 @@ class BlockPass:
         # A tensor that all images share may have as many rows as there are images; it shows at these shapes alone.
         proved = (port.name, batch, tuple(tensor.shape for tensor in tensors_of([args, kwargs])))
         if proved not in self._proved:
-            _prove_rows(port, batch, block, args, kwargs)
+            prove_rows(port, batch, block, args, kwargs)
             self._proved.add(proved)
         index = torch.tensor(rows, device=self._start[0].device)
         carried = dict(zip(port.inputs, self._rows, strict=True)) if self._rows else {}
-        outputs = outputs_of(port, _on_rows(block, args, kwargs, index, batch, carried))
+        outputs = outputs_of(port, on_rows(block, args, kwargs, index, batch, carried))
         self._rows = [outputs[out] for out in port.outputs if out is not None]
 
     def _ends(self, segment: Segment, part: _Part, port: BlockPort) -> list[torch.Tensor | None]:
@@ -285,171 +245,3 @@ class BlockPass:
         for index, group in enumerate(part.groups):
             own = end if len(part.groups) == 1 else end[index : index + 1]
             self._cache.learn(group.memory, part.site, own, index in computing)
-
-
-class ForwardPass:
-    """One forward of a cache that skips it whole: v = output - latents stands for the blocks' residual."""
-
-    def __init__(self, cache: StepCache, run: Run) -> None:
-        self._cache, self._run = cache, run
-        self._decider = Decider(cache, run)
-
-    def begin(self, context: StepContext, state: BranchState) -> None:
-        """Start a forward."""
-        self._context, self._state = context, state
-        self._forced = state.enter(context.step)
-        self._tally = _Tally()
-        self._tokens: int | None = None
-
-    def forward(
-        self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any]
-    ) -> Any:
-        """Give the forward's output, from `compute` or from the history, for each image or for all.
-
-        `compute` gets the arguments and the images that they are of, None for all.
-        """
-        given = next(iter(arguments.values()))
-        latents = self._latents(given)
-        self._tokens = latents.shape[1] if latents.dim() == 3 else None
-        count = latents.shape[0] if self._cache.per_image else 1
-        groups = self._state.groups(0, count, self._cache.memory)
-        self._state.streams[0] = 0
-        site = Site(
-            latents, latents, None, (), dict(arguments), self._context, self._run.layout or self._run.grid,
-            self._run.sigma(self._context.step),
-        )  # fmt: skip
-        shape = latents[:1].shape if self._cache.per_image else latents.shape
-        verdicts = self._decider.decide(groups, site, (shape,), 0, self._forced)
-        self._tally.add(verdicts, groups, 0)
-        computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
-        if len(computing) < count:
-            self._tally.saved[""] = 1.0 - len(computing) / count
-        version = version_of(latents)
-        whole = self._output(arguments, latents, computing, count, compute)
-        if version_of(latents) != version:
-            raise IncompatibleStack(
-                f"the forward writes into its latents in place, so {self._cache.describe()} can't know what it adds to "
-                "them; use kernels that don't, or a stack without a step cache"
-            )
-        pieces = self._pieces(latents, groups, verdicts, whole)
-        for index, (group, piece) in enumerate(zip(groups, pieces, strict=True)):
-            own = latents if count == 1 else latents[index : index + 1]
-            if verdicts[index].compute and not self._cache.neutral:
-                history = group.histories.setdefault(0, self._cache.forecast.begin())
-                history.record(self._context.step, [piece - own])
-                group.shapes = (shape,)
-            self._cache.learn(group.memory, site, piece, verdicts[index].compute)
-        if whole is not None and len(computing) == count:
-            return whole
-        output = pieces[0] if count == 1 else torch.cat(pieces)
-        return refilled(self._state.shell, iter([output] if torch.is_tensor(given) else output.unbind()))
-
-    def end(self) -> Outcome:
-        """Say what was done."""
-        return self._tally.outcome(self._tokens)
-
-    def _latents(self, given: Any) -> torch.Tensor:
-        """Give the latents in one tensor; a list of an image each, as some models take, is stacked."""
-        if isinstance(given, torch.Tensor):
-            return given
-        tensors = tensors_of(given)
-        if not tensors or any(tensor.shape != tensors[0].shape for tensor in tensors):
-            raise UnsupportedModel(
-                f"{self._cache.describe()} skips whole forwards and needs latents in one tensor or in a list of equal "
-                f"ones, got {type(given).__name__}; use a cache that skips blocks"
-            )
-        if self._cache.per_image:
-            raise UnsupportedModel(
-                f"{self._cache.describe()} can't pick images out of latents that come as a {type(given).__name__}; "
-                "leave per_image out, or use a cache that skips blocks"
-            )
-        return torch.stack(tensors)
-
-    def _output(
-        self,
-        arguments: Mapping[str, Any],
-        latents: torch.Tensor,
-        computing: list[int],
-        count: int,
-        compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any],
-    ) -> Any:
-        """Run the forward for the images that are computed; None where there are none."""
-        if not computing:
-            return None
-        images = None
-        if len(computing) < count:
-            images = torch.tensor(computing, device=latents.device)
-            arguments = select_rows(dict(arguments), images, count)
-        output = compute(arguments, images)
-        given, tensors = next(iter(arguments.values())), tensors_of(output)
-        expected = [tensor.shape for tensor in tensors_of(given)]
-        if [tensor.shape for tensor in tensors] != expected:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise UnsupportedModel(
-                f"{self._cache.describe()} needs an output of the latents' own shape {tuple(latents.shape)}, and the "
-                f"forward gave {shapes}; use a cache that skips blocks"
-            )
-        self._state.shell = refilled(output, repeat(Hole()))
-        return output
-
-    def _pieces(
-        self, latents: torch.Tensor, groups: list[GroupState], verdicts: list[Verdict], whole: Any
-    ) -> list[torch.Tensor]:
-        """Give every group's output."""
-        tensors = tensors_of(whole)
-        if tensors and tensors[0].dim() < latents.dim():
-            tensors = [torch.stack(tensors)]
-        computed = iter(tensors[0].split(1) if len(groups) > 1 and tensors else tensors)
-        pieces = []
-        for index, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
-            own = latents if len(groups) == 1 else latents[index : index + 1]
-            if verdict.compute:
-                pieces.append(next(computed))
-            else:
-                pieces.append(own + group.histories[0].predict(self._context.step)[0])
-        return pieces
-
-
-def _on_rows(
-    block: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    index: torch.Tensor,
-    batch: int,
-    carried: Mapping[Port, torch.Tensor],
-) -> Any:
-    """Call a block on some images of a batch; `carried` holds arguments that are of those images already."""
-    arguments: dict[Port, Any] = dict(enumerate(args))
-    arguments.update(kwargs)
-    chosen = {
-        port: carried[port] if port in carried else select_rows(value, index, batch)
-        for port, value in arguments.items()
-    }
-    return block(*(chosen[place] for place in range(len(args))), **{key: chosen[key] for key in kwargs})
-
-
-def _prove_rows(port: BlockPort, batch: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Show once that a block gives an image by itself what it gives it in a batch. Raises `UnsupportedModel`."""
-    whole = outputs_of(port, block(*args, **kwargs))
-    first = torch.tensor([0], device=next(iter(whole.values())).device)
-    try:
-        alone = outputs_of(port, _on_rows(block, args, kwargs, first, batch, {}))
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}") + f" ({error})") from error
-    for out in port.outputs:
-        if out is not None and not _alike(alone[out], whole[out][:1]):
-            raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}"))
-
-
-def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two results differ by rounding only: kernels may add in another order for another batch."""
-    if first.shape != second.shape:
-        return False
-    distance = (first - second).abs().max()
-    return bool(distance <= 64 * torch.finfo(first.dtype).eps * second.abs().max())
-
-
-_ROWS = (
-    "per_image needs blocks that treat the images of a batch one by one, and {port} gives an image by itself something "
-    "else than in its batch; leave per_image out"
-)
