@@ -429,7 +429,7 @@ def test_carried_over_a_switch_the_first_step_of_a_stage_may_be_partial(cache: A
 
 
 def test_what_is_kept_of_a_block_is_lifted_token_by_token() -> None:
-    from fastdit.caching.token_cache import BlockMemory, TokenState
+    from fastdit.caching.token_memory import BlockMemory, TokenState
     from fastdit.models.tokens import TOKEN_ROLES
 
     values = torch.arange(8.0).reshape(1, 4, 2)

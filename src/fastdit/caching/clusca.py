@@ -21,7 +21,8 @@ from fastdit.accelerator import is_count, is_number, register
 from fastdit.errors import InvalidConfig
 from fastdit.layout import gather_tokens
 
-from .token_cache import Choice, TokenCache, TokenState
+from .token_cache import Choice, TokenCache
+from .token_memory import TokenState
 
 
 @register

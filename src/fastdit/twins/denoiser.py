@@ -15,7 +15,9 @@ from fastdit.caching.decision import BranchState
 from fastdit.caching.forward_pass import ForwardPass
 from fastdit.caching.segments import Cut
 from fastdit.caching.step_cache import StepCache
-from fastdit.caching.token_cache import TokenCache, TokenPass, TokenState
+from fastdit.caching.token_cache import TokenCache
+from fastdit.caching.token_memory import TokenState
+from fastdit.caching.token_pass import TokenPass
 from fastdit.engines.workshop import EnginePass, Workshop
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.flops import FlopMeter
