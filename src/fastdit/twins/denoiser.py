@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,16 @@ class Session(Protocol):
     @property
     def idle_is_plain(self) -> bool:
         """Whether a call outside a run is simply the plain forward (an empty stack)."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One forward in a run: where it stands, the children that a layout replaces, the engine that runs its blocks."""
+
+    run: Run
+    context: StepContext
+    children: dict[str, Any]
+    engine: EnginePass | None
 
 
 class Denoiser:
@@ -98,7 +109,7 @@ class Denoiser:
             if self._cache is None and self._token_cache is None and engine is None and not children:
                 output, outcome = self.module(**arguments), Outcome()
             else:
-                output, outcome = self._through_stack(run, context, arguments, children, engine)
+                output, outcome = self._through_stack(_Call(run, context, children, engine), arguments)
         clock.stop()
         if run.schedule is not None:
             assert self._family is not None and run.layout is not None
@@ -124,53 +135,38 @@ class Denoiser:
             run.stage_children[key] = self._family.child_overrides(self.module, run.layout, latents)
         return placed, run.stage_children[key]
 
-    def _through_stack(
-        self,
-        run: Run,
-        context: StepContext,
-        arguments: dict[str, Any],
-        children: dict[str, Any],
-        engine: EnginePass | None,
-    ) -> tuple[Any, Outcome]:
+    def _through_stack(self, call: _Call, arguments: dict[str, Any]) -> tuple[Any, Outcome]:
         """Run the forward on a structural twin, between the hooks of the user's module."""
         if self._cache is not None and self._cache.whole_forward:
-            return self._through_forward(run, context, arguments, children, self._cache, engine)
+            return self._through_forward(call, arguments, self._cache)
         outcomes: list[Outcome] = []
 
         def forward(given: dict[str, Any]) -> Any:
-            tokens = self._token_pass(run, context, given)
+            tokens = self._token_pass(call, given)
             if self._cache is not None:
-                output, outcome = self._through_blocks(run, context, given, children, self._cache, tokens, engine)
+                output, outcome = self._through_blocks(call, given, self._cache, tokens)
             else:
-                output, outcome = self._uncached(given, children, tokens, engine)
+                output, outcome = self._uncached(call, given, call.children, tokens)
             outcomes.append(outcome)
             return output
 
         output = through_hooks(self.module, arguments, forward)
-        run.weigh()
+        call.run.weigh()
         return output, outcomes[0]
 
     def _uncached(
-        self, arguments: dict[str, Any], children: dict[str, Any], tokens: TokenPass | None, engine: EnginePass | None
+        self, call: _Call, arguments: dict[str, Any], children: dict[str, Any], tokens: TokenPass | None
     ) -> tuple[Any, Outcome]:
         """Run a forward that is not skipped, under the token cache or the engine if there is one."""
         if tokens is not None:
             return with_handler(self.module, tokens, children)(**arguments), tokens.end()
-        if engine is not None:
-            return with_handler(self.module, engine, children)(**arguments), Outcome()
+        if call.engine is not None:
+            return with_handler(self.module, call.engine, children)(**arguments), Outcome()
         return structural_twin(self.module, children)(**arguments), Outcome()
 
-    def _through_forward(
-        self,
-        run: Run,
-        context: StepContext,
-        arguments: dict[str, Any],
-        children: dict[str, Any],
-        cache: StepCache,
-        engine: EnginePass | None,
-    ) -> tuple[Any, Outcome]:
+    def _through_forward(self, call: _Call, arguments: dict[str, Any], cache: StepCache) -> tuple[Any, Outcome]:
         """Run or skip the whole forward; a token cache or an engine acts in those that run."""
-        latents = next(iter(arguments.values()))
+        run, latents = call.run, next(iter(arguments.values()))
         if run.schedule is not None and cache.stage_change == "carry" and latents.dim() != 3:
             raise IncompatibleStack(
                 f"{cache.describe()} keeps whole latents, and those of {self.name} change their shape with the stage; "
@@ -179,8 +175,8 @@ class Denoiser:
         inner: list[Outcome] = []
 
         def compute(given: Mapping[str, Any], images: torch.Tensor | None) -> Any:
-            own = children
-            if images is not None and children:
+            own = call.children
+            if images is not None and own:
                 assert self._family is not None and run.layout is not None
                 layout = run.layout.of_images(images)
                 latents = self._family.latents_of(given, layout)
@@ -188,55 +184,49 @@ class Denoiser:
                 own = self._family.child_overrides(self.module, layout, latents)
 
             def forward(given: dict[str, Any]) -> Any:
-                output, outcome = self._uncached(given, own, self._token_pass(run, context, given), engine)
+                output, outcome = self._uncached(call, given, own, self._token_pass(call, given))
                 inner.append(outcome)
                 return output
 
             return through_hooks(self.module, dict(given), forward)
 
         passed = ForwardPass(cache, run)
-        passed.begin(context, self._state(run, context, cache))
+        passed.begin(call.context, self._state(call, cache))
         output = passed.forward(arguments, compute)
         run.weigh()
         return output, passed.end().around(inner[0] if inner else None)
 
     def _through_blocks(
-        self,
-        run: Run,
-        context: StepContext,
-        arguments: dict[str, Any],
-        children: dict[str, Any],
-        cache: StepCache,
-        tokens: TokenPass | None,
-        engine: EnginePass | None,
+        self, call: _Call, arguments: dict[str, Any], cache: StepCache, tokens: TokenPass | None
     ) -> tuple[Any, Outcome]:
         """Run a forward whose blocks the step cache answers for; the first of its kind is observed as it runs."""
         key = wiring_key(arguments)
-        run_block = engine.call if engine is not None else run_plainly
+        children, run_block = call.children, call.engine.call if call.engine is not None else run_plainly
         seen = None if key in self._cuts else observe(self.module, arguments, children, run_block)
         if seen is not None:
             self._cuts[key] = Cut(seen.wiring, cache)
         passed = BlockPass(
             cache,
             self._cuts[key],
-            run,
+            call.run,
             reduce=rank_sum(self.module),
             run_block=tokens.call if tokens is not None else run_block,
             run_leading=run_block,
             proved=self._proved,
         )
-        passed.begin(context, self._state(run, context, cache), seen.calls if seen is not None else ())
+        passed.begin(call.context, self._state(call, cache), seen.calls if seen is not None else ())
         output = seen.output if seen is not None else with_handler(self.module, passed, children)(**arguments)
         return output, passed.end().around(tokens.end() if tokens is not None else None)
 
-    def _state(self, run: Run, context: StepContext, cache: StepCache) -> BranchState:
-        return run.state((self.name, context.branch), BranchState, carry=cache.stage_change == "carry")
+    def _state(self, call: _Call, cache: StepCache) -> BranchState:
+        return call.run.state((self.name, call.context.branch), BranchState, carry=cache.stage_change == "carry")
 
-    def _token_pass(self, run: Run, context: StepContext, arguments: Mapping[str, Any]) -> TokenPass | None:
+    def _token_pass(self, call: _Call, arguments: Mapping[str, Any]) -> TokenPass | None:
         """Begin a forward under the token cache, if there is one."""
         if self._token_cache is None:
             return None
-        layout, latents = run.layout or run.grid, next(iter(arguments.values()))
+        run, context, latents = call.run, call.context, next(iter(arguments.values()))
+        layout = run.layout or run.grid
         patch = getattr(getattr(self.module, "config", None), "patch_size", None)
         if layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
             layout = TokenLayout(latents.shape[2] // patch, latents.shape[3] // patch, coarse=False)
