@@ -21,7 +21,7 @@ _BYTES, _ROWS = 2**22, 32
 
 
 def takes(call: AttentionCall) -> bool:
-    """Whether a call is one that heads can answer one by one: on a processor, without a mask or other options."""
+    """Whether a call is one that can be computed by heads: on a processor, without a mask or other options."""
     plain = call.attn_mask is None and call.dropout_p == 0.0 and not call.is_causal and not call.enable_gqa
     return plain and call.query.device.type == "cpu" and call.query.shape[:2] == call.key.shape[:2]
 
