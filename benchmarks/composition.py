@@ -38,7 +38,7 @@ def main(
     tokens_per_side: int = 32,
     dtype: str = "bfloat16",
     threshold: float = 0.25,
-    freeze: Annotated[bool, typer.Option(help="Bake the weights into the engines.")] = True,
+    freeze: Annotated[bool, typer.Option(help="Bake the weights into the engines.")] = False,
     directory: Annotated[Path | None, typer.Option(help="Where engines are kept; a new folder if left out.")] = None,
     out: Path = Path("benchmarks/results/composition.json"),
 ) -> None:

@@ -35,8 +35,8 @@ MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)
 SPEED_BAR, ERROR_BAR, START_BAR = 1.25, 1.2, 3.0
 ENGINES: dict[str, Engine] = {
     "Compile": Compile(),
+    "Compile, torch's attention": Compile(attention="torch"),
     "Compile, frozen": Compile(freeze=True),
-    "Compile, frozen, torch's attention": Compile(freeze=True, attention="torch"),
     "AOT": AOT(),
 }
 if importlib.util.find_spec("fastdit_openvino") and importlib.util.find_spec("openvino"):

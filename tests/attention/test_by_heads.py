@@ -1,4 +1,4 @@
-"""Attention one head at a time: the formula's numbers, in parts of any size, as an operator that compilers can take."""
+"""Attention a few heads at a time: the formula's numbers, in parts of any size, as an operator for compilers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def made(
     scale=st.none() | st.floats(0.1, 2.0),
     room=st.sampled_from([1, 4096, 2**20]),
 )
-def test_heads_one_by_one_give_the_formula_in_parts_of_any_size(
+def test_some_heads_at_a_time_give_the_formula_in_parts_of_any_size(
     sizes: tuple[int, ...], scale: float | None, room: int
 ) -> None:
     query, key, value = made(*sizes)

@@ -31,7 +31,7 @@ def nothing_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def heads_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let heads one by one be the faster way, whatever a clock says of attention this small."""
+    """Let heads be the faster way, whatever a clock says of attention this small."""
 
     def seconds(attend: Any, call: AttentionCall) -> float:
         assert attend(call).shape == call.query.shape

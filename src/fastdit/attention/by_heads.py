@@ -1,9 +1,9 @@
-"""Attention one head at a time, as two products of whole matrices around a softmax: for processors.
+"""Attention a few heads at a time, as two products of whole matrices around a softmax: for processors.
 
     out[h] = softmax(scale q[h] k[h]^T) v[h]
 
 torch's own kernel for processors multiplies small blocks, and where the processor has no matrix units it does that at
-a fifth of the speed that whole matrices are multiplied at. A head's scores, a few hundred rows at a time, are small
+a fifth of the speed that whole matrices are multiplied at. The scores of a few heads, or of some rows of one, are small
 enough to stay in the processor's cache between the three passes over them. They are rounded to the model's precision
 before the softmax, which torch's kernel does not do.
 
@@ -16,12 +16,12 @@ import torch
 
 from .kernel import AttentionCall
 
-#: How large the scores of one head are that are worked on at a time, in bytes, and how few rows at least.
-_BYTES, _ROWS = 2**20, 32
+#: How large the scores are that are worked on at a time, in bytes, and how many rows of a head at least.
+_BYTES, _ROWS = 2**22, 32
 
 
 def takes(call: AttentionCall) -> bool:
-    """Whether a call is one that heads can answer one by one: on a processor, without a mask or other options."""
+    """Whether a call is one that can be computed by heads: on a processor, without a mask or other options."""
     plain = call.attn_mask is None and call.dropout_p == 0.0 and not call.is_causal and not call.enable_gqa
     return plain and call.query.device.type == "cpu" and call.query.shape[:2] == call.key.shape[:2]
 
@@ -35,18 +35,21 @@ def attend_by_heads(call: AttentionCall) -> torch.Tensor:
 
 @torch.library.custom_op("fastdit::attention_by_heads", mutates_args=())
 def _operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    queries, keys = query.shape[2], key.shape[2]
-    rows = min(queries, max(_ROWS, _BYTES // (keys * query.element_size())))
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    room = _BYTES // (keys * query.element_size())
+    rows = min(queries, max(_ROWS, room))
+    count = min(heads, max(1, room // rows))
     output = _empty(query, value)
-    scores, weights = query.new_empty(2, rows, keys)
+    scores, weights = query.new_empty(2, count, rows, keys)
     for image in range(query.shape[0]):
-        for head in range(query.shape[1]):
+        for head in range(0, heads, count):
+            some = slice(head, head + count)
             for start in range(0, queries, rows):
-                some = query[image, head, start : start + rows]
-                own, weight = scores[: some.shape[0]], weights[: some.shape[0]]
-                torch.addmm(own, some, key[image, head].T, beta=0, alpha=scale, out=own)
-                torch.softmax(own, dim=1, out=weight)
-                output[image, head, start : start + rows] = weight @ value[image, head]
+                part = query[image, some, start : start + rows]
+                score, weight = (buffer[: part.shape[0], : part.shape[1]] for buffer in (scores, weights))
+                torch.baddbmm(score, part, key[image, some].mT, beta=0, alpha=scale, out=score)
+                torch.softmax(score, dim=2, out=weight)
+                torch.bmm(weight, value[image, some], out=output[image, some, start : start + rows])
     return output
 
 

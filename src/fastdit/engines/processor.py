@@ -1,4 +1,4 @@
-"""What compiled code computes in another way on a CPU: GELU, and attention where heads one by one are faster.
+"""What compiled code computes in another way on a CPU: GELU, and attention where a few heads at a time are faster.
 
     gelu(x) = x / 2 (1 + tanh(u(x))) = x sigmoid(2 u(x)),    u(x) = sqrt(2 / pi) (x + 0.044715 x^3)
 
@@ -32,11 +32,11 @@ CHOICES = ("fastest", "torch")
 
 _FILE = "attention.json"
 
-#: By this factor heads one by one must be faster, so that a tie is torch's.
+#: By this factor heads must be faster, so that a tie is torch's.
 _GAIN = 1.1
 _REPEATS = 5
 
-#: What was timed in this process: the outline of a call and the number of threads -> whether heads one by one won.
+#: What was timed in this process: the outline of a call and the number of threads -> whether heads won.
 _TIMED: dict[Hashable, bool] = {}
 
 
@@ -44,8 +44,8 @@ _TIMED: dict[Hashable, bool] = {}
 class ProcessorEngine(Engine):
     """Base of the engines that compile torch's own operations, and on a CPU exchange some of them.
 
-    `attention` "fastest" takes, on a CPU and for calls without a mask, the faster one of torch's kernel and heads one
-    by one; "torch" leaves it to torch. A kernel of the stack's own goes before both.
+    `attention` "fastest" takes, on a CPU and for calls without a mask, the faster one of torch's kernel and a few heads
+    at a time; "torch" leaves it to torch. A kernel of the stack's own goes before both.
     """
 
     _: dataclasses.KW_ONLY
