@@ -32,6 +32,13 @@ from .flat import Flat, decoded, encoded
 _PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
 _PREFIX = "piece."
 
+#: Weights stay outside, the smallest ones too: Inductor writes numbers, and vectors of up to eight, into the code.
+_NOTHING_BAKED_IN = {
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+}
+
 
 @register
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +74,7 @@ def _package(call: PieceCall, folder: Path) -> None:
         torch._inductor.aoti_compile_and_package(
             exported,
             package_path=str(folder / _PACKAGE),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
+            inductor_configs=_NOTHING_BAKED_IN,
         )
     (folder / _OUTPUT).write_text(json.dumps(encoded(output)), encoding="utf-8")
     own = {name for name, _ in _tensors(call.module)}

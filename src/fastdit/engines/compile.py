@@ -28,7 +28,9 @@ from torch import nn
 from fastdit.accelerator import register
 from fastdit.errors import EngineMismatch, InvalidConfig
 
+from .arguments import tensors_in
 from .engine import Engine, Execute, PieceCall
+from .staged import StagedEngine, following_tokens, stage_of
 
 _NUMBERS = itertools.count()
 
@@ -43,8 +45,11 @@ MODES = ("default", "max-autotune-no-cudagraphs")
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Compile(Engine):
+class Compile(StagedEngine):
     """Run blocks as compiled by Inductor.
+
+    `tokens` names the numbers of image tokens of the run's stages, and gives one graph for all of them, in which the
+    number of tokens is a variable. Without it every stage has an engine of its own.
 
     `freeze` bakes the weights in: a tenth to a half faster on CPUs, one build for every block instead of one for every
     kind of block. `mode` is torch.compile's; the modes that capture CUDA graphs of single blocks are not offered, since
@@ -69,13 +74,18 @@ class Compile(Engine):
         return self.freeze
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
+        shapes = self.shapes(call)
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
-        compiled = isolated(_frozen(call.module) if self.freeze else _plainly, mode=self.mode)
+        dynamic = None if len(shapes) > 1 else False
+        compiled = isolated(_frozen(call.module) if self.freeze else _plainly, mode=self.mode, dynamic=dynamic)
         with inductor_in(folder), torch._inductor.config.patch(freezing=self.freeze):
             # Dynamo traces at the first call, so that is where building happens.
-            compiled(call.module, call.args, call.kwargs)
+            with following_tokens(call, shapes) as (args, kwargs):
+                compiled(call.module, args, kwargs)
 
         def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if len(shapes) > 1:
+                stage_of(tensors_in([args, kwargs]), shapes)
             try:
                 with nullcontext() if _BOUNDED else torch._dynamo.config.patch(error_on_recompile=True):
                     return compiled(module, args, kwargs)
@@ -102,7 +112,7 @@ def _frozen(module: nn.Module) -> Any:
 
 
 def isolated(function: Any, **options: Any) -> Any:
-    """Compile a function for one set of shapes, in one graph, apart from every other engine.
+    """Compile a function in one graph, apart from every other engine.
 
     Dynamo keeps what it compiled with a function's code object, and few of them; so an engine has a code of its own.
     """
@@ -113,7 +123,7 @@ def isolated(function: Any, **options: Any) -> Any:
     )
     if _BOUNDED:
         options |= {"isolate_recompiles": True, "recompile_limit": 1}
-    return torch.compile(own, fullgraph=True, dynamic=False, **options)
+    return torch.compile(own, fullgraph=True, **options)
 
 
 @contextmanager
