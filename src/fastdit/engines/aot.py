@@ -111,7 +111,14 @@ class _Packaged:
         """Give the runner of a module, with the tensors that the module has now."""
         runner = self._runners.get(module)
         if runner is None:
-            runner = self._runners[module] = _Runner(self._package, self._device)
+            try:
+                runner = _Runner(self._package, self._device)
+            except (RuntimeError, OSError) as error:
+                raise EngineMismatch(
+                    f"AOT for {type(module).__name__}: the package can't be loaded ({error}); it is unpacked among "
+                    "the temporary files, where there may be no room"
+                ) from error
+            self._runners[module] = runner
         if not runner.bound:
             tensors = dict(_tensors(module))
             for name, tensor in tensors.items():
