@@ -26,6 +26,21 @@ class Block(nn.Module):
         return hidden_states + scale * self.gain * self.linear(nn.functional.gelu(hidden_states))
 
 
+class SmallWeights(nn.Module):
+    """A block whose weights are a number, one element and a few, which compilers like to write into their code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(0.0))
+        self.element = nn.Parameter(torch.zeros(1))
+        self.few = nn.Parameter(torch.zeros(8))
+        self.register_buffer("kept", torch.zeros(2))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gained = hidden_states * (1.0 + self.number) + self.element * self.few
+        return gained + self.kept.sum() * torch.tanh(hidden_states)
+
+
 class Model(nn.Module):
     """Three such blocks in a row."""
 

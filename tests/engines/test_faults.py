@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from fastdit import AOT, Compile, EngineBuildFailed, EngineWarning, accelerate
 from fastdit.engines import registry as registry_module
 from fastdit.engines.engine import Execute, PieceCall
 from fastdit.engines.registry import Registry
+from fastdit.engines.scratch import scratch
 
 COMPILERS = pytest.mark.parametrize("engine", [Compile, AOT])
 
@@ -34,7 +36,7 @@ import resource, signal, sys
 import torch
 torch.set_num_threads(1)
 import fastdit, pieces
-from fastdit.errors import EngineBuildFailed
+from fastdit.errors import EngineBuildFailed, EngineMismatch
 
 module, hidden_states = pieces.model(), pieces.inputs()
 twin = fastdit.accelerate(module, [getattr(fastdit, sys.argv[1])(directory=sys.argv[2])])
@@ -48,18 +50,29 @@ def run():
 ON_A_FULL_DISK = (
     RUN
     + """
-largest = resource.getrlimit(resource.RLIMIT_FSIZE)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (64, largest[1]))
-try:
-    run()
-except EngineBuildFailed as error:
-    print(error)
-else:
-    sys.exit("nothing was refused")
-resource.setrlimit(resource.RLIMIT_FSIZE, largest)
+
+def refused_where_the_disk_is_full(error):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        run()
+    except error as refusal:
+        print(refusal)
+    else:
+        sys.exit("nothing was refused")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+refused_where_the_disk_is_full(EngineBuildFailed)
 run()
 assert [build.kept for build in twin.fastdit.workshop.builds] == [False]
+if sys.argv[1] == "AOT":  # which unpacks its package for each block
+    module = pieces.model(1)
+    twin = fastdit.accelerate(module, [fastdit.AOT(directory=sys.argv[2])])
+    plain = module(hidden_states).detach()
+    refused_where_the_disk_is_full(EngineMismatch)
+    run()
 """
 )
 
@@ -86,6 +99,35 @@ def test_a_process_that_is_killed_in_the_compiler_leaves_nothing_and_the_next_on
     assert building.returncode == -signal.SIGKILL, said
     assert Registry(tmp_path / "engines").entries() == []
     healed(engine(directory=str(tmp_path / "engines")), tmp_path / "engines")
+
+
+def _working(here: Path, until: Any = None) -> None:
+    tempfile.tempdir = str(here)
+    scratch.cache_clear()
+    (scratch() / "engine.blob").write_bytes(bytes(1000))
+    if until is not None:
+        until.wait()
+
+
+def test_what_a_killed_process_left_among_the_temporary_files_goes_and_a_living_one_s_stays(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    never = context.Event()
+    killed, living = (context.Process(target=_working, args=(tmp_path, never)) for _ in range(2))
+    killed.start()
+    while not (left := [*tmp_path.glob("*/engine.blob")]):
+        time.sleep(0.01)
+    living.start()
+    while len(all_of_them := [*tmp_path.glob("*/engine.blob")]) < 2:
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    later = context.Process(target=_working, args=(tmp_path,))
+    later.start()
+    later.join()
+    assert later.exitcode == 0
+    assert not left[0].exists() and next(path for path in all_of_them if path not in left).exists()
+    never.set()
+    living.join()
 
 
 @COMPILERS

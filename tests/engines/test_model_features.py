@@ -160,11 +160,11 @@ def test_a_swap_of_padded_loras_builds_and_compiles_nothing(engine: str) -> None
     pipeline, call = build()
     fast = accelerate(pipeline, [ENGINES[engine]()])
     pipeline.transformer.enable_lora_hotswap(target_rank=4)
-    pipeline.load_lora_weights(tiny.lora(pipeline.transformer, rank=2), adapter_name="style")
+    first, *others = [tiny.lora(pipeline.transformer, seed=rank, rank=rank) for rank in (2, 4, 3)]
+    pipeline.load_lora_weights(first, adapter_name="style")
     generate(fast, call)
     built, graphs = len(fast.fastdit.workshop.builds), counters["stats"]["unique_graphs"]
-    for rank in (4, 3):
-        state = tiny.lora(pipeline.transformer, seed=rank, rank=rank)
+    for state in others:
         pipeline.load_lora_weights(state, adapter_name="style", hotswap=True)
         assert agrees(fast, call, generate(pipeline, call))
     assert len(fast.fastdit.workshop.builds) == built

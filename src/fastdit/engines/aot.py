@@ -34,6 +34,13 @@ from .processor import ProcessorEngine
 _PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
 _PREFIX = "piece."
 
+#: Weights stay outside, the smallest ones too: Inductor writes numbers, and vectors of up to eight, into the code.
+_NOTHING_BAKED_IN = {
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+}
+
 
 @register
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,7 @@ def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContex
         torch._inductor.aoti_compile_and_package(
             exported,
             package_path=str(folder / _PACKAGE),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
+            inductor_configs=_NOTHING_BAKED_IN,
         )
     (folder / _OUTPUT).write_text(json.dumps(encoded(output)), encoding="utf-8")
     own = {name for name, _ in _tensors(call.module)}
@@ -107,7 +114,14 @@ class _Packaged:
         """Give the runner of a module, with the tensors that the module has now."""
         runner = self._runners.get(module)
         if runner is None:
-            runner = self._runners[module] = _Runner(self._package, self._device)
+            try:
+                runner = _Runner(self._package, self._device)
+            except (RuntimeError, OSError) as error:
+                raise EngineMismatch(
+                    f"AOT for {type(module).__name__}: the package can't be loaded ({error}); it is unpacked among "
+                    "the temporary files, where there may be no room"
+                ) from error
+            self._runners[module] = runner
         if not runner.bound:
             tensors = dict(_tensors(module))
             for name, tensor in tensors.items():

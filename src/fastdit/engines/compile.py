@@ -28,8 +28,10 @@ from torch import nn
 from fastdit.accelerator import register
 from fastdit.errors import EngineMismatch, InvalidConfig
 
+from .arguments import tensors_in
 from .engine import Execute, PieceCall
 from .processor import ProcessorEngine
+from .staged import StagedEngine, following_tokens, stage_of
 
 _NUMBERS = itertools.count()
 
@@ -44,8 +46,11 @@ MODES = ("default", "max-autotune-no-cudagraphs")
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Compile(ProcessorEngine):
+class Compile(StagedEngine, ProcessorEngine):
     """Run blocks as compiled by Inductor.
+
+    `tokens` names the numbers of image tokens of the run's stages, and gives one graph for all of them, in which the
+    number of tokens is a variable; attention is torch's there. Without it every stage has an engine of its own.
 
     `freeze` bakes the weights in: a few hundredths faster on CPUs, more on those with matrix units; one build for every
     block instead of one for every kind of block, and each is traced again in a second process. `mode` is
@@ -69,13 +74,21 @@ class Compile(ProcessorEngine):
         return self.freeze
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
+        shapes = self.shapes(call)
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
-        compiled = isolated(_piece(self.tracing(call, folder), call.module if self.freeze else None), mode=self.mode)
-        with inductor_in(folder), torch._inductor.config.patch(freezing=self.freeze):
+        piece = _piece(self.tracing(call, folder, shapes=len(shapes)), call.module if self.freeze else None)
+        compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
+        with (
+            inductor_in(folder),
+            torch._inductor.config.patch(freezing=self.freeze),
+            following_tokens(call, shapes) as (args, kwargs),
+        ):
             # Dynamo traces at the first call, so that is where building happens.
-            compiled(call.module, call.args, call.kwargs)
+            compiled(call.module, args, kwargs)
 
         def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if len(shapes) > 1:
+                stage_of(tensors_in([args, kwargs]), shapes)
             try:
                 with nullcontext() if _BOUNDED else torch._dynamo.config.patch(error_on_recompile=True):
                     return compiled(module, args, kwargs)
@@ -99,7 +112,7 @@ def _piece(tracing: Callable[[], AbstractContextManager[Any]], frozen: nn.Module
 
 
 def isolated(function: Any, **options: Any) -> Any:
-    """Compile a function for one set of shapes, in one graph, apart from every other engine.
+    """Compile a function in one graph, apart from every other engine.
 
     Dynamo keeps what it compiled with a function's code object, and few of them; so an engine has a code of its own.
     """
@@ -110,7 +123,7 @@ def isolated(function: Any, **options: Any) -> Any:
     )
     if _BOUNDED:
         options |= {"isolate_recompiles": True, "recompile_limit": 1}
-    return torch.compile(own, fullgraph=True, dynamic=False, **options)
+    return torch.compile(own, fullgraph=True, **options)
 
 
 @contextmanager

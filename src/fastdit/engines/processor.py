@@ -57,12 +57,15 @@ class ProcessorEngine(Engine):
             name = type(self).__name__
             raise InvalidConfig(f"{name}'s attention is one of {', '.join(CHOICES)}, got {self.attention!r}")
 
-    def tracing(self, call: PieceCall, folder: Path) -> Callable[[], AbstractContextManager[Any]]:
-        """Give what a piece is traced under. What is chosen for its attention is written to `folder`, or read there."""
+    def tracing(self, call: PieceCall, folder: Path, *, shapes: int = 1) -> Callable[[], AbstractContextManager[Any]]:
+        """Give what a piece is traced under. What is chosen for its attention is written to `folder`, or read there.
+
+        A piece of several `shapes` has torch's attention, since what is faster depends on the shape.
+        """
         if call.device.type != "cpu":
             return nullcontext
         by_heads: frozenset[Hashable] = frozenset()
-        if self.attention == "fastest" and not call.attention:
+        if self.attention == "fastest" and not call.attention and shapes == 1:
             if not (folder / _FILE).exists():
                 (folder / _FILE).write_text(json.dumps(_faster_by_heads(call)), encoding="utf-8")
             by_heads = frozenset(_hashable(outline) for outline in json.loads((folder / _FILE).read_bytes()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,14 +77,40 @@ def stage_of(tensors: list[torch.Tensor], shapes: tuple[Shapes, ...]) -> int:
     return shapes.index(own)
 
 
+def _varying(shapes: tuple[Shapes, ...]) -> list[set[int]]:
+    """List the dimensions of each tensor that are not of one size in all of `shapes`."""
+    return [
+        {axis for axis, sizes in enumerate(zip(*each, strict=True)) if len(set(sizes)) > 1}
+        for each in zip(*shapes, strict=True)
+    ]
+
+
+@contextmanager
+def following_tokens(call: PieceCall, shapes: tuple[Shapes, ...]) -> Iterator[tuple[Any, Any]]:
+    """Give a call's arguments to Dynamo, which traces inside, with a variable for each dimension that differs.
+
+    Dimensions that happen to be of one size stay apart: image tokens may be as many as a token is wide, at one stage.
+    """
+    marks = iter(_varying(shapes))
+
+    def marked(tensor: torch.Tensor) -> torch.Tensor:
+        alias = tensor.detach()  # marks are attributes, and the caller's tensors get none
+        for axis in next(marks):
+            torch._dynamo.mark_dynamic(alias, axis)
+        return alias
+
+    if len(shapes) == 1:
+        yield call.args, call.kwargs
+        return
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        yield mapped(call.args, marked), mapped(call.kwargs, marked)
+
+
 def exported(call: PieceCall, shapes: tuple[Shapes, ...]) -> Any:
     """Export a piece as one program for all of `shapes`. Raises `UnsupportedModel` where it takes but one of them."""
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-    varying = [
-        {axis for axis, sizes in enumerate(zip(*each, strict=True)) if len(set(sizes)) > 1}
-        for each in zip(*shapes, strict=True)
-    ]
+    varying = _varying(shapes)
     dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in varying)
     tensors = tuple(tensors_in([call.args, call.kwargs]))
     with warnings.catch_warnings():

@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from .arguments import canonical, mapped, outline_of, tensors_in
 from .engine import BuiltEngine, Engine, PieceCall, refusal, refuse_gradients, refuse_modes
 from .key import EngineKey, adapters_of, environment_of, structure_of, weights_of
 from .registry import Registry
+from .scratch import scratch
 
 #: Engines of the process by where they are kept and the digests of their keys, each as long as some twin holds it.
 _LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
@@ -136,7 +136,7 @@ class Workshop:
     def _build(self, key: EngineKey, call: PieceCall) -> BuiltEngine:
         """Build an engine, or make it of what is kept, while no other process does the same."""
         start = time.perf_counter()
-        folder = Path(tempfile.mkdtemp(dir=_private().name))
+        folder = Path(tempfile.mkdtemp(dir=scratch()))
         with self._registry.locked(key):
             kept = self._registry.read(key, folder)
             try:
@@ -237,9 +237,3 @@ def _stage_of(run: Run) -> tuple[Any, ...] | None:
 
 def _shapes(call: PieceCall) -> list[list[int]]:
     return [list(tensor.shape) for tensor in tensors_in([call.args, call.kwargs])]
-
-
-@cache
-def _private() -> tempfile.TemporaryDirectory[str]:
-    """Make the folder in which this process works on engines; it goes when the process does."""
-    return tempfile.TemporaryDirectory(prefix="fastdit-engines-", ignore_cleanup_errors=True)
