@@ -51,7 +51,7 @@ def configurations() -> list[Configuration]:
         "RALU 7x + TeaCache .2, Taylor": [RALU("7x"), TeaCache(0.2, forecast=line)],
     }
     return [
-        *map(plain, (50, 15, 12, 10, 8, 7, 6, 5)),
+        *map(plain, (50, 15, 10, 7, 5)),
         *(Configuration(name, Stack(stack), {"num_inference_steps": steps}) for name, (stack, steps) in caches.items()),
         *(Configuration(name, Stack(stack)) for name, stack in schedules.items()),
     ]
