@@ -1,4 +1,4 @@
-"""Attention a few heads at a time: the formula's numbers, in parts of any size, as an operator that compilers can take."""
+"""Attention a few heads at a time: the formula's numbers, in parts of any size, as an operator for compilers."""
 
 from __future__ import annotations
 

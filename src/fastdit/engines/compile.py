@@ -48,8 +48,9 @@ class Compile(ProcessorEngine):
     """Run blocks as compiled by Inductor.
 
     `freeze` bakes the weights in: a few hundredths faster on CPUs, more on those with matrix units; one build for every
-    block instead of one for every kind of block, and each is traced again in a second process. `mode` is torch.compile's; the modes that capture CUDA graphs of single blocks are not offered, since
-    one block's output would be overwritten by the next one's.
+    block instead of one for every kind of block, and each is traced again in a second process. `mode` is
+    torch.compile's; the modes that capture CUDA graphs of single blocks are not offered, since one block's output would
+    be overwritten by the next one's.
     """
 
     _: dataclasses.KW_ONLY
