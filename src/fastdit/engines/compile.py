@@ -47,8 +47,8 @@ MODES = ("default", "max-autotune-no-cudagraphs")
 class Compile(ProcessorEngine):
     """Run blocks as compiled by Inductor.
 
-    `freeze` bakes the weights in: a few hundredths faster on CPUs, more on those with matrix units; one build for every
-    block instead of one for every kind of block, and each is traced again in a second process. `mode` is
+    `freeze` bakes the weights in: some hundredths faster on CPUs, how much depends on the processor; one build for
+    every block instead of one for every kind of block, and each is traced again in a second process. `mode` is
     torch.compile's; the modes that capture CUDA graphs of single blocks are not offered, since one block's output would
     be overwritten by the next one's.
     """
