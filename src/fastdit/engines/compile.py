@@ -52,8 +52,8 @@ class Compile(StagedEngine, ProcessorEngine):
     `tokens` names the numbers of image tokens of the run's stages, and gives one graph for all of them, in which the
     number of tokens is a variable; attention is torch's there. Without it every stage has an engine of its own.
 
-    `freeze` bakes the weights in: a few hundredths faster on CPUs, more on those with matrix units; one build for every
-    block instead of one for every kind of block, and each is traced again in a second process. `mode` is
+    `freeze` bakes the weights in: some hundredths faster on CPUs, how much depends on the processor; one build for
+    every block instead of one for every kind of block, and each is traced again in a second process. `mode` is
     torch.compile's; the modes that capture CUDA graphs of single blocks are not offered, since one block's output would
     be overwritten by the next one's.
     """
