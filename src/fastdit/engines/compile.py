@@ -78,10 +78,10 @@ class Compile(StagedEngine):
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
         dynamic = None if len(shapes) > 1 else False
         compiled = isolated(_frozen(call.module) if self.freeze else _plainly, mode=self.mode, dynamic=dynamic)
-        with inductor_in(folder), torch._inductor.config.patch(freezing=self.freeze):
+        frozen = torch._inductor.config.patch(freezing=self.freeze)
+        with inductor_in(folder), frozen, following_tokens(call, shapes) as (args, kwargs):
             # Dynamo traces at the first call, so that is where building happens.
-            with following_tokens(call, shapes) as (args, kwargs):
-                compiled(call.module, args, kwargs)
+            compiled(call.module, args, kwargs)
 
         def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if len(shapes) > 1:
