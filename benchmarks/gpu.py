@@ -318,6 +318,7 @@ def main(
         compare(chosen)
         Console(width=None if Console().is_terminal else 160).print(table(f"{name}, {model.pixels} px", chosen))
         for row in chosen:
+            row.pipeline = None  # one model at a time
             if row.error is not None:
                 print(f"  {row.name}: {row.error}")
         found[name] = {

@@ -101,18 +101,16 @@ def test_a_process_that_is_killed_in_the_compiler_leaves_nothing_and_the_next_on
     healed(engine(directory=str(tmp_path / "engines")), tmp_path / "engines")
 
 
-def _working(here: Path, until: Any = None) -> None:
+def _working(here: Path, seconds: float) -> None:
     tempfile.tempdir = str(here)
     scratch.cache_clear()
     (scratch() / "engine.blob").write_bytes(bytes(1000))
-    if until is not None:
-        until.wait()
+    time.sleep(seconds)
 
 
 def test_what_a_killed_process_left_among_the_temporary_files_goes_and_a_living_one_s_stays(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    never = context.Event()
-    killed, living = (context.Process(target=_working, args=(tmp_path, never)) for _ in range(2))
+    killed, living = (context.Process(target=_working, args=(tmp_path, 600.0)) for _ in range(2))
     killed.start()
     while not (left := [*tmp_path.glob("*/engine.blob")]):
         time.sleep(0.01)
@@ -121,12 +119,12 @@ def test_what_a_killed_process_left_among_the_temporary_files_goes_and_a_living_
         time.sleep(0.01)
     killed.kill()
     killed.join()
-    later = context.Process(target=_working, args=(tmp_path,))
+    later = context.Process(target=_working, args=(tmp_path, 0.0))
     later.start()
     later.join()
     assert later.exitcode == 0
     assert not left[0].exists() and next(path for path in all_of_them if path not in left).exists()
-    never.set()
+    living.kill()
     living.join()
 
 

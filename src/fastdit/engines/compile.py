@@ -78,11 +78,8 @@ class Compile(StagedEngine, ProcessorEngine):
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
         piece = _piece(self.tracing(call, folder, shapes=len(shapes)), call.module if self.freeze else None)
         compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
-        with (
-            inductor_in(folder),
-            torch._inductor.config.patch(freezing=self.freeze),
-            following_tokens(call, shapes) as (args, kwargs),
-        ):
+        frozen = torch._inductor.config.patch(freezing=self.freeze)
+        with inductor_in(folder), frozen, following_tokens(call, shapes) as (args, kwargs):
             # Dynamo traces at the first call, so that is where building happens.
             compiled(call.module, args, kwargs)
 

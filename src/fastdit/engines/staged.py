@@ -102,7 +102,8 @@ def following_tokens(call: PieceCall, shapes: tuple[Shapes, ...]) -> Iterator[tu
     if len(shapes) == 1:
         yield call.args, call.kwargs
         return
-    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    tracing: Any = torch.fx.experimental._config
+    with tracing.patch(use_duck_shape=False):
         yield mapped(call.args, marked), mapped(call.kwargs, marked)
 
 
