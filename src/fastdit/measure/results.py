@@ -127,6 +127,19 @@ class Results:
         configurations = tuple(replace(entry, seconds=tuple(seconds[entry.name])) for entry in self.configurations)
         return replace(self, configurations=configurations)
 
+    def with_pictures_of(self, other: Results) -> Results:
+        """These results with another measurement's scores of the same prompts, by name; the seconds stay these."""
+        if other.prompts != self.prompts:
+            raise ResultsError(
+                "pictures of other prompts can't take the place of these; give the same prompts and seed"
+            )
+        made = {entry.name: entry for entry in other.configurations}
+        configurations = tuple(
+            replace(made[entry.name], seconds=entry.seconds) if entry.name in made else entry
+            for entry in self.configurations
+        )
+        return replace(self, configurations=configurations)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""
         data = asdict(self)
