@@ -33,7 +33,7 @@ SIDE = 256
 HALF_STEPS = 14
 
 #: Plain step counts around the times of the schedules, the baseline first.
-PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 14, 9, 7), "sd3": (28, 16, 12, 7, 5)}
+PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 16, 14, 11, 9, 8, 7), "sd3": (28, 16, 12, 7, 5)}
 
 #: Steps of the rivals that take as long as a preset: the paper's recipe, BottleneckSampling, a progressive schedule.
 RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {

@@ -123,22 +123,26 @@ class Results:
         return replace(self, configurations=configurations)
 
     def with_seconds(self, seconds: Mapping[str, Sequence[float]]) -> Results:
-        """These results timed anew: `seconds` holds one value a round, in rounds' order, of every configuration."""
-        configurations = tuple(replace(entry, seconds=tuple(seconds[entry.name])) for entry in self.configurations)
+        """The configurations of `seconds`, in its order, timed anew: it holds one value a round, in rounds' order."""
+        configurations = tuple(replace(self[name], seconds=tuple(values)) for name, values in seconds.items())
         return replace(self, configurations=configurations)
 
     def with_pictures_of(self, other: Results) -> Results:
-        """These results with another measurement's scores of the same prompts, by name; the seconds stay these."""
+        """These results with another measurement's scores of the same prompts, by name, and rows that are only there.
+
+        The seconds stay these. Likeness to another baseline is left out.
+        """
         if other.prompts != self.prompts:
             raise ResultsError(
                 "pictures of other prompts can't take the place of these; give the same prompts and seed"
             )
-        made = {entry.name: entry for entry in other.configurations}
-        configurations = tuple(
-            replace(made[entry.name], seconds=entry.seconds) if entry.name in made else entry
-            for entry in self.configurations
-        )
-        return replace(self, configurations=configurations)
+        likeness = () if other.baseline == self.baseline else ("psnr", "ssim")
+        rows = {entry.name: entry for entry in self.configurations}
+        for entry in other.configurations:
+            seconds = rows[entry.name].seconds if entry.name in rows else entry.seconds
+            metrics = {name: metric for name, metric in entry.metrics.items() if name not in likeness}
+            rows[entry.name] = replace(entry, seconds=seconds, metrics=metrics)
+        return replace(self, configurations=tuple(rows.values()))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""
