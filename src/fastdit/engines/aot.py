@@ -34,12 +34,11 @@ from .processor import ProcessorEngine
 _PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
 _PREFIX = "piece."
 
-#: Weights stay outside, the smallest ones too: Inductor writes numbers, and vectors of up to eight, into the code.
-_NOTHING_BAKED_IN = {
-    "aot_inductor.package_constants_in_so": False,
-    "always_keep_tensor_constants": True,
-    "joint_graph_constant_folding": False,
-}
+#: Weights stay outside, and none is taken for the number that all of it happens to be.
+_OUTSIDE = {"aot_inductor.package_constants_in_so": False, "joint_graph_constant_folding": False}
+
+#: Inductor writes numbers, and vectors of up to so many elements, into the code unless it is told to keep them.
+_SMALL = 8
 
 
 @register
@@ -74,18 +73,25 @@ def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContex
     with inductor_in(folder.with_suffix(".work")):
         with tracing():
             exported = torch.export.export(Flat(call), tuple(tensors_in([call.args, call.kwargs])))
+        own = dict(_tensors(call.module))
+        lifted = {
+            name: value.detach().contiguous()
+            for name, value in exported.constants.items()
+            if isinstance(value, torch.Tensor) and name.removeprefix(_PREFIX) not in own
+        }
+        keep = any(tensor.numel() <= _SMALL for tensor in own.values())
+        if keep and (unnamed := [name for name, value in lifted.items() if value.numel() <= _SMALL]):
+            # Kept numbers that are no weights lose their names; written into the code, so would the small weights be.
+            raise UnsupportedModel(
+                f"it has weights of a few elements, and numbers that it keeps as tensors besides ({unnamed[0]}), which "
+                "a package can't tell apart; take Compile()"
+            )
         torch._inductor.aoti_compile_and_package(
             exported,
             package_path=str(folder / _PACKAGE),
-            inductor_configs=_NOTHING_BAKED_IN,
+            inductor_configs={**_OUTSIDE, "always_keep_tensor_constants": keep},
         )
     (folder / _OUTPUT).write_text(json.dumps(encoded(output)), encoding="utf-8")
-    own = {name for name, _ in _tensors(call.module)}
-    lifted = {
-        name: value.detach().contiguous()
-        for name, value in exported.constants.items()
-        if isinstance(value, torch.Tensor) and name.removeprefix(_PREFIX) not in own
-    }
     if lifted:
         from safetensors.torch import save_file
 

@@ -85,7 +85,7 @@ class _OnProcessor(TorchFunctionMode):
             return args[0].unflatten(*args[1:], **kwargs)  # see KernelMode
         if func is nn.functional.gelu and kwargs.get("approximate") == "tanh":
             return _gelu(*args)
-        if func is nn.functional.scaled_dot_product_attention:
+        if func is nn.functional.scaled_dot_product_attention and self._by_heads:
             call = AttentionCall(*args, **kwargs)
             if call.query.dim() == 4 and takes(call) and _outline(call) in self._by_heads:
                 return attend_by_heads(call)
