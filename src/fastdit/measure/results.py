@@ -128,21 +128,25 @@ class Results:
         return replace(self, configurations=configurations)
 
     def with_pictures_of(self, other: Results) -> Results:
-        """These results with another measurement's scores of the same prompts, by name, and rows that are only there.
+        """These results with another measurement's scores of the same prompts, by name.
 
-        The seconds stay these. Likeness to another baseline is left out.
+        The seconds stay these. Likeness to another baseline is left out. Raises `ResultsError` for other prompts and
+        for rows that are not here.
         """
-        if other.prompts != self.prompts:
+        unknown = {entry.name for entry in other.configurations} - {entry.name for entry in self.configurations}
+        if other.prompts != self.prompts or unknown:
             raise ResultsError(
-                "pictures of other prompts can't take the place of these; give the same prompts and seed"
+                "pictures can only take the place of the same rows' of the same prompts and seed; make all anew"
+                + (f" (unknown: {', '.join(sorted(unknown))})" if unknown else "")
             )
         likeness = () if other.baseline == self.baseline else ("psnr", "ssim")
-        rows = {entry.name: entry for entry in self.configurations}
-        for entry in other.configurations:
-            seconds = rows[entry.name].seconds if entry.name in rows else entry.seconds
-            metrics = {name: metric for name, metric in entry.metrics.items() if name not in likeness}
-            rows[entry.name] = replace(entry, seconds=seconds, metrics=metrics)
-        return replace(self, configurations=tuple(rows.values()))
+        made = {entry.name: entry for entry in other.configurations}
+        rows = []
+        for entry in self.configurations:
+            anew = made.get(entry.name, entry)
+            kept = {name: metric for name, metric in anew.metrics.items() if anew is entry or name not in likeness}
+            rows.append(replace(anew, seconds=entry.seconds, metrics=kept))
+        return replace(self, configurations=tuple(rows))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""
