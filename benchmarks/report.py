@@ -114,9 +114,9 @@ def spatial(results: Results, title: str) -> list[str]:
     lines.append("|---|--:|---|--:|--:|--:|")
     for preset in (name for name in names if name.startswith("RALU ")):
         own = preset.removeprefix("RALU ")
-        plain = results.rival(preset)
+        plain = _plain_around(results, preset)
         others = [name for name in names if name.startswith(f"{own} rival: ")]
-        for rival in ([] if plain is None else [plain]) + others:
+        for rival in plain + others:
             time = results[rival].median_seconds / results[preset].median_seconds
             scores = (results.advantage(preset, rival, metric) for metric in ("judge", "frechet"))
             shown = " | ".join("-" if score is None else format(score, "+.3f") for score in scores)
@@ -134,6 +134,14 @@ def spatial(results: Results, title: str) -> list[str]:
         markdown(results),
         f"Machine: {results.environment}.",
     ]
+
+
+def _plain_around(results: Results, name: str) -> list[str]:
+    """Give the plain runs next to a configuration's time: the fastest that is slower, the slowest that is faster."""
+    goal = results[name].median_seconds
+    plain = sorted((c for c in results.configurations if c.stack is None), key=lambda c: c.median_seconds)
+    slower = [entry.name for entry in plain if entry.median_seconds >= goal][:1]
+    return slower + [entry.name for entry in plain if entry.median_seconds < goal][-1:]
 
 
 #: Speed-ups over 50 plain steps at which the libraries' best caches are set side by side.

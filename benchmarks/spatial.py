@@ -118,14 +118,18 @@ def pictures(
     prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 200,
     batch: int = 8,
     seed: int = 0,
+    only: Annotated[
+        str, typer.Option(help="Rows whose names begin so; they take their place in the results that are there.")
+    ] = "",
     out: OutOption = None,
 ) -> None:
     """Make and score the pictures of everything; the seconds are of a machine as it is."""
-    chosen = configurations(mini)
+    chosen = [entry for entry in configurations(mini) if entry.name.startswith(only)]
     results = compare(
         chosen, title=f"schedules, {mini}", prompts=prompts, batch=batch, seed=seed, mini=mini, dtype=DTYPE
     )
-    results.save(_path(mini, out))
+    path = _path(mini, out)
+    (Results.load(path).with_pictures_of(results) if only else results).save(path)
 
 
 @app.command(name="clock")

@@ -64,6 +64,22 @@ def test_a_clock_of_its_own_takes_the_place_of_the_seconds_alone() -> None:
     assert timed.with_seconds({entry.name: entry.seconds for entry in results.configurations}) == results
 
 
+def test_pictures_made_anew_take_their_rows_and_keep_the_clock() -> None:
+    results = make_results()
+    anew = results.with_seconds({entry.name: (9.0,) for entry in results.configurations})
+    scored = anew.with_metric("judge", {"RALU 4x": Metric(Interval(0.5, 0.4, 0.6), (0.5, 0.5))})
+    one = dataclasses.replace(scored, baseline="RALU 4x", configurations=(scored["RALU 4x"],))
+    merged = results.with_pictures_of(one)
+    assert merged["RALU 4x"].metrics["judge"].samples == (0.5, 0.5)
+    assert merged["RALU 4x"].seconds == results["RALU 4x"].seconds
+    assert merged["TeaCache"] == results["TeaCache"]
+    fresh = dataclasses.replace(one["RALU 4x"], name="RALU 9x")
+    with pytest.raises(ResultsError, match="unknown: RALU 9x"):
+        results.with_pictures_of(dataclasses.replace(one, baseline="RALU 9x", configurations=(fresh,)))
+    with pytest.raises(ResultsError, match="same prompts"):
+        results.with_pictures_of(dataclasses.replace(one, prompts=("a fish",)))
+
+
 def test_a_metric_of_whole_sets_is_compared_in_pairs_where_it_has_samples() -> None:
     results = make_results()
     whole = {entry.name: Metric(Interval(2.0, 1.0, 3.0)) for entry in results.configurations}

@@ -309,7 +309,7 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
     late = RALU("4x", ends=(0.8,))
-    whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.4), "lift": PixelLift()}
+    whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.6), "lift": PixelLift()}
     assert late.settings == RALU(**whole, ends=(0.8,)).settings
     pipe, _ = tiny.flux()
     plans = [accelerate(pipe, [ralu]).fastdit.plan(128, 128) for ralu in (late, RALU("4x"))]

@@ -123,9 +123,30 @@ class Results:
         return replace(self, configurations=configurations)
 
     def with_seconds(self, seconds: Mapping[str, Sequence[float]]) -> Results:
-        """These results timed anew: `seconds` holds one value a round, in rounds' order, of every configuration."""
-        configurations = tuple(replace(entry, seconds=tuple(seconds[entry.name])) for entry in self.configurations)
+        """The configurations of `seconds`, in its order, timed anew: it holds one value a round, in rounds' order."""
+        configurations = tuple(replace(self[name], seconds=tuple(values)) for name, values in seconds.items())
         return replace(self, configurations=configurations)
+
+    def with_pictures_of(self, other: Results) -> Results:
+        """These results with another measurement's scores of the same prompts, by name.
+
+        The seconds stay these. Likeness to another baseline is left out. Raises `ResultsError` for other prompts and
+        for rows that are not here.
+        """
+        unknown = {entry.name for entry in other.configurations} - {entry.name for entry in self.configurations}
+        if other.prompts != self.prompts or unknown:
+            raise ResultsError(
+                "pictures can only take the place of the same rows' of the same prompts and seed; make all anew"
+                + (f" (unknown: {', '.join(sorted(unknown))})" if unknown else "")
+            )
+        likeness = () if other.baseline == self.baseline else ("psnr", "ssim")
+        made = {entry.name: entry for entry in other.configurations}
+        rows = []
+        for entry in self.configurations:
+            anew = made.get(entry.name, entry)
+            kept = {name: metric for name, metric in anew.metrics.items() if anew is entry or name not in likeness}
+            rows.append(replace(anew, seconds=entry.seconds, metrics=kept))
+        return replace(self, configurations=tuple(rows))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""

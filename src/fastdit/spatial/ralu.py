@@ -61,10 +61,10 @@ def _whole(steps: tuple[int, int], shifts: tuple[float, float], family: str, sta
 #: The settings by how many times fewer FLOPs they cost than 50 steps (28 of SD3), each for its family of models. The
 #: first stage has the family's own shift at half the size; the last one steps more evenly than plain sampling does.
 PRESETS = {
-    "4x": _whole((22, 6), (2.0, 0.4), _FLUX),
-    "5x": _whole((20, 4), (2.0, 0.6), _FLUX),
-    "7x": _whole((14, 3), (2.0, 0.6), _FLUX),
-    "10x": _whole((10, 2), (2.0, 1.0), _FLUX),
+    "4x": _whole((22, 6), (2.0, 0.6), _FLUX),
+    "5x": _whole((20, 4), (2.0, 0.8), _FLUX),
+    "7x": _whole((14, 3), (2.0, 1.2), _FLUX),
+    "10x": _whole((10, 2), (2.0, 1.2), _FLUX, start=0.20),
     "2x": _whole((28, 6), (3.0, 0.4), _SD3),
     "3x": _whole((20, 4), (3.0, 0.6), _SD3),
     "6x": _whole((7, 3), (3.0, 0.6), _SD3),
