@@ -186,6 +186,18 @@ def test_what_a_video_can_t_honour_is_refused_by_name() -> None:
         tiny.run(fast, call)
 
 
+def test_a_video_of_no_size_that_was_asked_for_is_planned_at_the_pipeline_s_own() -> None:
+    pipe, _ = built("WanPipeline")
+    described = type(pipe)
+
+    class Own(described):  # type: ignore[misc, valid-type]
+        def __call__(self, **options: Any) -> Any:
+            return super().__call__(**options)
+
+    pipe.__class__ = Own
+    assert accelerate(pipe, [TWO]).fastdit.plan(num_inference_steps=6).stages[1].tokens == 480 * 832 // 16**2
+
+
 def test_a_picture_larger_than_auraflow_s_table_is_refused_before_it_runs() -> None:
     pipe, call = built("AuraFlowPipeline", rows=18, columns=8)
     with pytest.raises(InvalidConfig, match="18 x 8 tokens are more than the model's 16 positions"):

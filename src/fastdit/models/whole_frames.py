@@ -8,6 +8,7 @@ channels those of all of them in turn.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -110,7 +111,10 @@ class VideoFamily(WholeFrameFamily):
         if isinstance(latents, torch.Tensor) and latents.dim() == 5:
             factor = pipeline.vae_scale_factor_spatial
             return latents.shape[3] * factor, latents.shape[4] * factor
-        return arguments["height"], arguments["width"]
+        described = next(cls for cls in type(pipeline).__mro__ if cls.__name__ in self.pipelines)
+        defaults = inspect.signature(described.__call__).parameters
+        height, width = (arguments.get(name) or defaults[name].default for name in ("height", "width"))
+        return height, width
 
     def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
         side = pipeline.vae_scale_factor_spatial * self.patch
