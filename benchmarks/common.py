@@ -29,19 +29,17 @@ from fastdit.mini.train.render import draw, random_picture
 RENDERED = 400
 
 
-def keep_freed_memory() -> str:
-    """Have glibc keep what is freed, for the rest of the process; say which allocator there is.
+def keep_freed_memory() -> None:
+    """Have glibc, where that is the allocator, keep what is freed for the rest of the process.
 
     By default it may give freed memory back and fetch it again page by page at every step, in some processes and not in
     others, by the order of their allocations. That is up to a tenth of a step, and not what is compared.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt"):
-        return "the system's"
-    trim_threshold, mmap_threshold, most = -1, -3, 32 * 2**20
-    if not (library.mallopt(trim_threshold, 2**31 - 1) and library.mallopt(mmap_threshold, most)):
-        return "the system's"
-    return "glibc, freed memory kept"
+    if library is not None and hasattr(library, "mallopt"):
+        trim_threshold, mmap_threshold, most = -1, -3, 32 * 2**20
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(mmap_threshold, most)
 
 
 def save(path: Path, values: Mapping[str, Any], *, device: str = "cpu") -> None:

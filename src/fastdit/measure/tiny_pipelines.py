@@ -26,6 +26,52 @@ Builder = Callable[..., Built]
 
 _HEADS: Call = {"num_attention_heads": 2, "attention_head_dim": 16}
 
+#: What these models are made of, here and where only a transformer is needed.
+AURA_FLOW: Call = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_mmdit_layers": 2,
+    "num_single_dit_layers": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 32,
+    "out_channels": 4,
+    "pos_embed_max_size": 256,
+    **_HEADS,
+}
+SANA: Call = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 16,
+    "sample_size": 8,
+    **_HEADS,
+}
+PRX: Call = {
+    "in_channels": 4,
+    "context_in_dim": 32,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "depth": 2,
+    "axes_dim": [8, 8],
+}
+HUNYUAN_VIDEO: Call = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "text_embed_dim": 32,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+    "guidance_embeds": True,
+    **_HEADS,
+}
+
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
     """Standard normal noise of a seed."""
@@ -537,37 +583,14 @@ def _guided(batch: int, width: int) -> Call:
 
 def aura_flow(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """AuraFlow: a learned table of positions, both branches in one batch."""
-    transformer = component(
-        "AuraFlowTransformer2DModel",
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        out_channels=4,
-        pos_embed_max_size=256,
-        **_HEADS,
-    )
+    transformer = component("AuraFlowTransformer2DModel", **AURA_FLOW)
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
     return assembled("AuraFlowPipeline", transformer=transformer, **parts), _call(size, steps, **_guided(batch, 32))
 
 
 def sana(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """Sana: linear attention, convolutions over the frame, an autoencoder without a distribution, a DPM solver."""
-    transformer = component(
-        "SanaTransformer2DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=16,
-        sample_size=8,
-        **_HEADS,
-    )
+    transformer = component("SanaTransformer2DModel", **SANA)
     vae = component(
         "AutoencoderDC",
         seed=1,
@@ -587,15 +610,7 @@ def sana(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
 
 def prx(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """PRX: the ids of a whole frame are made in the forward. Guided, the pipeline takes a single prompt."""
-    transformer = component(
-        "PRXTransformer2DModel",
-        in_channels=4,
-        context_in_dim=32,
-        hidden_size=32,
-        num_heads=2,
-        depth=2,
-        axes_dim=[8, 8],
-    )
+    transformer = component("PRXTransformer2DModel", **PRX)
     parts = {"scheduler": flow_matching(), "vae": kl_autoencoder()}
     call = _guided(batch, 32) | {"guidance_scale": 1.0}
     call |= {name: value.bool() for name, value in call.items() if "mask" in name}
@@ -605,20 +620,7 @@ def prx(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
 
 def hunyuan_video(*, size: Size = 64, steps: int = 4, batch: int = 1) -> Built:
     """HunyuanVideo, five frames, with true guidance: two calls a step."""
-    transformer = component(
-        "HunyuanVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        text_embed_dim=32,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-        guidance_embeds=True,
-        **_HEADS,
-    )
+    transformer = component("HunyuanVideoTransformer3DModel", **HUNYUAN_VIDEO)
     vae = component(
         "AutoencoderKLHunyuanVideo",
         seed=1,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tiny_pipelines import Call, component, randn
+from .tiny_pipelines import AURA_FLOW, HUNYUAN_VIDEO, PRX, SANA, Call, component, randn
 
 Built = tuple[nn.Module, Call]
 HEADS: Call = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -62,19 +62,7 @@ def ovis_image() -> Built:
 
 def aura_flow() -> Built:
     """AuraFlow."""
-    model = component(
-        "AuraFlowTransformer2DModel",
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        out_channels=4,
-        pos_embed_max_size=16,
-        **HEADS,
-    )
+    model = component("AuraFlowTransformer2DModel", **AURA_FLOW)
     return model, _image(4)
 
 
@@ -161,20 +149,7 @@ def mochi() -> Built:
 
 def hunyuan_video(condition: str | None = None) -> Built:
     """HunyuanVideo, or with `token_replace` its image to video."""
-    model = component(
-        "HunyuanVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        text_embed_dim=32,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-        image_condition_type=condition,
-        **HEADS,
-    )
+    model = component("HunyuanVideoTransformer3DModel", **HUNYUAN_VIDEO, image_condition_type=condition)
     return model, _video(4) | {
         "encoder_attention_mask": torch.ones(1, 6),
         "pooled_projections": randn(1, 8, seed=33),
@@ -316,18 +291,7 @@ def hidream() -> Built:
 
 def sana() -> Built:
     """Sana: linear attention."""
-    model = component(
-        "SanaTransformer2DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=16,
-        sample_size=8,
-        **HEADS,
-    )
+    model = component("SanaTransformer2DModel", **SANA)
     return model, _image(4, 16)
 
 
@@ -349,15 +313,7 @@ def cosmos() -> Built:
 
 def prx() -> Built:
     """PRX."""
-    size: Call = {
-        "in_channels": 4,
-        "context_in_dim": 32,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "depth": 2,
-        "axes_dim": [8, 8],
-    }
-    model = component("PRXTransformer2DModel", **size)
+    model = component("PRXTransformer2DModel", **PRX)
     return model, _image(4) | {"attention_mask": torch.ones(1, 6, dtype=torch.bool)}
 
 

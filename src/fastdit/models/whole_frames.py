@@ -26,7 +26,7 @@ class WholeFrameFamily(FrameFamily):
     mixes: ClassVar[bool] = False
 
     def of(self, pipeline: Any) -> WholeFrameFamily:
-        patch = pipeline.transformer.config.patch_size
+        patch = _transformer(pipeline).config.patch_size
         return dataclasses.replace(self, patch=patch if isinstance(patch, int) else patch[-1])
 
     def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
@@ -101,10 +101,8 @@ class VideoFamily(WholeFrameFamily):
     one_plane: ClassVar[bool] = False
 
     def of(self, pipeline: Any) -> VideoFamily:
-        transformer = pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
-        patch = transformer.config.patch_size
-        patch = patch if isinstance(patch, int) else patch[-1]
-        return dataclasses.replace(self, patch=patch, channels=int(transformer.config.in_channels))
+        channels = int(_transformer(pipeline).config.in_channels)
+        return dataclasses.replace(self, patch=super().of(pipeline).patch, channels=channels)
 
     def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         latents = arguments.get("latents")
@@ -154,6 +152,11 @@ class VideoFamily(WholeFrameFamily):
     def _planes(self, frames: torch.Tensor) -> torch.Tensor:
         planes: torch.Tensor = frames.unflatten(1, (self.channels, -1))
         return planes
+
+
+def _transformer(pipeline: Any) -> Any:
+    """Give a pipeline's transformer; Wan 2.2 may have the second of its two alone."""
+    return pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
 
 
 def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
