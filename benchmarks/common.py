@@ -18,7 +18,7 @@ from fastdit.measure.environment import Environment
 from fastdit.measure.experiment import Configuration, Experiment
 from fastdit.measure.images import frechet_distance
 from fastdit.measure.results import Metric, Results
-from fastdit.measure.statistics import influences, jackknife
+from fastdit.measure.statistics import influences, jackknife, mean
 from fastdit.measure.timing import time_interleaved
 from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import load_judge
@@ -58,16 +58,18 @@ def compare(
     batch: int,
     seed: int,
     first: int = 0,
+    each: int = 1,
     mini: Architecture = "flux",
     dtype: torch.dtype | None = None,
 ) -> Results:
     """Make every configuration's pictures of held-out prompts in turns; time them, score them.
 
     The first configuration is the baseline; the Frechet distance is to renders of what other prompts ask for. `first`
-    leaves out that many held-out prompts at the start, for a comparison on fresh ones.
+    leaves out that many held-out prompts at the start, for a comparison on fresh ones. A prompt has `each` pictures,
+    whose scores are averaged, and which are left out of the distance together.
     """
     judge = load_judge()
-    asked = held_out(first + prompts, seed, background=True)[first:]
+    asked = held_out(first + prompts, seed, background=True)[first:] * each
     experiment = Experiment(pipeline_of(mini, dtype), asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
     results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
     target = judge.features(renders(RENDERED, seed + 1)).numpy()
@@ -76,12 +78,24 @@ def compare(
         features = judge.features(made).numpy()
 
         def distance(rows: np.ndarray, features: np.ndarray = features) -> float:
-            return frechet_distance(target, features[rows], regularisation=1e-3)
+            own = (rows + prompts * np.arange(each)[:, None]).ravel()
+            return frechet_distance(target, features[own], regularisation=1e-3)
 
         distances[name] = Metric(jackknife(distance, prompts), influences(distance, prompts))
-    # The records of single runs are for a reader of one report; a comparison of many would be megabytes of them.
-    bare = tuple(dataclasses.replace(configuration, records=()) for configuration in results.configurations)
-    return dataclasses.replace(results, configurations=bare).with_metric("frechet", distances)
+    return _by_prompt(results, prompts).with_metric("frechet", distances)
+
+
+def _by_prompt(results: Results, prompts: int) -> Results:
+    """Average the scores of a prompt's pictures, which are no samples of their own.
+
+    The records of single runs are left out: they are for a reader of one report, and megabytes in a comparison of many.
+    """
+    rows = []
+    for entry in results.configurations:
+        samples = {name: np.reshape(metric.samples, (-1, prompts)).mean(0) for name, metric in entry.metrics.items()}
+        metrics = {name: Metric(mean(list(values)), tuple(values.tolist())) for name, values in samples.items()}
+        rows.append(dataclasses.replace(entry, metrics=metrics, records=()))
+    return dataclasses.replace(results, configurations=tuple(rows))
 
 
 def clock(

@@ -55,19 +55,22 @@ def main(
     tokens_per_side: int = 16,
     mini: Annotated[bool, typer.Option(help="Measure on the embedded pipeline instead of random weights.")] = False,
     batch: Annotated[int, typer.Option(help="Pictures a call, on the embedded pipeline.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the order in a round; each process has its own.")] = 0,
     out: Path = Path("benchmarks/results/overhead.json"),
 ) -> None:
     """Print the ratio twin / plain of paired calls with its interval; exit 1 if one is above 1.01.
 
-    Where tensors come to lie in memory is settled once a process and moves a ratio by a hundredth either way: with
-    several processes the ratio is the mean of their medians, and its interval that of a draw of processes.
+    Where tensors come to lie in memory is settled once a process and moves a ratio by a hundredth either way, as does
+    which task follows which: with several processes, each with an order of its own, the ratio is the mean of their
+    medians, and its interval that of a draw of processes.
     """
     if processes > 1:
-        each = [_in_a_process(rounds, steps, tokens_per_side, mini, batch) for _ in range(processes)]
+        seeds = range(seed, seed + processes)
+        each = [_in_a_process(rounds, steps, tokens_per_side, mini, batch, own) for own in seeds]
         ratios = {name: mean([one[name] for one in each]) for name in each[0]}
         values: dict[str, Any] = {"each": each}
     else:
-        seconds = measure(rounds, steps, tokens_per_side, mini, batch)
+        seconds = measure(rounds, steps, tokens_per_side, mini, batch, seed)
         print(f"median seconds {medians(seconds)}")
         ratios = {name: median_of_ratios(seconds[name], seconds["plain"]) for name in seconds if name != "plain"}
         values = {"seconds": seconds}
@@ -81,7 +84,9 @@ def main(
     raise typer.Exit(any(ratio.estimate > BAR for ratio in ratios.values()))
 
 
-def measure(rounds: int, steps: int, tokens_per_side: int, mini: bool, batch: int) -> dict[str, tuple[float, ...]]:
+def measure(
+    rounds: int, steps: int, tokens_per_side: int, mini: bool, batch: int, seed: int
+) -> dict[str, tuple[float, ...]]:
     """The seconds of the plain pipeline and of every twin, round by round."""
     keep_freed_memory()
     pipeline: Any = load_mini() if mini else random_flux(MODEL)
@@ -100,14 +105,15 @@ def measure(rounds: int, steps: int, tokens_per_side: int, mini: bool, batch: in
 
     tasks = {"plain": lambda number: run(pipeline)}
     tasks |= {name: (lambda number, twin=twin: run(twin)) for name, twin in twins.items()}
-    return time_interleaved(tasks, rounds=rounds, warmup=3)
+    return time_interleaved(tasks, rounds=rounds, warmup=2, seed=seed)
 
 
-def _in_a_process(rounds: int, steps: int, tokens_per_side: int, mini: bool, batch: int) -> dict[str, float]:
+def _in_a_process(rounds: int, steps: int, tokens_per_side: int, mini: bool, batch: int, seed: int) -> dict[str, float]:
     """The ratios that a process of their own finds."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "overhead.json"
-        options = {"rounds": rounds, "steps": steps, "tokens-per-side": tokens_per_side, "batch": batch, "out": out}
+        options = {"rounds": rounds, "steps": steps, "tokens-per-side": tokens_per_side, "batch": batch, "seed": seed}
+        options["out"] = out
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         command = [sys.executable, __file__, *arguments, *(["--mini"] if mini else [])]
         finished = subprocess.run(command, capture_output=True, text=True)

@@ -122,18 +122,49 @@ def spatial(results: Results, title: str) -> list[str]:
             shown = " | ".join("-" if score is None else format(score, "+.3f") for score in scores)
             speed = format(results.speed_up(preset), ".2f")
             lines.append(f"| {own} | {speed} | {rival.removeprefix(f'{own} rival: ')} | {time:.2f} | {shown} |")
-    rounds = len(results[results.baseline].seconds)
     return [
         f"## {title}",
-        f"{len(results.prompts)} held-out prompts in {results.settings['dtype']}, {results.images_per_round} a call; "
-        f"timed apart from that, in {rounds} rounds in turns. Each preset beside the schedules that take as long (*its "
-        "time* is the rival's over the preset's); differences are paired, a higher judge's score and a lower distance "
-        "are better.",
+        f"{_pictures(results)} Each preset beside the schedules that take as long (*its time* is the rival's over the "
+        "preset's); differences are paired, a higher judge's score and a lower distance are better.",
         "\n".join(lines),
-        "Everything that took part, one preset with its parts exchanged among it:",
+        "Everything that took part:",
         markdown(results),
         f"Machine: {results.environment}.",
     ]
+
+
+def exchanged(results: Results) -> list[str]:
+    lines = [
+        "| run | its time | fewer FLOPs | judge | judge, run - preset | Frechet distance, run - preset | sharpness |"
+    ]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    preset = results[results.baseline]
+    for entry in results.configurations:
+        time = entry.median_seconds / preset.median_seconds
+        scores = (results.advantage(entry.name, preset.name, metric) for metric in ("judge", "frechet"))
+        shown = ("-" if entry is preset or score is None else format(score, "+.3f") for score in scores)
+        own = (format(entry.metrics[name].interval, spec) for name, spec in (("judge", ".3f"), ("sharpness", ".2f")))
+        judge, sharpness = own
+        cells = (f"{time:.2f}", f"{results.flops_ratio(entry.name):.2f}", judge, *shown, sharpness)
+        lines.append(f"| {entry.name} | {' | '.join(cells)} |")
+    return [
+        "## What each part of a schedule is worth",
+        f"{preset.name} on the embedded pipeline and the same with one part exchanged: {_pictures(results)} Time and "
+        "FLOPs are to the preset's; differences are paired, a higher judge's score and a lower distance are better.",
+        "\n".join(lines),
+        f"Machine: {results.environment}.",
+    ]
+
+
+def _pictures(results: Results) -> str:
+    """Say what a comparison was made of."""
+    prompts, rounds = len(set(results.prompts)), len(results[results.baseline].seconds)
+    several = len(results.prompts) // prompts
+    each = f", {several} pictures each" if several > 1 else ""
+    return (
+        f"{prompts} held-out prompts{each}, in {results.settings['dtype']}, {results.images_per_round} a call; timed "
+        f"apart from that, in {rounds} rounds in turns."
+    )
 
 
 def _plain_around(results: Results, name: str) -> list[str]:
@@ -253,6 +284,8 @@ def main() -> None:
     for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
         if (path := RESULTS / f"spatial-{mini}.json").exists():
             parts += spatial(Results.load(path), title)
+    if (path := RESULTS / "parts.json").exists():
+        parts += exchanged(Results.load(path))
     if (path := RESULTS / "caching.json").exists():
         parts += caching(Results.load(path))
     if (path := RESULTS / "isolation.json").exists():

@@ -1,4 +1,4 @@
-"""Schedules at equal time on the embedded pipelines: RALU's presets, their rivals, and one part exchanged at a time.
+"""Schedules at equal time on the embedded pipelines: RALU's presets beside the schedules that take as long.
 
 `pictures` makes and scores everything and may share its machine; `clock` then times it all in turns on a quiet one.
 """
@@ -21,10 +21,8 @@ from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
 from fastdit.spatial.bottleneck import BottleneckSampling
-from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.progressive import ProgressiveResolution
-from fastdit.spatial.ralu import PRESETS, RALU
-from fastdit.spatial.token_copy import TokenCopy
+from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
 
 RESULTS = Path("benchmarks/results")
@@ -33,7 +31,7 @@ SIDE = 256
 HALF_STEPS = 14
 
 #: Plain step counts around the times of the schedules, the baseline first.
-PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 14, 9, 7), "sd3": (28, 16, 12, 7, 5)}
+PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 16, 11, 8, 6, 5), "sd3": (50, 28, 16, 12, 7, 5)}
 
 #: Steps of the rivals that take as long as a preset: the paper's recipe, BottleneckSampling, a progressive schedule.
 RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {
@@ -49,9 +47,6 @@ RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int
         "9x": (RALU.paper("3x", steps=(1, 2, 3)), (1, 5, 2), (5, 3)),
     },
 }
-
-#: The preset whose parts are exchanged one at a time, where any is.
-EXCHANGED: dict[Architecture, str] = {"flux": "7x"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -69,7 +64,7 @@ class HalfSize:
 
 
 def configurations(mini: Architecture) -> list[Configuration]:
-    """Plain sampling, the presets, each with the rivals that take as long, and one preset with its parts exchanged."""
+    """Plain sampling, and the presets, each with the rivals that take as long."""
     half = {"pipeline": HalfSize(pipeline_of(mini, DTYPE)), "call": {"num_inference_steps": HALF_STEPS}}
     schedules: dict[str, Accelerator] = {}
     for preset, (recipe, bottleneck, progressive) in RIVALS[mini].items():
@@ -79,29 +74,11 @@ def configurations(mini: Architecture) -> list[Configuration]:
             f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
             f"{preset} rival: progressive, {_listed(progressive)}": ProgressiveResolution(progressive),
         }
-    if mini in EXCHANGED:
-        schedules |= _exchanged(EXCHANGED[mini])
     return [
         *map(plain, PLAIN[mini]),
         Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
         *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
     ]
-
-
-def _exchanged(preset: str) -> dict[str, Accelerator]:
-    recipe = PRESETS[preset]
-    coarse, fine = recipe.steps
-    mixed = {"steps": (coarse - 3, 3, fine - 1), "ends": (0.5, 0.8), "starts": (0.2, 0.15), "ratio": 0.3}
-    shifts = (*recipe.shifts[:1], 1.0, *recipe.shifts[1:]) if recipe.shifts else None
-    return {
-        f"{preset}, shifts matched": RALU(steps=recipe.steps, ends=recipe.ends, starts=recipe.starts, lift=PixelLift()),
-        f"{preset}, noise drawn anew": RALU(preset, lift=PixelLift(noise="fresh")),
-        f"{preset}, latents enlarged": RALU(preset, lift=LatentLift(resize="bicubic")),
-        f"{preset}, tokens copied": RALU(preset, lift=TokenCopy()),
-        f"{preset}, a later start": RALU(preset, starts=(0.4,)),
-        f"{preset}, a mixed stage, coarse frame": RALU(**mixed, shifts=shifts, lift=PixelLift()),
-        f"{preset}, a mixed stage, fine frame": RALU(**mixed, shifts=shifts, lift=PixelLift(), frame="fine"),
-    }
 
 
 def _listed(steps: tuple[int, ...]) -> str:
@@ -115,7 +92,8 @@ OutOption = Annotated[Path | None, typer.Option(help="The JSON file; one by the 
 @app.command()
 def pictures(
     mini: MiniOption = "flux",
-    prompts: Annotated[int, typer.Option(help="Held-out prompts; one picture each.")] = 200,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 200,
+    each: Annotated[int, typer.Option(help="Pictures of each prompt, from as many seeds.")] = 1,
     batch: int = 8,
     seed: int = 0,
     only: Annotated[
@@ -126,7 +104,7 @@ def pictures(
     """Make and score the pictures of everything; the seconds are of a machine as it is."""
     chosen = [entry for entry in configurations(mini) if entry.name.startswith(only)]
     results = compare(
-        chosen, title=f"schedules, {mini}", prompts=prompts, batch=batch, seed=seed, mini=mini, dtype=DTYPE
+        chosen, title=f"schedules, {mini}", prompts=prompts, each=each, batch=batch, seed=seed, mini=mini, dtype=DTYPE
     )
     path = _path(mini, out)
     (Results.load(path).with_pictures_of(results) if only else results).save(path)
