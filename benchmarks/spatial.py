@@ -39,6 +39,7 @@ RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int
         "4x": (RALU.paper("4x", steps=(6, 7, 8)), (4, 15, 5), (22, 7)),
         "7x": (RALU.paper("7x", steps=(3, 4, 6)), (2, 11, 3), (14, 4)),
         "10x": (RALU.paper("7x"), (2, 7, 2), (10, 3)),
+        "14x": (RALU.paper("7x", steps=(1, 2, 4)), (2, 5, 2), (9, 2)),
     },
     "sd3": {
         "2x": (RALU.paper("2x", steps=(6, 7, 10)), (5, 18, 5), (28, 7)),

@@ -73,7 +73,7 @@ def test_a_call_without_a_generator_works_and_varies(built: tiny.Built) -> None:
     assert not torch.equal(tiny.run(fast, call, seed=None), tiny.run(fast, call, seed=None))
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("4x", 28), ("5x", 24), ("7x", 17), ("10x", 12)])
+@pytest.mark.parametrize(("preset", "steps"), [("4x", 28), ("5x", 24), ("7x", 17), ("10x", 12), ("14x", 7)])
 def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, steps: int) -> None:
     pipe, call = built
     fast = accelerate(pipe, [RALU(preset)])

@@ -280,7 +280,7 @@ def test_a_history_of_whole_latents_can_t_be_carried_to_another_shape_and_says_s
 def test_a_preset_of_flux_is_refused_and_the_message_names_those_of_sd3(built: tiny.Built, preset: str | None) -> None:
     with pytest.raises(InvalidConfig, match=r"FLUX\.1.*2x, 3x, 6x, 9x"):
         accelerate(built[0], [RALU(preset)])
-    with pytest.raises(InvalidConfig, match=r"Stable Diffusion 3.*4x, 5x, 7x, 10x"):
+    with pytest.raises(InvalidConfig, match=r"Stable Diffusion 3.*4x, 5x, 7x, 10x, 14x"):
         accelerate(tiny.flux()[0], [RALU("2x")])
 
 

@@ -30,7 +30,7 @@ class Architecture:
     clip_configs: tuple[Mapping[str, Any], ...] = ()
     guided: bool = False
     steps: int = 50
-    presets: tuple[str, ...] = ("4x", "5x", "7x", "10x")
+    presets: tuple[str, ...] = ("4x", "5x", "7x", "10x", "14x")
 
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens of a picture of this size in pixels."""

@@ -65,6 +65,7 @@ PRESETS = {
     "5x": _whole((20, 4), (2.0, 0.8), _FLUX),
     "7x": _whole((14, 3), (2.0, 1.2), _FLUX),
     "10x": _whole((10, 2), (2.0, 1.2), _FLUX, start=0.20),
+    "14x": _whole((5, 2), (2.0, 1.2), _FLUX, start=0.20),
     "2x": _whole((28, 6), (3.0, 0.4), _SD3),
     "3x": _whole((20, 4), (3.0, 0.6), _SD3),
     "6x": _whole((7, 3), (3.0, 0.6), _SD3),
@@ -86,9 +87,9 @@ PAPER = {
 class RALU(Schedule):
     """Region-adaptive latent upsampling in two or three stages.
 
-    `preset` names a setting of the model's family ("4x", the default, "5x", "7x" and "10x" of FLUX.1, "2x", "3x",
-    "6x" and "9x" of SD3).
-    What is given beside it takes the place of the preset's; without a preset, `steps` and `ends` are needed:
+    `preset` names a setting of the model's family ("4x", the default, "5x", "7x", "10x" and "14x" of FLUX.1, "2x",
+    "3x", "6x" and "9x" of SD3). What is given beside it takes the place of the preset's; without a preset, `steps` and
+    `ends` are needed:
 
     - `steps`: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them.
     - `ends`: the times at which all stages but the last end (0 = noise, 1 = data).
