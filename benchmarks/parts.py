@@ -46,6 +46,7 @@ def whole_frames() -> dict[str, Accelerator]:
         "lift: latents enlarged, a third corrected": RALU(PRESET, lift=CorrectedLift()),
         "lift: noisy tokens copied": RALU(PRESET, lift=TokenCopy()),
         "noise: drawn anew": RALU(PRESET, lift=PixelLift(noise="fresh")),
+        "noise: Hadamard children": RALU(PRESET, lift=PixelLift(noise="hadamard")),
         "switch: a later start": RALU(PRESET, starts=(0.4,)),
         "switch: a later end": RALU(PRESET, ends=(0.7,)),
         "spacing: shifts matched": matched,
