@@ -19,6 +19,7 @@ from fastdit.measure.experiment import Configuration
 from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.spatial.corrected_lift import CorrectedLift
+from fastdit.spatial.just_in_time import JustInTime
 from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.ralu import PRESETS, RALU
 from fastdit.spatial.selector import Edges, PixelGradient, Selector, VelocityVariance
@@ -33,7 +34,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def configurations() -> list[Configuration]:
     """The preset, which all others are compared with, and the preset with one part exchanged."""
-    schedules: dict[str, Accelerator] = {f"RALU {PRESET}": RALU(PRESET), **whole_frames(), **mixed_stages()}
+    schedules: dict[str, Accelerator] = {
+        f"RALU {PRESET}": RALU(PRESET),
+        **whole_frames(),
+        **mixed_stages(),
+        **sparse_stages(),
+    }
     return [Configuration(name, Stack([schedule])) for name, schedule in schedules.items()]
 
 
@@ -77,6 +83,16 @@ def mixed_stages() -> dict[str, Accelerator]:
         "mixed stage: gradient, fine frame": mixed(PixelGradient(), "fine"),
         "mixed stage: settled first, fine frame": mixed(VelocityVariance(), "fine"),
         "mixed stage: turning first, fine frame": mixed(VelocityVariance("turning"), "fine"),
+    }
+
+
+def sparse_stages() -> dict[str, Accelerator]:
+    """Anchors of the full frame instead of a coarse one, in steps that cost as much together."""
+    steps = (5, 3, 3)
+    return {
+        "anchors: 5 + 3 + 3 steps, most variance first": JustInTime(steps),
+        "anchors: 5 + 3 + 3 steps, gradient": JustInTime(steps, selector=PixelGradient()),
+        "anchors: 5 + 3 + 3 steps, earlier switches": JustInTime(steps, ends=(0.05, 0.2)),
     }
 
 

@@ -31,6 +31,7 @@ from fastdit.accelerator import SchedulePlan
 from fastdit.layout import TokenLayout, assembled, gather_tokens, patches
 from fastdit.models.flux import FLUX
 from fastdit.spatial.anchors import AnchorRun, evenly_spread, interpolated
+from fastdit.spatial.matching import stage_sigmas
 from fastdit.spatial.selector import LatentVariance
 
 pytestmark = [
@@ -291,9 +292,11 @@ def test_a_cache_acts_on_anchors_as_on_any_tokens(build: Any, cache: Any) -> Non
 
 
 def test_left_alone_it_takes_plain_sampling_s_steps_and_with_ends_it_stops_at_them() -> None:
-    own = [sigma for stage in JustInTime().plan(64, 64, None).stages for sigma in stage.sigmas[:-1]]
+    own = [sigma for stage in JustInTime(shift=3.0).plan(64, 64, None).stages for sigma in stage.sigmas[:-1]]
     plain = [3.0 * u / (1.0 + 2.0 * u) for u in (1 - step / 18 for step in range(18))]
     assert own == pytest.approx(plain)
+    mean = sum(stage_sigmas(0.0, 1.0, JustInTime().shift, 10_000)) / 10_001
+    assert mean == pytest.approx(1.4 / (1.4 + 0.42), abs=2e-3)
     plan = JustInTime(ends=(0.2, 0.5)).plan(64, 64, None)
     assert [stage.sigmas[-1] for stage in plan.stages] == pytest.approx([0.8, 0.5, 0.0])
     assert [stage.sigmas[0] for stage in plan.stages] == pytest.approx([1.0, 0.8, 0.5])
