@@ -1,4 +1,7 @@
-"""Selectors: which coarse tokens a mixed stage splits, by what the coarse stage has shown of the picture."""
+"""Selectors: which coarse tokens a mixed stage splits, or which fine ones join a sparse stage's anchors.
+
+They choose by what the stage before has shown of the picture.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """Base of what gives coarse tokens a score; those with the highest are split."""
+    """Base of what gives a stage's tokens a score; those with the highest are split, or join."""
 
     #: Whether the velocities of the coarse stage are kept for it.
     watches: ClassVar[bool] = False
