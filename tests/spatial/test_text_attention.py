@@ -31,7 +31,10 @@ from fastdit import (
 from fastdit.spatial.selector import Scene
 from fastdit.testing import AcceleratorContract
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma, inside diffusers
+]
 
 SHORT = {"steps": (3, 2, 2), "ends": (0.3, 0.45), "ratio": 0.3}
 RECEIVED = RALU(**SHORT, selector=TextAttention())
