@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .spatial.progressive import ProgressiveResolution
     from .spatial.ralu import RALU
     from .spatial.selector import Edges, PixelGradient, VelocityVariance
+    from .spatial.text_attention import TextAttention
     from .spatial.token_copy import TokenCopy
     from .stack import Stack
 
@@ -67,6 +68,7 @@ _HOMES = {
     "Edges": "spatial.selector",
     "PixelGradient": "spatial.selector",
     "VelocityVariance": "spatial.selector",
+    "TextAttention": "spatial.text_attention",
     "PixelLift": "spatial.lift",
     "CorrectedLift": "spatial.corrected_lift",
     "LatentLift": "spatial.lift",
@@ -152,6 +154,7 @@ __all__ = [
     "Taylor",
     "TaylorSeer",
     "TeaCache",
+    "TextAttention",
     "ToCa",
     "TokenCopy",
     "UnsupportedModel",

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import tiny
-from fastdit import RALU, Edges, InvalidConfig, LatentLift, PixelGradient, Stack, VelocityVariance, accelerate
+from fastdit import (
+    RALU,
+    Edges,
+    InvalidConfig,
+    LatentLift,
+    PixelGradient,
+    Stack,
+    TextAttention,
+    VelocityVariance,
+    accelerate,
+)
 from fastdit.layout import patches
 from fastdit.models.flux import FLUX
 from fastdit.spatial.selector import Scene, Selector
@@ -46,7 +56,7 @@ def test_a_velocity_s_variance_is_that_over_the_steps_of_the_coarse_stage() -> N
     assert torch.equal(VelocityVariance().scores(scene(velocities=velocities)), -found)
 
 
-@pytest.mark.parametrize("selector", [Edges(), PixelGradient(), VelocityVariance()], ids=str)
+@pytest.mark.parametrize("selector", [Edges(), PixelGradient(), VelocityVariance(), TextAttention()], ids=str)
 def test_every_image_chooses_for_itself_and_a_run_is_repeated(selector: Selector, generators: Any) -> None:
     pipe, call = tiny.flux(size=128, batch=2, steps=7)
     fast = accelerate(pipe, [RALU(**SHORT, selector=selector)])
