@@ -19,6 +19,7 @@ from fastdit.measure.experiment import Configuration
 from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.spatial.corrected_lift import CorrectedLift
+from fastdit.spatial.just_in_time import JustInTime
 from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.ralu import PRESETS, RALU
 from fastdit.spatial.selector import Edges, PixelGradient, Selector, VelocityVariance
@@ -34,7 +35,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def configurations() -> list[Configuration]:
     """The preset, which all others are compared with, and the preset with one part exchanged."""
-    schedules: dict[str, Accelerator] = {f"RALU {PRESET}": RALU(PRESET), **whole_frames(), **mixed_stages()}
+    schedules: dict[str, Accelerator] = {
+        f"RALU {PRESET}": RALU(PRESET),
+        **whole_frames(),
+        **mixed_stages(),
+        **sparse_stages(),
+    }
     return [Configuration(name, Stack([schedule])) for name, schedule in schedules.items()]
 
 
@@ -47,6 +53,7 @@ def whole_frames() -> dict[str, Accelerator]:
         "lift: latents enlarged, a third corrected": RALU(PRESET, lift=CorrectedLift()),
         "lift: noisy tokens copied": RALU(PRESET, lift=TokenCopy()),
         "noise: drawn anew": RALU(PRESET, lift=PixelLift(noise="fresh")),
+        "noise: Hadamard children": RALU(PRESET, lift=PixelLift(noise="hadamard")),
         "switch: a later start": RALU(PRESET, starts=(0.4,)),
         "switch: a later end": RALU(PRESET, ends=(0.7,)),
         "spacing: shifts matched": matched,
@@ -80,6 +87,16 @@ def mixed_stages() -> dict[str, Accelerator]:
         "mixed stage: attended by the text first, fine frame": mixed(TextAttention(), "fine"),
         "mixed stage: attending to the text first, fine frame": mixed(TextAttention("given"), "fine"),
         "mixed stage: edges, the query's frame": mixed(Edges(), "query"),
+    }
+
+
+def sparse_stages() -> dict[str, Accelerator]:
+    """Anchors of the full frame instead of a coarse one, in steps that cost as much together."""
+    steps = (5, 3, 3)
+    return {
+        "anchors: 5 + 3 + 3 steps, most variance first": JustInTime(steps),
+        "anchors: 5 + 3 + 3 steps, gradient": JustInTime(steps, selector=PixelGradient()),
+        "anchors: 5 + 3 + 3 steps, earlier switches": JustInTime(steps, ends=(0.05, 0.2)),
     }
 
 

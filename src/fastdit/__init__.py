@@ -47,10 +47,11 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .spatial.bottleneck import BottleneckSampling
     from .spatial.corrected_lift import CorrectedLift
+    from .spatial.just_in_time import JustInTime
     from .spatial.lift import LatentLift, PixelLift
     from .spatial.progressive import ProgressiveResolution
     from .spatial.ralu import RALU
-    from .spatial.selector import Edges, PixelGradient, VelocityVariance
+    from .spatial.selector import Edges, LatentVariance, PixelGradient, VelocityVariance
     from .spatial.text_attention import TextAttention
     from .spatial.token_copy import TokenCopy
     from .stack import Stack
@@ -63,9 +64,11 @@ _HOMES = {
     "Plan": "plan",
     "ProgressiveResolution": "spatial.progressive",
     "RALU": "spatial.ralu",
+    "JustInTime": "spatial.just_in_time",
     "BottleneckSampling": "spatial.bottleneck",
     "TokenCopy": "spatial.token_copy",
     "Edges": "spatial.selector",
+    "LatentVariance": "spatial.selector",
     "PixelGradient": "spatial.selector",
     "VelocityVariance": "spatial.selector",
     "TextAttention": "spatial.text_attention",
@@ -136,7 +139,9 @@ __all__ = [
     "IncompatibleStack",
     "Interval",
     "InvalidConfig",
+    "JustInTime",
     "LatentLift",
+    "LatentVariance",
     "MagCache",
     "MagnitudeCurve",
     "NeverFired",

@@ -4,6 +4,9 @@ A grid of `rows` x `columns` fine tokens is covered by coarse tokens (2 x 2 fine
 layout lists the kept coarse tokens first, in raster order, then four children (0,0), (0,1), (1,0), (1,1) for each
 refined coarse token, in raster order. Every image of a batch has its own selection and all have the same count.
 
+A sparse layout covers the grid with nothing but chosen fine tokens, its *anchors*, in raster order. What lies between
+them is not computed; where a whole grid is asked for, every cell has its nearest anchor's.
+
 Coarse and mixed stages give their tokens' places in one of two frames. In the coarse frame a coarse token has whole
 coordinates and a child sits at an offset of 0 or 1/2 from its parent (top-left anchored), as if the picture were half
 as large. In the fine frame a fine token has whole coordinates and a coarse one sits in the middle of its four cells,
@@ -13,6 +16,7 @@ at an offset of 1/2. The fine stage has whole coordinates in the fine frame.
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import torch
 
@@ -26,6 +30,7 @@ class TokenLayout:
 
     `kept` [B, K] and `refined` [B, R] hold raster indices of coarse tokens, ascending; both are None where the whole
     frame has one resolution, which `coarse` names. `frame` says in which frame a coarse or mixed stage gives places.
+    `anchors` [1 or B, K] holds the raster indices of a sparse layout's fine tokens, ascending.
     """
 
     rows: int
@@ -34,13 +39,34 @@ class TokenLayout:
     kept: torch.Tensor | None = None
     refined: torch.Tensor | None = None
     frame: str = "coarse"
+    anchors: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the layout is called: "coarse", "mixed", "sparse" or "fine"."""
+        if self.anchors is not None:
+            return "sparse"
+        return "mixed" if self.mixed else "coarse" if self.coarse else "fine"
 
     @property
     def mixed(self) -> bool:
         return self.kept is not None
 
     @property
+    def uniform(self) -> bool:
+        """Whether the tokens are all those of a grid, in raster order."""
+        return not self.mixed and self.anchors is None
+
+    @property
+    def images(self) -> int:
+        """How many images have tokens of their own; 1 where a batch shares them."""
+        own = self.kept if self.anchors is None else self.anchors
+        return 1 if own is None else len(own)
+
+    @property
     def tokens(self) -> int:
+        if self.anchors is not None:
+            return self.anchors.shape[1]
         if self.kept is not None and self.refined is not None:
             return self.kept.shape[1] + 4 * self.refined.shape[1]
         return self.rows * self.columns // (4 if self.coarse else 1)
@@ -54,10 +80,12 @@ class TokenLayout:
     @property
     def whole(self) -> bool:
         """Whether the tokens are all those of a picture of `extent`, in raster order."""
-        return not self.mixed and (not self.coarse or self.frame == "coarse")
+        return self.uniform and (not self.coarse or self.frame == "coarse")
 
     def of_images(self, index: torch.Tensor) -> TokenLayout:
         """Give the layout of the images at `index` [K]; an index past the batch starts it anew (guided batches)."""
+        if self.anchors is not None:
+            return dataclasses.replace(self, anchors=self.anchors[index.to(self.anchors.device) % len(self.anchors)])
         if self.kept is None or self.refined is None:
             return self
         own = index.to(self.kept.device) % len(self.kept)
@@ -66,7 +94,8 @@ class TokenLayout:
     def positions(self, device: torch.device) -> torch.Tensor:
         """Give each token's (row, column) in the layout's frame, float32 [1 or B, tokens, 2]."""
         if not self.coarse:
-            return raster(self.rows, self.columns, device)[None]
+            cells = raster(self.rows, self.columns, device)
+            return cells[None] if self.anchors is None else cells[self.anchors.to(device)]
         # Twice the place in the coarse frame is the place in the fine one, but for a coarse token's middle.
         scale, middle = (1.0, 0.0) if self.frame == "coarse" else (2.0, 0.5)
         places = raster(self.rows // 2, self.columns // 2, device)
@@ -95,8 +124,11 @@ class TokenLayout:
     def complete(self, latents: torch.Tensor) -> torch.Tensor:
         """Copy what is still coarse to its children: [new children of `kept`, in its order] ++ [the fine tokens].
 
-        The result is in split order, not yet in raster order; `to_raster` sorts it.
+        The result is in split order, not yet in raster order; `to_raster` sorts it. Of a sparse layout every cell gets
+        its nearest anchor's token, in raster order.
         """
+        if self.anchors is not None:
+            return gather_tokens(latents, self.nearest)
         if self.kept is None:
             return latents.repeat_interleave(4, dim=1) if self.coarse else latents
         count = self.kept.shape[1]
@@ -124,6 +156,17 @@ class TokenLayout:
         cells = (2 * row[..., None] + offset_row) * self.columns + 2 * column[..., None] + offset_column
         return cells.flatten(1)
 
+    @cached_property
+    def nearest(self) -> torch.Tensor:
+        """Say for each cell of the fine grid which anchor is nearest, the earlier of two, [1 or B, rows * columns]."""
+        assert self.anchors is not None
+        row, column = (self.anchors // self.columns)[:, None], (self.anchors % self.columns)[:, None]
+        number = torch.arange(self.tokens, device=self.anchors.device)
+        across = (torch.arange(self.columns, device=self.anchors.device)[:, None] - column) ** 2
+        # A row of cells at a time, so that memory stays far below that of attention. Ties go to the smaller number.
+        ranked = (((across + (row - own) ** 2) * self.tokens + number).amin(dim=2) for own in range(self.rows))
+        return torch.cat(list(ranked), dim=1) % self.tokens
+
     def sources(self, following: TokenLayout) -> torch.Tensor:
         """Say for each token of the `following` layout which of this one it is a copy of, [1 or B, tokens].
 
@@ -134,9 +177,12 @@ class TokenLayout:
             return self.cells(parents)[:, ::4]
         if following.kept is not None and following.refined is not None:
             return torch.cat([following.kept, following.refined.repeat_interleave(4, dim=1)], dim=1)
-        batch, device = (self.kept.shape[0], self.kept.device) if self.kept is not None else (1, None)
-        numbers = torch.arange(self.tokens, device=device).expand(batch, -1)[..., None]
-        return self.to_raster(self.complete(numbers))[..., 0]
+        own = self.kept if self.anchors is None else self.anchors
+        numbers = torch.arange(self.tokens, device=None if own is None else own.device)
+        cells = self.to_raster(self.complete(numbers.expand(self.images, -1)[..., None]))[..., 0]
+        if following.anchors is None:
+            return cells
+        return cells.expand(following.images, -1).gather(1, following.anchors)
 
 
 def raster(rows: int, columns: int, device: torch.device) -> torch.Tensor:

@@ -120,7 +120,8 @@ class Stack(Sequence[Accelerator]):
         if Need.TOKEN_POSITIONS in needs and not family.mixes:
             raise UnsupportedModel(
                 f"{accelerator.describe()} must place tokens, and can't in {type(pipeline).__name__}, whose stages "
-                f"are whole frames: {why_not(type(pipeline))}; give two stages, and leave frame out"
+                f"are whole frames: {why_not(type(pipeline))}; take a schedule of whole frames, such as RALU of two "
+                "stages without frame"
             )
         if family.one_plane:
             return

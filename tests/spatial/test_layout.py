@@ -100,5 +100,61 @@ def test_uniform_layouts_count_their_tokens_and_keep_raster_order(size: tuple[in
     assert torch.equal(fine.to_raster(fine.complete(values)), values)
 
 
+@st.composite
+def sparse_layouts(draw: st.DrawFn) -> TokenLayout:
+    """A sparse layout of any shape, with a choice of cells of one common count for each image of a batch."""
+    rows, columns, batch = draw(SIZES)
+    count = draw(st.integers(1, rows * columns))
+    chosen = [sorted(draw(st.permutations(range(rows * columns)))[:count]) for _ in range(batch)]
+    return TokenLayout(rows, columns, coarse=False, anchors=torch.tensor(chosen))
+
+
+@given(sparse_layouts())
+def test_a_sparse_layout_has_its_anchors_at_their_cells_and_gives_each_image_its_own(layout: TokenLayout) -> None:
+    assert layout.anchors is not None
+    batch = len(layout.anchors)
+    assert (layout.kind, layout.images, layout.tokens) == ("sparse", batch, layout.anchors.shape[1])
+    assert not layout.whole and not layout.uniform and layout.extent == (layout.rows, layout.columns)
+    places = layout.positions(torch.device("cpu"))
+    assert torch.equal((places[..., 0] * layout.columns + places[..., 1]).long(), layout.anchors)
+    last = layout.of_images(torch.tensor([batch - 1, 2 * batch - 1]))
+    assert torch.equal(last.anchors, layout.anchors[[-1, -1]])
+
+
+@given(sparse_layouts())
+def test_completing_a_sparse_layout_gives_every_cell_its_nearest_anchor_s(layout: TokenLayout) -> None:
+    assert layout.anchors is not None
+    values = tiny_noise(len(layout.anchors), layout.tokens, 3)
+    complete = layout.to_raster(layout.complete(values))
+    sources = layout.sources(TokenLayout(layout.rows, layout.columns, coarse=False))
+    assert torch.equal(complete, values.gather(1, sources[..., None].expand(-1, -1, 3)))
+    for image, anchors in enumerate(layout.anchors.tolist()):
+        for cell in range(layout.rows * layout.columns):
+            row, column = divmod(cell, layout.columns)
+            apart = [(a // layout.columns - row) ** 2 + (a % layout.columns - column) ** 2 for a in anchors]
+            assert sources[image, cell] == apart.index(min(apart))
+
+
+@given(sparse_layouts(), st.data())
+def test_tokens_of_further_anchors_are_copies_of_the_nearest_and_those_that_stay_are_their_own(
+    layout: TokenLayout, data: st.DataObject
+) -> None:
+    assert layout.anchors is not None
+    cells = layout.rows * layout.columns
+    more = data.draw(st.integers(layout.tokens, cells))
+    rows = [
+        sorted(anchors + [cell for cell in range(cells) if cell not in anchors][: more - layout.tokens])
+        for anchors in layout.anchors.tolist()
+    ]
+    following = TokenLayout(layout.rows, layout.columns, coarse=False, anchors=torch.tensor(rows))
+    sources = layout.sources(following)
+    assert sources.shape == (len(rows), more)
+    for image, anchors in enumerate(layout.anchors.tolist()):
+        for number, anchor in enumerate(anchors):
+            assert sources[image, rows[image].index(anchor)] == number
+    back = following.sources(layout)
+    assert torch.equal(following.anchors.gather(1, back), layout.anchors)
+
+
 def tiny_noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,13 @@ from fastdit.models.flux import FLUX
 from fastdit.spatial.lift import Lift, Switch
 
 SIDE = 8
-LIFTS = [LatentLift(), LatentLift(resize="bicubic"), PixelLift(), PixelLift(noise="fresh")]
+LIFTS = [
+    LatentLift(),
+    LatentLift(resize="bicubic"),
+    LatentLift(noise="hadamard"),
+    PixelLift(),
+    PixelLift(noise="fresh"),
+]
 
 
 def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,7 +32,8 @@ def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, ge
     vae = pipe.vae
 
     frames = assembled(noise, SIDE, SIDE)
-    coarse = patches(sum(frames[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 2)
+    halved = sum(frames[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 2
+    coarse = patches(halved)
     _, clean = stage(pipe, call, coarse, SIDE // 2, plan.stages[0].sigmas)
     small = assembled(clean, SIDE // 2, SIDE // 2)
     if isinstance(ralu.lift, PixelLift):
@@ -36,8 +43,23 @@ def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, ge
     else:
         latents = functional.interpolate(small, scale_factor=2, mode=ralu.lift.resize)
     start = plan.stages[1].sigmas[0]
-    drawn = noise if ralu.lift.noise == "shared" else torch.randn(noise.shape, generator=generator)
+    drawn = noise
+    if ralu.lift.noise == "fresh":
+        drawn = torch.randn(noise.shape, generator=generator)
+    elif ralu.lift.noise == "hadamard":
+        drawn = patches(hadamard(halved, torch.randn(1, 12, SIDE, SIDE, generator=generator)))
     return stage(pipe, call, (1 - start) * patches(latents) + start * drawn, SIDE, plan.stages[1].sigmas)[0]
+
+
+def hadamard(parents: Tensor, fresh: Tensor) -> Tensor:
+    """The children of frames [B, C, h, w] with the fresh noise [B, 3 C, h, w], written out: signs by rows of H."""
+    p, (a, b, c) = parents, (fresh[:, i::3] for i in range(3))
+    made = torch.empty(*parents.shape[:2], 2 * parents.shape[2], 2 * parents.shape[3])
+    made[:, :, 0::2, 0::2] = (p + a + b + c) / 2
+    made[:, :, 0::2, 1::2] = (p - a + b - c) / 2
+    made[:, :, 1::2, 0::2] = (p + a - b - c) / 2
+    made[:, :, 1::2, 1::2] = (p - a - b + c) / 2
+    return made
 
 
 @pytest.mark.parametrize("lift", LIFTS, ids=str)
@@ -62,7 +84,7 @@ def switched(lift: Lift, before: TokenLayout, after: TokenLayout, clean: Tensor,
     return lift(Switch(FLUX, None, before, after, clean, clean, field, 0.7, start, draw))
 
 
-@pytest.mark.parametrize("noise", ["shared", "fresh"])
+@pytest.mark.parametrize("noise", ["shared", "fresh", "hadamard"])
 @pytest.mark.parametrize("stages", [("coarse", "fine"), ("coarse", "mixed"), ("mixed", "fine")], ids="-".join)
 def test_the_latents_after_a_switch_follow_the_flow_given_the_clean_ones(stages: tuple[str, str], noise: str) -> None:
     batch, start = 4000, 0.3
@@ -77,6 +99,15 @@ def test_the_latents_after_a_switch_follow_the_flow_given_the_clean_ones(stages:
     assert rest.mean().abs() < 4 / rest.numel() ** 0.5
     covariance = rest.T @ rest / batch
     torch.testing.assert_close(covariance, torch.eye(rest.shape[1]), rtol=0, atol=6 * (2 / batch) ** 0.5)
+
+
+def test_the_noise_of_hadamard_children_pools_to_that_of_their_parents() -> None:
+    coarse, fine = TokenLayout(4, 4, coarse=True), TokenLayout(4, 4, coarse=False)
+    zero = torch.zeros(3, coarse.tokens, 8)
+    found, shared = (switched(LatentLift(noise=noise), coarse, fine, zero, 0.3) for noise in ("hadamard", "shared"))
+    parents = (FLUX.pack(functional.avg_pool2d(FLUX.unpack(noise, 4, 4), 2) * 2) for noise in (found, shared))
+    torch.testing.assert_close(*parents, rtol=0, atol=1e-6)
+    assert not torch.allclose(found, shared, atol=0.1)
 
 
 def test_shared_noise_is_that_of_the_same_place_and_needs_no_generator() -> None:

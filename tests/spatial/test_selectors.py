@@ -14,6 +14,7 @@ from fastdit import (
     Edges,
     InvalidConfig,
     LatentLift,
+    LatentVariance,
     PixelGradient,
     Stack,
     TextAttention,
@@ -48,6 +49,17 @@ def test_a_pixel_gradient_is_the_mean_length_of_central_differences() -> None:
     np.testing.assert_allclose(PixelGradient().scores(given).numpy(), expected, rtol=1e-4)
 
 
+def test_a_latent_s_variance_is_that_of_the_token_and_those_around_it() -> None:
+    given = scene()
+    grid = given.clean.numpy().astype(np.float64).reshape(2, ROWS, COLUMNS, -1)
+    expected = np.empty((2, ROWS, COLUMNS))
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            around = grid[:, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+            expected[:, row, column] = around.reshape(2, -1, grid.shape[3]).var(axis=1).mean(axis=1)
+    np.testing.assert_allclose(LatentVariance().scores(given).numpy(), expected.reshape(2, -1), rtol=1e-4)
+
+
 def test_a_velocity_s_variance_is_that_over_the_steps_of_the_coarse_stage() -> None:
     velocities = [tiny.randn(2, ROWS * COLUMNS, 16, seed=seed) for seed in range(4)]
     found = VelocityVariance("turning").scores(scene(velocities=velocities))
@@ -56,7 +68,9 @@ def test_a_velocity_s_variance_is_that_over_the_steps_of_the_coarse_stage() -> N
     assert torch.equal(VelocityVariance().scores(scene(velocities=velocities)), -found)
 
 
-@pytest.mark.parametrize("selector", [Edges(), PixelGradient(), VelocityVariance(), TextAttention()], ids=str)
+@pytest.mark.parametrize(
+    "selector", [Edges(), PixelGradient(), LatentVariance(), VelocityVariance(), TextAttention()], ids=str
+)
 def test_every_image_chooses_for_itself_and_a_run_is_repeated(selector: Selector, generators: Any) -> None:
     pipe, call = tiny.flux(size=128, batch=2, steps=7)
     fast = accelerate(pipe, [RALU(**SHORT, selector=selector)])

@@ -73,11 +73,11 @@ class SeaCache(StepCache):
 
 
 def frame(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Lay tokens [B, N, C] out as a frame [B, rows, columns, C]; coarse tokens of a mixed layout fill their cells."""
+    """Lay tokens [B, N, C] out as a frame [B, rows, columns, C]; all cells are filled from a mixed or sparse layout."""
     tokens = tokens[:, : layout.tokens]
-    if layout.mixed:
+    if not layout.uniform:
         tokens = layout.to_raster(layout.complete(tokens))
-    scale = 2 if layout.coarse and not layout.mixed else 1
+    scale = 2 if layout.coarse and layout.uniform else 1
     return tokens.reshape(len(tokens), layout.rows // scale, layout.columns // scale, -1)
 
 

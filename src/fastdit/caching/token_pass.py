@@ -150,7 +150,7 @@ class TokenPass:
         if not self._cache.wants_grid:
             return None
         layout = self._layout
-        if layout is not None and not layout.mixed and layout.tokens == tokens:
+        if layout is not None and layout.uniform and layout.tokens == tokens:
             scale = 2 if layout.coarse else 1
             return layout.rows // scale, layout.columns // scale
         side = math.isqrt(tokens)

@@ -231,8 +231,7 @@ def _stage_of(run: Run) -> tuple[Any, ...] | None:
     layout = run.layout or run.grid
     if layout is None:
         return None
-    split = "mixed" if layout.mixed else "coarse" if layout.coarse else "fine"
-    return layout.rows, layout.columns, split, layout.frame
+    return layout.rows, layout.columns, layout.kind, layout.frame
 
 
 def _shapes(call: PieceCall) -> list[list[int]]:

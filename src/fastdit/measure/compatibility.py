@@ -26,6 +26,7 @@ from fastdit.caching.teacache import TeaCache
 from fastdit.caching.toca import ToCa
 from fastdit.errors import FastditError, FastditWarning
 from fastdit.spatial.bottleneck import BottleneckSampling
+from fastdit.spatial.just_in_time import JustInTime
 from fastdit.spatial.lift import PixelLift
 from fastdit.spatial.ralu import RALU
 from fastdit.stack import Stack
@@ -39,6 +40,7 @@ SCHEDULES: Mapping[str, Accelerator | None] = {
     "RALU": RALU(steps=(11, 7), ends=(0.5,), starts=(0.15,), lift=PixelLift()),
     "RALU, mixed stage": RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.3),
     "BottleneckSampling": BottleneckSampling((4, 8, 6)),
+    "JustInTime": JustInTime((7, 6, 5)),
 }
 
 STEP_CACHES: Mapping[str, StepCache | None] = {

@@ -1,7 +1,7 @@
 """What a pipeline's loop holds at the full size and joins with the latents: masks, and the picture that they protect.
 
 A picture and its mask follow a layout at half their size (`Family.halved`) under coarse tokens, and as they are under
-fine ones; noise is averaged so that it stays unit noise.
+fine ones, however many of them there are; noise is averaged so that it stays unit noise.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 def followed(family: Family, latents: torch.Tensor, layout: TokenLayout, *, noise: bool = False) -> torch.Tensor:
     """Bring latents of the full grid, in the pipeline's shape, to a layout."""
-    if not layout.coarse:
+    if layout.kind == "fine":
         return latents
     tokens = family.tokens(latents)
+    if layout.anchors is not None:
+        return family.latents(gather_tokens(tokens, layout.anchors), layout)
     frames = family.unpack(tokens, layout.rows, layout.columns).float()
     # The sum of four unit normals over two is a unit normal.
     pooled = family.halved(frames) * (2.0 if noise else 1.0)

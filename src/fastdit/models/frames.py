@@ -1,6 +1,6 @@
 """Families whose latents travel through the pipeline's loop as frames, which the transformer cuts into patches itself.
 
-A coarse or fine stage travels as a frame [B, C, h, w]. A mixed stage travels as a strip of 1 x N patches,
+A coarse or fine stage travels as a frame [B, C, h, w]. A mixed or sparse stage travels as a strip of 1 x N patches,
 [B, C, p, N p], which the model's own patch embedding and unpatchify take as it is. Only the positions of a strip are
 not its own: a child of the structural twin gives those of the layout.
 """
@@ -73,7 +73,7 @@ class FrameFamily:
 
     def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         scale = 2 if layout.coarse else 1
-        rows, columns = (1, layout.tokens) if layout.mixed else (layout.rows // scale, layout.columns // scale)
+        rows, columns = (layout.rows // scale, layout.columns // scale) if layout.uniform else (1, layout.tokens)
         return assembled(tokens, rows, columns, self.patch)
 
     def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ class HiDreamFamily(FrameFamily):
     ) -> dict[str, Any]:
         name, batch = next(iter(arguments)), latents.shape[0]
         rows, columns = (side // self.patch for side in latents.shape[2:])
-        if rows == columns and not layout.mixed:
+        if rows == columns and layout.whole:
             return {**arguments, name: latents}
         ids = nn.functional.pad(layout.positions(latents.device), (1, 0))
         # The model's own order: the channels of a patch's pixel side by side.

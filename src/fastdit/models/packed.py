@@ -113,7 +113,7 @@ class PackedFamily:
         return refilled(output, (tokens[:, : layout.tokens] for tokens in tensors_of(output)))
 
     def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
-        if layout.kept is None or len(layout.kept) == 1:
+        if layout.images == 1:
             return {}
         return {"pos_embed": PerImagePositions(transformer.pos_embed, self.axes)}
 

@@ -23,8 +23,10 @@ from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout, gather_tokens
 from fastdit.models.family import Family
 
-#: Where a clean lift takes its noise from: the run's own field of noise, or drawn anew.
-NOISES = ("shared", "fresh")
+from . import hadamard
+
+#: Where a clean lift takes its noise from: the field of the run, new draws, or the field with newly drawn details.
+NOISES = ("shared", "fresh", "hadamard")
 
 _RESIZES = ("nearest", "bilinear", "bicubic")
 
@@ -69,6 +71,9 @@ class CleanLift(Lift):
 
     With `noise="shared"` every token has the noise that the run began with at its place (four cells' sum, halved, for
     a coarse token), so that what a stage has drawn out of its noise, the next finds in its own; "fresh" draws anew.
+    With "hadamard" a coarse token has the shared noise, and fine ones are its Hadamard children: the coarse part of
+    their noise is the run's, its details are drawn anew at every switch (Fresco, arXiv 2601.07462). That follows the
+    same law as "shared", whose details are the run's too.
     """
 
     _: dataclasses.KW_ONLY
@@ -76,7 +81,7 @@ class CleanLift(Lift):
 
     def __post_init__(self) -> None:
         if self.noise not in NOISES:
-            raise InvalidConfig(f'noise is "shared" or "fresh", got {self.noise!r}')
+            raise InvalidConfig(f'noise is "shared", "fresh" or "hadamard", got {self.noise!r}')
 
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
@@ -112,8 +117,12 @@ class CleanLift(Lift):
         if self.noise == "fresh":
             tokens = after.tokens
             return switch.draw((len(switch.latents), tokens, switch.latents.shape[2]), switch.latents.device)
-        fine = switch.field.float()
-        return on_layout(after, pooled(switch.family, fine, after.rows, after.columns), fine)
+        family, fine = switch.family, switch.field.float()
+        coarse = pooled(family, fine, after.rows, after.columns)
+        if self.noise == "hadamard" and (after.mixed or not after.coarse):
+            parents = family.unpack(coarse, after.rows // 2, after.columns // 2)
+            fine = family.pack(hadamard.children(parents, switch.draw))
+        return on_layout(after, coarse, fine)
 
 
 @register

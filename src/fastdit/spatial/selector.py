@@ -118,3 +118,20 @@ class VelocityVariance(Selector):
             )
         variance = torch.stack([velocity.float() for velocity in scene.velocities]).var(0).mean(-1)
         return -variance if self.first == "settled" else variance
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LatentVariance(Selector):
+    """The variance of the clean latents over a token and those around it (3 x 3), mean over channels.
+
+    Stays on the device and decodes nothing; the activation of JiT (arXiv 2603.10744) is guided by such a variance.
+    """
+
+    def scores(self, scene: Scene) -> torch.Tensor:
+        grid = scene.clean.float().transpose(1, 2).unflatten(2, (scene.rows, scene.columns))
+        mean, square = (
+            functional.avg_pool2d(values, 3, stride=1, padding=1, count_include_pad=False)
+            for values in (grid, grid.square())
+        )
+        return (square - mean.square()).mean(dim=1).flatten(1)

@@ -207,19 +207,8 @@ def staged_plan(
             f"grid is even, {rows + rows % 2} x {columns + columns % 2} or {rows - rows % 2} x "
             f"{columns - columns % 2} tokens"
         )
-    made = []
-    if num_inference_steps is not None and num_inference_steps != sum(steps):
-        if num_inference_steps < len(steps):
-            raise InvalidConfig(
-                f"{name} has {len(steps)} stages and can't run {num_inference_steps} steps; ask for at least "
-                f"{len(steps)}, or leave num_inference_steps out for its own {sum(steps)}"
-            )
-        shared = proportional(steps, num_inference_steps)
-        made.append(
-            f"{num_inference_steps} steps were asked for: {'/'.join(map(str, steps))} became "
-            f"{'/'.join(map(str, shared))}{'' if shifts else ' and the matching was solved anew'}"
-        )
-        steps = shared
+    steps, shared = shared_steps(name, steps, num_inference_steps)
+    made = [f"{note}{'' if shifts else ' and the matching was solved anew'}" for note in shared]
     if shifts is None:
         solved = matching.solve(steps, ends, base_shift, restart, starts)
         shifts, starts = solved.shifts, solved.starts
@@ -237,6 +226,25 @@ def staged_plan(
         for index, (layout, count, start, stop, shift) in enumerate(spans)
     )
     return SchedulePlan(stages, rows, columns, (*made, *notes))
+
+
+def shared_steps(
+    name: str, steps: tuple[int, ...], num_inference_steps: int | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Give the step counts that the schedule `name` makes of its own for a call, and a note where they are others.
+
+    Raises `InvalidConfig` for fewer steps than stages.
+    """
+    if num_inference_steps is None or num_inference_steps == sum(steps):
+        return steps, ()
+    if num_inference_steps < len(steps):
+        raise InvalidConfig(
+            f"{name} has {len(steps)} stages and can't run {num_inference_steps} steps; ask for at least "
+            f"{len(steps)}, or leave num_inference_steps out for its own {sum(steps)}"
+        )
+    shared = proportional(steps, num_inference_steps)
+    own, asked = ("/".join(map(str, counts)) for counts in (steps, shared))
+    return shared, (f"{num_inference_steps} steps were asked for: {own} became {asked}",)
 
 
 def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:

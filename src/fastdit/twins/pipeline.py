@@ -113,6 +113,6 @@ def lifting_component(component: Any, method: str, session: PipelineSession) -> 
 
 def lift(run: Run | None, latents: torch.Tensor) -> torch.Tensor:
     """Bring latents that a run left in an early stage to the full grid; others are returned as they are."""
-    if run is None or run.schedule is None or run.layout is None or not run.layout.coarse:
+    if run is None or run.schedule is None or run.layout is None or run.layout.kind == "fine":
         return latents
     return run.schedule.lift(latents) if latents.shape[1:] == run.stage_shape else latents
