@@ -23,6 +23,7 @@ from fastdit.spatial.just_in_time import JustInTime
 from fastdit.spatial.lift import LatentLift, PixelLift
 from fastdit.spatial.ralu import PRESETS, RALU
 from fastdit.spatial.selector import Edges, PixelGradient, Selector, VelocityVariance
+from fastdit.spatial.text_attention import TextAttention
 from fastdit.spatial.token_copy import TokenCopy
 from fastdit.stack import Stack
 
@@ -83,6 +84,9 @@ def mixed_stages() -> dict[str, Accelerator]:
         "mixed stage: gradient, fine frame": mixed(PixelGradient(), "fine"),
         "mixed stage: settled first, fine frame": mixed(VelocityVariance(), "fine"),
         "mixed stage: turning first, fine frame": mixed(VelocityVariance("turning"), "fine"),
+        "mixed stage: attended by the text first, fine frame": mixed(TextAttention(), "fine"),
+        "mixed stage: attending to the text first, fine frame": mixed(TextAttention("given"), "fine"),
+        "mixed stage: edges, the query's frame": mixed(Edges(), "query"),
     }
 
 

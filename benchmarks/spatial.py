@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,12 +99,13 @@ def pictures(
     batch: int = 8,
     seed: int = 0,
     only: Annotated[
-        str, typer.Option(help="Rows whose names begin so; they take their place in the results that are there.")
+        str,
+        typer.Option(help="Rows whose names match this; they join the results that are there, or take their place."),
     ] = "",
     out: OutOption = None,
 ) -> None:
     """Make and score the pictures of everything; the seconds are of a machine as it is."""
-    chosen = [entry for entry in configurations(mini) if entry.name.startswith(only)]
+    chosen = [entry for entry in configurations(mini) if re.search(only, entry.name)]
     results = compare(
         chosen, title=f"schedules, {mini}", prompts=prompts, each=each, batch=batch, seed=seed, mini=mini, dtype=DTYPE
     )
@@ -118,7 +120,9 @@ def clock_(
     out: OutOption = None,
 ) -> None:
     """Time everything in turns, write the seconds into the results, and print them."""
-    results = clock(configurations(mini), Results.load(_path(mini, out)), rounds=rounds, mini=mini, dtype=DTYPE)
+    rows = configurations(mini)
+    results = clock(rows, Results.load(_path(mini, out)), rounds=rounds, mini=mini, dtype=DTYPE)
+    results = results.with_baseline(rows[0].name)
     Console(width=220).print(rich_table(results))
     results.save(_path(mini, out))
 

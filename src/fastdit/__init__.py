@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .spatial.progressive import ProgressiveResolution
     from .spatial.ralu import RALU
     from .spatial.selector import Edges, LatentVariance, PixelGradient, VelocityVariance
+    from .spatial.text_attention import TextAttention
     from .spatial.token_copy import TokenCopy
     from .stack import Stack
 
@@ -70,6 +71,7 @@ _HOMES = {
     "LatentVariance": "spatial.selector",
     "PixelGradient": "spatial.selector",
     "VelocityVariance": "spatial.selector",
+    "TextAttention": "spatial.text_attention",
     "PixelLift": "spatial.lift",
     "CorrectedLift": "spatial.corrected_lift",
     "LatentLift": "spatial.lift",
@@ -157,6 +159,7 @@ __all__ = [
     "Taylor",
     "TaylorSeer",
     "TeaCache",
+    "TextAttention",
     "ToCa",
     "TokenCopy",
     "UnsupportedModel",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,8 +19,10 @@ from .errors import InvalidConfig
 if TYPE_CHECKING:
     import torch
 
+    from .attention.seeing import SeenAttention
     from .layout import TokenLayout
     from .models.family import Family
+    from .run import StepContext
 
 
 class Level(Enum):
@@ -45,6 +47,8 @@ class Change(Enum):
     SHARED_SEQUENCE = "where the tokens are, each rank holding a part of them"
     ATTENTION_BACKEND = "what its attention is handed to"
     BLOCK_PARTS = "which parts of a block run"
+    COMPILED_ATTENTION = "where its attention is computed, inside compiled code"
+    KEY_PLACES = "the places of keys, which differ from query to query"
 
 
 class Need(Enum):
@@ -63,6 +67,8 @@ class Need(Enum):
     WHOLE_FRAME = "all the image's tokens in one place"
     PLAIN_ATTENTION = "attention that is torch's scaled_dot_product_attention"
     WHOLE_BLOCKS = "blocks that run as a whole"
+    SEEN_ATTENTION = "attention whose calls can be seen"
+    ONE_FRAME = "attention in which a key has one place for all queries"
 
 
 class Break(Enum):
@@ -83,6 +89,8 @@ VIOLATIONS: dict[Need, Change] = {
     Need.WHOLE_FRAME: Change.SHARED_SEQUENCE,
     Need.PLAIN_ATTENTION: Change.ATTENTION_BACKEND,
     Need.WHOLE_BLOCKS: Change.BLOCK_PARTS,
+    Need.SEEN_ATTENTION: Change.COMPILED_ATTENTION,
+    Need.ONE_FRAME: Change.KEY_PLACES,
 }
 
 
@@ -288,6 +296,17 @@ class ScheduleRun:
         it is called by every forward of the first step.
         """
         raise NotImplementedError
+
+    def forced(self, stage: int, stage_step: int) -> str | None:
+        """Say why a step must run every block on every token, whatever caches would do; None where they decide."""
+        return None
+
+    def attending(self, context: StepContext, transformer: Any, arguments: Mapping[str, Any]) -> SeenAttention | None:
+        """Give what sees, and may answer, the attention of one forward; nothing by default.
+
+        `arguments` are the forward's own, with the stage's latents in place.
+        """
+        return None
 
     def observe(self, velocity: torch.Tensor) -> None:
         """See the velocity that a step was taken with, in the pipeline's shape; nothing by default."""

@@ -20,7 +20,8 @@ from .layout import TokenLayout
 class StepContext:
     """Where a forward stands: all that a gate may know besides its signal. Steps count forwards of one branch.
 
-    `skipped_timesteps` counts the scheduler's timesteps before the run's first (an img2img strength below 1).
+    `skipped_timesteps` counts the scheduler's timesteps before the run's first (an img2img strength below 1). `forced`
+    says why the schedule wants every block run on every token.
     """
 
     step: int
@@ -29,6 +30,7 @@ class StepContext:
     stage_step: int
     branch: str
     skipped_timesteps: int = 0
+    forced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,8 @@ class Run:
                 )
         self._calls.setdefault(denoiser, []).append(name)
         total = self.total_steps if self.total_steps is not None else self.step + 2
-        return StepContext(self.step, total, self.stage, self.stage_step, name, self._first_index)
+        forced = self.schedule.forced(self.stage, self.stage_step) if self.schedule is not None else None
+        return StepContext(self.step, total, self.stage, self.stage_step, name, self._first_index, forced)
 
     def _settle(self) -> None:
         """Take in how long the run really is, and check it, before its first step."""

@@ -74,10 +74,20 @@ def test_pictures_made_anew_take_their_rows_and_keep_the_clock() -> None:
     assert merged["RALU 4x"].seconds == results["RALU 4x"].seconds
     assert merged["TeaCache"] == results["TeaCache"]
     fresh = dataclasses.replace(one["RALU 4x"], name="RALU 9x")
-    with pytest.raises(ResultsError, match="unknown: RALU 9x"):
-        results.with_pictures_of(dataclasses.replace(one, baseline="RALU 9x", configurations=(fresh,)))
+    joined = results.with_pictures_of(dataclasses.replace(one, baseline="RALU 9x", configurations=(fresh,)))
+    assert joined.configurations == (*results.configurations, fresh)
     with pytest.raises(ResultsError, match="same prompts"):
         results.with_pictures_of(dataclasses.replace(one, prompts=("a fish",)))
+
+
+def test_another_baseline_leaves_out_the_likeness_to_the_one_before() -> None:
+    alike = {"psnr": Metric(Interval(40.0, 39.0, 41.0))}
+    first, *others = make_results().configurations
+    results = dataclasses.replace(make_results(), configurations=(dataclasses.replace(first, metrics=alike), *others))
+    other = results.with_baseline("11 steps")
+    assert other.speed_up("11 steps").estimate == 1.0
+    assert "psnr" not in other[first.name].metrics
+    assert results.with_baseline(results.baseline) is results
 
 
 def test_a_metric_of_whole_sets_is_compared_in_pairs_where_it_has_samples() -> None:

@@ -17,6 +17,7 @@ from fastdit import (
     LatentVariance,
     PixelGradient,
     Stack,
+    TextAttention,
     VelocityVariance,
     accelerate,
 )
@@ -67,7 +68,9 @@ def test_a_velocity_s_variance_is_that_over_the_steps_of_the_coarse_stage() -> N
     assert torch.equal(VelocityVariance().scores(scene(velocities=velocities)), -found)
 
 
-@pytest.mark.parametrize("selector", [Edges(), PixelGradient(), LatentVariance(), VelocityVariance()], ids=str)
+@pytest.mark.parametrize(
+    "selector", [Edges(), PixelGradient(), LatentVariance(), VelocityVariance(), TextAttention()], ids=str
+)
 def test_every_image_chooses_for_itself_and_a_run_is_repeated(selector: Selector, generators: Any) -> None:
     pipe, call = tiny.flux(size=128, batch=2, steps=7)
     fast = accelerate(pipe, [RALU(**SHORT, selector=selector)])

@@ -59,6 +59,10 @@ class AttentionCall(NamedTuple):
             return mask
         return torch.zeros_like(mask, dtype=self.query.dtype).masked_fill(~mask, -torch.inf)
 
+    def by_torch(self) -> torch.Tensor:
+        """Compute the call by torch's own function, or by what answers that outside of the mode that sees the call."""
+        return nn.functional.scaled_dot_product_attention(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
+
 
 #: Computes attention: [B, H, S, D_v] of one call.
 Attend = Callable[[AttentionCall], torch.Tensor]

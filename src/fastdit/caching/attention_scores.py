@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from fastdit.attention.kernel import AttentionCall
+from fastdit.attention.seeing import SeenAttention, weights_of
 from fastdit.errors import IncompatibleStack
 from fastdit.models.tokens import TokenRoles
 from fastdit.structure import tensors_of
@@ -52,51 +53,32 @@ class AttentionScore(Enum):
         return seen[-1] if self is AttentionScore.TEXT else nn.functional.normalize(seen[-1], dim=1)
 
 
-class _Watcher(TorchFunctionMode):
-    """Sees each call of scaled_dot_product_attention and lets it pass."""
+class _Watcher(SeenAttention):
+    """Reduces each call of scaled_dot_product_attention to a score, and lets it pass."""
 
     def __init__(self, score: AttentionScore, tokens: int, roles: TokenRoles) -> None:
-        super().__init__()
+        super().__init__(self._watch)
         self._score, self._tokens, self._roles = score, tokens, roles
         self.seen: list[torch.Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            self.seen.append(self._read(*args, **kwargs))
-        return func(*args, **kwargs)
+    def _watch(self, call: AttentionCall) -> torch.Tensor:
+        self.seen.append(self._read(call))
+        return call.by_torch()
 
-    def _read(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    def _read(self, call: AttentionCall) -> torch.Tensor:
         """Reduce one attention [B, H, S, D] to a score [B, N]."""
-        image = self._image(query.shape[2])
+        image = self._image(call.query.shape[2])
         if self._score is AttentionScore.VALUE_NORM:
-            norms: torch.Tensor = value[:, :, image].float().norm(dim=3).norm(dim=1)
+            norms: torch.Tensor = call.value[:, :, image].float().norm(dim=3).norm(dim=1)
             return norms
-        heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-        total = query.new_zeros(1, dtype=torch.float32)
-        for head in range(heads):
-            queries, keys = query[:, head, image].float(), key[:, head // groups].float()
-            logits = queries @ keys.transpose(1, 2) * (scale if scale is not None else query.shape[3] ** -0.5)
-            if attn_mask is not None:
-                mask = attn_mask.expand(query.shape[0], heads, query.shape[2], key.shape[2])[:, head, image]
-                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-            weights = logits.softmax(dim=2)
+        total = call.query.new_zeros(1, dtype=torch.float32)
+        for weights in weights_of(call, image):
             if self._score is AttentionScore.ATTENTION:
                 total = total + weights.sum(dim=1)[:, image]
             else:
                 total = total + self._to_text(weights, image)
         if self._score is AttentionScore.ATTENTION:
-            return total / heads
+            return total / call.query.shape[1]
         shares = total / total.sum(dim=2, keepdim=True)
         return 1.0 + torch.xlogy(shares, shares).sum(dim=2)
 

@@ -45,6 +45,8 @@ class SkipPolicy:
 
     def forced(self, context: StepContext, consecutive: int, skipped: int) -> str | None:
         """Say why a step must be computed after that many skips (in a row; in the stage), or None."""
+        if context.forced is not None:
+            return context.forced
         if context.step < self.first:
             return "first steps"
         if context.step >= context.total_steps - self.last:

@@ -117,6 +117,8 @@ class TokenPass:
 
     def _decide(self, memory: BlockMemory) -> tuple[str, str]:
         context = self._context
+        if context.forced is not None:
+            return COMPUTED, context.forced
         if context.step < self._cache.first:
             return COMPUTED, "first steps"
         if memory.full_step < 0:

@@ -77,8 +77,11 @@ class ScoredTokens(TokenCache):
 
     @property
     def effects(self) -> Effects:
-        seen = self.watches in (None, AttentionScore.OUTPUT_NORM)
-        return super().effects if seen else super().effects.adding(needs={Need.PLAIN_ATTENTION})
+        declared, watched = super().effects, self.watches
+        if watched in (None, AttentionScore.OUTPUT_NORM):
+            return declared
+        of_a_map = watched is not AttentionScore.VALUE_NORM
+        return declared.adding(needs={Need.PLAIN_ATTENTION, *([Need.ONE_FRAME] if of_a_map else [])})
 
     @property
     def neutral(self) -> bool:

@@ -63,7 +63,7 @@ class Engine(Accelerator):
     directory: str | None = None
 
     level: ClassVar[Level] = Level.ENGINE
-    changes: ClassVar[frozenset[Change]] = frozenset({Change.ARITHMETIC_ORDER})
+    changes: ClassVar[frozenset[Change]] = frozenset({Change.ARITHMETIC_ORDER, Change.COMPILED_ATTENTION})
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BLOCK_LISTS, Need.WHOLE_BLOCKS, Need.FIXED_ROWS})
     breaks: ClassVar[frozenset[Break]] = frozenset({Break.BIT_EXACTNESS})
 

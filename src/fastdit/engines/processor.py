@@ -107,18 +107,14 @@ def _faster_by_heads(call: PieceCall) -> list[Hashable]:
             outline = _outline(asked)
             timed = outline, torch.get_num_threads()
             if timed not in _TIMED:
-                _TIMED[timed] = _GAIN * _seconds(attend_by_heads, asked) < _seconds(_by_torch, asked)
+                _TIMED[timed] = _GAIN * _seconds(attend_by_heads, asked) < _seconds(AttentionCall.by_torch, asked)
             if _TIMED[timed]:
                 faster[outline] = None
-        return _by_torch(asked)
+        return asked.by_torch()
 
     with KernelMode(attend, "the trial of attention by heads"):
         call.module(*call.args, **call.kwargs)
     return list(faster)
-
-
-def _by_torch(call: AttentionCall) -> torch.Tensor:
-    return nn.functional.scaled_dot_product_attention(*call[:6], scale=call.scale, enable_gqa=call.enable_gqa)
 
 
 def _seconds(attend: Callable[[AttentionCall], torch.Tensor], call: AttentionCall) -> float:

@@ -18,6 +18,9 @@ SCHEMA_VERSION = 1
 
 _EQUAL_TIME = 0.03  # medians of the same work differ by this much from run to run on a busy machine
 
+#: Metrics that compare a picture with the baseline's.
+_LIKENESS = ("psnr", "ssim")
+
 
 class ResultsError(FastditError, ValueError):
     """The data is no set of results that this version can read."""
@@ -60,6 +63,11 @@ class ConfigurationResult:
     @property
     def median_seconds(self) -> float:
         return median(self.seconds)
+
+    def without_likeness(self) -> ConfigurationResult:
+        """The same without what compares its pictures with the baseline's, pixel by pixel."""
+        kept = {name: metric for name, metric in self.metrics.items() if name not in _LIKENESS}
+        return replace(self, metrics=kept)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConfigurationResult:
@@ -128,25 +136,27 @@ class Results:
         return replace(self, configurations=configurations)
 
     def with_pictures_of(self, other: Results) -> Results:
-        """These results with another measurement's scores of the same prompts, by name.
+        """These results with another measurement's scores of the same prompts, by name; rows that are new come last.
 
-        The seconds stay these. Likeness to another baseline is left out. Raises `ResultsError` for other prompts and
-        for rows that are not here.
+        The seconds of rows that were here stay. Likeness to another baseline is left out. Raises `ResultsError` for
+        other prompts.
         """
-        unknown = {entry.name for entry in other.configurations} - {entry.name for entry in self.configurations}
-        if other.prompts != self.prompts or unknown:
-            raise ResultsError(
-                "pictures can only take the place of the same rows' of the same prompts and seed; make all anew"
-                + (f" (unknown: {', '.join(sorted(unknown))})" if unknown else "")
-            )
-        likeness = () if other.baseline == self.baseline else ("psnr", "ssim")
-        made = {entry.name: entry for entry in other.configurations}
-        rows = []
-        for entry in self.configurations:
-            anew = made.get(entry.name, entry)
-            kept = {name: metric for name, metric in anew.metrics.items() if anew is entry or name not in likeness}
-            rows.append(replace(anew, seconds=entry.seconds, metrics=kept))
-        return replace(self, configurations=tuple(rows))
+        if other.prompts != self.prompts:
+            raise ResultsError("pictures can only join those of the same prompts and seed; make all anew")
+        alike = other.baseline == self.baseline
+        made = {entry.name: entry if alike else entry.without_likeness() for entry in other.configurations}
+        rows = [
+            replace(made.pop(entry.name), seconds=entry.seconds) if entry.name in made else entry
+            for entry in self.configurations
+        ]
+        return replace(self, configurations=(*rows, *made.values()))
+
+    def with_baseline(self, name: str) -> Results:
+        """These results beside another configuration's; likeness to the pictures of the one before is left out."""
+        if name == self.baseline:
+            return self
+        rows = tuple(entry.without_likeness() for entry in self.configurations)
+        return replace(self, baseline=name, configurations=rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""

@@ -23,6 +23,9 @@ class Family(Protocol):
     #: Whether the tokens lie in one plane; where they don't, a layout's token stands for its place in every plane.
     one_plane: ClassVar[bool]
 
+    #: Why a query can't see keys in a frame of its own; None where it can (see `turn`).
+    one_frame: ClassVar[str | None]
+
     @property
     def name(self) -> str:
         """What the family is called; published settings belong to it."""
@@ -70,6 +73,9 @@ class Family(Protocol):
     def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
         """Find the latents of a layout among a forward's arguments, in the shape in which the scheduler gets them."""
 
+    def appended(self, arguments: Mapping[str, Any], layout: TokenLayout) -> int:
+        """Count the tokens that follow the layout's in a forward's sequence of image tokens."""
+
     def place(
         self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
     ) -> dict[str, Any]:
@@ -82,6 +88,13 @@ class Family(Protocol):
         """Give the children of the structural twin that a layout replaces, by name (none for most layouts).
 
         `latents` are those of `latents_of`: their batch is the layout's, or several of it in a row (guidance).
+        """
+
+    def turn(self, transformer: Any, layout: TokenLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give what turns queries and keys [B, H, tokens, D] by their places in the layout's frame once more.
+
+        Cosines and sines [1 or B, tokens, D], as `fastdit.models.rotary.turned` takes them. Families that give a
+        reason in `one_frame` have none.
         """
 
     def pipeline_overrides(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ class FrameFamily:
 
     mixes: ClassVar[bool] = True
     one_plane: ClassVar[bool] = True
+    one_frame: ClassVar[str | None] = "its transformer makes places inside its forward, undescribed"
 
     def matches(self, pipeline: Any) -> bool:
         return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
@@ -94,6 +95,9 @@ class FrameFamily:
         latents: torch.Tensor = next(iter(arguments.values()))
         return latents
 
+    def appended(self, arguments: Mapping[str, Any], layout: TokenLayout) -> int:
+        return 0
+
     def place(
         self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
     ) -> dict[str, Any]:
@@ -103,6 +107,9 @@ class FrameFamily:
         return output
 
     def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def turn(self, transformer: Any, layout: TokenLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
     def pipeline_overrides(self) -> tuple[str, ...]:

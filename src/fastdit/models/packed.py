@@ -43,6 +43,7 @@ class PackedFamily:
 
     mixes: ClassVar[bool] = True
     one_plane: ClassVar[bool] = True
+    one_frame: ClassVar[str | None] = None
 
     def matches(self, pipeline: Any) -> bool:
         return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
@@ -86,6 +87,10 @@ class PackedFamily:
         tokens: torch.Tensor = next(iter(arguments.values()))
         return tokens[:, : layout.tokens, : self.channels(tokens.shape[2])]
 
+    def appended(self, arguments: Mapping[str, Any], layout: TokenLayout) -> int:
+        tokens: torch.Tensor = next(iter(arguments.values()))
+        return tokens.shape[1] - layout.tokens
+
     def channels(self, given: int) -> int:
         """Say how many of a token's channels are the latents'; the rest describe a picture and follow the layout."""
         return given
@@ -111,6 +116,11 @@ class PackedFamily:
         if layout.images == 1:
             return {}
         return {"pos_embed": PerImagePositions(transformer.pos_embed, self.axes)}
+
+    def turn(self, transformer: Any, layout: TokenLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        places = nn.functional.pad(layout.positions(device), (1, self.axes - 3))
+        cosines, sines = transformer.pos_embed(places.flatten(0, 1))
+        return cosines.unflatten(0, places.shape[:2]), sines.unflatten(0, places.shape[:2])
 
     def pipeline_overrides(self) -> tuple[str, ...]:
         return (self.unpacking,)

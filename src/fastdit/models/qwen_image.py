@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class QwenImageFamily(PackedFamily):
     """
 
     sample: int | None = None
+
+    one_frame: ClassVar[str | None] = "its transformer counts places from the picture's middle, undescribed"
 
     def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         image = arguments.get("image")

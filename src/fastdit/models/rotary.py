@@ -82,6 +82,19 @@ def rotary(places: torch.Tensor, widths: Sequence[int], theta: float, **options:
     return torch.cat(rows, dim=-1).unflatten(0, shape)
 
 
+def turned(states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn queries or keys [B, H, S, D] by cosines and sines [1 or B, S, D] of places, in float32.
+
+    Neighbouring channels are a plane, as in FLUX. Turning twice is turning by the sum of both places. A batch that
+    holds the table's several times in a row (guidance) is turned alike in each.
+    """
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    parts = tuple(shared(guided(part, states.shape[0])) for part in table)
+    result: torch.Tensor = apply_rotary_emb(states, parts, sequence_dim=2)
+    return result
+
+
 def shared(table: torch.Tensor) -> torch.Tensor | PerImageTable:
     """Give a table [1 or B, S, D] as a model takes it: shared where there is one for all images."""
     return table[0] if table.shape[0] == 1 else PerImageTable(table)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,10 @@ from .rotary import guided
 @dataclasses.dataclass(frozen=True)
 class SD3Family(FrameFamily):
     """Tokens of SD3 and SD3.5: 64 channels = 16 latent channels x 2 x 2 pixels, places in a centred crop of a table."""
+
+    one_frame: ClassVar[str | None] = (
+        "its places are added to the tokens before the blocks, so queries and keys are not turned by any"
+    )
 
     picture_arguments: tuple[str, ...] = ("ip_adapter_image_embeds", "ip_adapter_masks", "ip_hidden_states")
 

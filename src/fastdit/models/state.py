@@ -61,6 +61,11 @@ def _changes(module: nn.Module) -> Iterator[StateChange]:
         yield StateChange(Change.SHARED_SEQUENCE, cause, "leave that accelerator out, or share the batch out instead")
     if cause := _attention_backend(module):
         yield StateChange(Change.ATTENTION_BACKEND, cause, "call its set_attention_backend('native') first")
+    for name, part in module.named_modules():
+        if part.__dict__.get("_compiled_call_impl") is not None:
+            cause = f"{name or 'it'} is compiled"
+            yield StateChange(Change.COMPILED_ATTENTION, cause, "accelerate a model whose blocks are not compiled")
+            return
 
 
 def sequence_group(module: nn.Module) -> Any:

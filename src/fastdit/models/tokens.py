@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from torch import nn
+
 
 class Role(Enum):
     """What becomes of a child of a block at a partial step, where only chosen image tokens are recomputed."""
@@ -74,6 +76,20 @@ TOKEN_ROLES: dict[str, TokenRoles] = {
         cross_attention="attn2",
     ),
 }
+
+
+def text_comes_first(transformer: Any) -> bool | None:
+    """Say whether the text's tokens come before the image's where blocks attend to both together.
+
+    None where some block of the transformer's lists is not described, does not, or orders them otherwise.
+    """
+    blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+    roles = [token_roles(block) for block in blocks]
+    orders = {
+        None if role is None or role.text is None or role.cross_attention is not None else role.text_first
+        for role in roles
+    }
+    return orders.pop() if len(orders) == 1 else None
 
 
 def token_roles(block: Any) -> TokenRoles | None:

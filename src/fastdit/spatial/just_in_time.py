@@ -73,7 +73,7 @@ class JustInTime(Schedule):
             raise InvalidConfig(f"shares are {sparse} rising parts of the tokens between 0 and 1, got {self.shares!r}")
         if self.ends is not None and not rising(self.ends, sparse):
             raise InvalidConfig(f"ends are {sparse} rising times between 0 and 1, got {self.ends!r}")
-        if not isinstance(self.selector, Selector) or self.selector.watches:
+        if not isinstance(self.selector, Selector) or self.selector.sees is not None:
             raise InvalidConfig(
                 "selector is one that looks at the clean estimate alone, such as LatentVariance() or Edges(), got "
                 f"{self.selector!r}"

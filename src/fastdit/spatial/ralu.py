@@ -31,12 +31,12 @@ from fastdit.accelerator import (
     is_number,
     register,
 )
-from fastdit.errors import InvalidConfig
+from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
 
 from .lift import Lift, PixelLift
-from .selector import Selector
+from .selector import Seen, Selector
 from .staged import StagedRun, is_time, rising, staged_plan
 from .token_copy import TokenCopy
 
@@ -99,15 +99,17 @@ class RALU(Schedule):
       matching solves otherwise.
     - `shifts`: one timestep shift a stage, for which `starts` are needed: above 1 a stage takes its smaller steps where
       there is more noise, below 1 where there is less. Left out, the matching solves them.
-    - `selector`: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()` or
-      `VelocityVariance()`.
+    - `selector`: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()`,
+      `VelocityVariance()` or `TextAttention()`.
     - `lift`: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
       `LatentLift(resize=...)`.
 
     `base_shift` is the timestep shift that the model was trained for (3 for both families). `frame` says where coarse
     and mixed stages place their tokens: in the "coarse" frame, as if the picture were half as large, with children
     between the coarse tokens (published for FLUX, and what the model sees at half the size), or in the "fine" frame,
-    with children at their final places and coarse tokens in the middle of their four cells.
+    with children at their final places and coarse tokens in the middle of their four cells. With frame="query" a coarse
+    stage is as in the coarse frame, and in a mixed one every query sees keys in steps of its own resolution
+    (`fastdit.spatial.query_frame`), which takes a model that turns queries and keys by places, as FLUX does.
 
     Raises `InvalidConfig` for an unknown preset and for values out of range.
     """
@@ -150,8 +152,10 @@ class RALU(Schedule):
         _validate(self.settings, self.restart, self.base_shift, self.fidelity)
         if self.selector is not None and len(self.settings.steps) != 3:
             raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none between them")
-        if self.frame not in FRAMES:
-            raise InvalidConfig(f'frame is "coarse" or "fine", got {self.frame!r}')
+        if self.frame not in (*FRAMES, "query"):
+            raise InvalidConfig(f'frame is "coarse", "fine" or "query", got {self.frame!r}')
+        if self.frame == "query" and len(self.settings.steps) != 3:
+            raise InvalidConfig('frame="query" is of a mixed stage, and two stages have none; use frame="coarse"')
 
     @classmethod
     def paper(cls, preset: str = "4x", *, fidelity: str = "paper", **settings: Any) -> RALU:
@@ -175,12 +179,27 @@ class RALU(Schedule):
 
     @property
     def effects(self) -> Effects:
-        places = len(self.settings.steps) == 3 or self.frame == "fine"
-        return super().effects.adding(needs={Need.TOKEN_POSITIONS} if places else set())
+        declared = super().effects
+        if len(self.settings.steps) == 3 or self.frame != "coarse":
+            declared = declared.adding(needs={Need.TOKEN_POSITIONS})
+        if self.frame == "query":
+            needs = {Need.SEEN_ATTENTION, Need.PLAIN_ATTENTION, Need.FIXED_ROWS}
+            declared = declared.adding(changes={Change.KEY_PLACES}, needs=needs)
+        if self.selector is not None and self.selector.sees is Seen.TEXT_ATTENTION:
+            declared = declared.adding(needs={Need.SEEN_ATTENTION, Need.PLAIN_ATTENTION})
+        return declared
 
     def check(self, pipeline: Any, transformer: Any) -> None:
-        """Raise `InvalidConfig` for a preset of another family of models."""
+        """Raise `InvalidConfig` for another family's preset, `UnsupportedModel` for parts that the model can't bear."""
         family = family_of(pipeline)
+        if self.frame == "query" and family is not None and family.one_frame is not None:
+            raise UnsupportedModel(
+                f'{self.describe()}: with frame="query" a query and a key are turned by places of the query\'s own '
+                f"frame, and {type(pipeline).__name__} can't be asked for that: {family.one_frame}; use "
+                'frame="coarse" or frame="fine"'
+            )
+        if self.selector is not None:
+            self.selector.check(transformer)
         if family is None or self.preset is None or PRESETS[self.preset].family == family.name:
             return
         own = ", ".join(name for name, preset in PRESETS.items() if preset.family == family.name) or "none"
@@ -217,7 +236,7 @@ class RALU(Schedule):
             refined=refined,
             notes=notes,
         )
-        if self.selector is not None and self.selector.watches and plan.stages[0].steps < 2:
+        if self.selector is not None and self.selector.sees is Seen.VELOCITIES and plan.stages[0].steps < 2:
             raise InvalidConfig(
                 f"{self.selector!r} compares the steps of the coarse stage, which has one here; give it two or more"
             )

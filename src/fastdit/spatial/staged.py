@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fastdit.accelerator import SchedulePlan, ScheduleRun, StagePlan, is_number
+from fastdit.attention.seeing import SeenAttention
 from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout, gather_tokens
 from fastdit.models.family import Family
+from fastdit.models.tokens import text_comes_first
 
 from . import edges, matching
 from .lift import Lift, Switch, pooled
-from .selector import Edges, Scene, Selector
+from .query_frame import QueryFrame
+from .selector import Edges, Scene, Seen, Selector
+from .text_attention import SeenExchange, mean_exchange
+
+if TYPE_CHECKING:
+    from fastdit.run import StepContext
 
 
 class StagedRun(ScheduleRun):
     """One run: the layout that it stands in, the noise that it began with, and its switches.
 
     The plan's stages are "coarse", "mixed" (after a coarse one) or "fine"; `ends` are the times at which all but the
-    last end, `refined` counts the coarse tokens that a mixed stage splits, `selector` chooses them.
+    last end, `refined` counts the coarse tokens that a mixed stage splits, `selector` chooses them. `frame` is
+    that of a layout, or "query".
     """
 
     def __init__(
@@ -43,12 +51,15 @@ class StagedRun(ScheduleRun):
         self._lift, self._ends, self._refined = lift, tuple(ends), refined
         self._selector = selector or Edges()
         self._velocities: list[torch.Tensor] = []
+        self._exchanges: list[SeenExchange] = []
+        self._by_query = frame == "query"
+        self._turn: tuple[torch.Tensor, torch.Tensor] | None = None
         self._family = family
         self._pipeline = pipeline
         self._generator = generator
         self._exact = exact
         self._rows, self._columns = plan.rows, plan.columns
-        self._coarse = TokenLayout(plan.rows, plan.columns, coarse=True, frame=frame)
+        self._coarse = TokenLayout(plan.rows, plan.columns, coarse=True, frame="coarse" if self._by_query else frame)
         self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
         self._layout = self._fine
         self._field: torch.Tensor | None = None
@@ -87,8 +98,30 @@ class StagedRun(ScheduleRun):
             coarse = torch.cat([mixed[:, : mixed.shape[1] - children.shape[1]], children], dim=1)
         return self._family.latents(coarse, self._layout), self._layout
 
+    def forced(self, stage: int, stage_step: int) -> str | None:
+        return "its attention chooses the tokens to refine" if self._shows_attention(stage, stage_step) else None
+
+    def attending(self, context: StepContext, transformer: Any, arguments: Mapping[str, Any]) -> SeenAttention | None:
+        layout = self._layout
+        if self._shows_attention(context.stage, context.stage_step):
+            appended, first = self._family.appended(arguments, layout), text_comes_first(transformer)
+            self._exchanges.append(SeenExchange(layout.tokens, appended, text_first=bool(first)))
+            return self._exchanges[-1]
+        if not self._by_query or layout.kept is None or layout.refined is None or not layout.refined.shape[1]:
+            return None
+        if self._turn is None:
+            self._turn = self._family.turn(transformer, layout, layout.kept.device)
+        kept, fine = layout.kept.shape[1], 4 * layout.refined.shape[1]
+        return SeenAttention(QueryFrame(kept, fine, self._family.appended(arguments, layout), self._turn))
+
+    def _shows_attention(self, stage: int, stage_step: int) -> bool:
+        """Whether a step is the last coarse one, with a selector that looks at its attention."""
+        plan = self._plan.stages[stage]
+        last = plan.layout == "coarse" and stage_step + 1 == plan.steps
+        return last and self._selector.sees is Seen.TEXT_ATTENTION
+
     def observe(self, velocity: torch.Tensor) -> None:
-        if self._selector.watches and self._layout is self._coarse:
+        if self._selector.sees is Seen.VELOCITIES and self._layout is self._coarse:
             self._velocities.append(self._family.tokens(velocity))
 
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
@@ -121,9 +154,20 @@ class StagedRun(ScheduleRun):
 
     def _select(self, denoised: torch.Tensor) -> torch.Tensor:
         rows, columns = self._rows // 2, self._columns // 2
-        scene = Scene(self._family, self._pipeline, rows, columns, denoised, tuple(self._velocities), exact=self._exact)
+        exchange = mean_exchange(self._exchanges, len(denoised))
+        scene = Scene(
+            self._family,
+            self._pipeline,
+            rows,
+            columns,
+            denoised,
+            tuple(self._velocities),
+            exchange,
+            exact=self._exact,
+        )
         scores = self._selector.scores(scene)
         self._velocities.clear()
+        self._exchanges.clear()
         if not self._exact:
             # In float32 so little noise would vanish beside the scores, and break no tie.
             scores = scores.double() + 1e-6 * self._noise(scores.shape, torch.device("cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastdit.attention.kernel import AttentionKernel
+from fastdit.attention.seeing import SeenAttention
 from fastdit.caching.block_pass import BlockPass
 from fastdit.caching.decision import BranchState
 from fastdit.caching.forward_pass import ForwardPass
@@ -20,7 +21,7 @@ from fastdit.caching.token_cache import TokenCache
 from fastdit.caching.token_memory import TokenState
 from fastdit.caching.token_pass import TokenPass
 from fastdit.engines.workshop import EnginePass, Workshop
-from fastdit.errors import IncompatibleStack, NoActiveRun
+from fastdit.errors import IncompatibleStack, NoActiveRun, UnsupportedModel
 from fastdit.flops import FlopMeter
 from fastdit.layout import TokenLayout
 from fastdit.models.family import Family
@@ -99,18 +100,30 @@ class Denoiser:
         context = run.enter(self.name)
         arguments = self._names(args, kwargs)
         children: dict[str, Any] = {}
+        seen: SeenAttention | None = None
         if run.schedule is not None:
             arguments, children = self._at_stage(run, arguments)
+            seen = run.schedule.attending(context, self.module, arguments)
         engine = None
         if self._workshop is not None:
             engine = EnginePass(self._workshop, run, self.module, self._attention)
         clock = Clock(_device(arguments))
-        with self._attention.acting(run) if self._attention is not None else nullcontext():
+        with ExitStack() as acting:
+            if self._attention is not None:
+                acting.enter_context(self._attention.acting(run))
+            if seen is not None:
+                acting.enter_context(seen)
             if self._cache is None and self._token_cache is None and engine is None and not children:
                 output, outcome = self.module(**arguments), Outcome()
             else:
                 output, outcome = self._through_stack(_Call(run, context, children, engine), arguments)
         clock.stop()
+        if seen is not None and not seen.answered and outcome.action == "computed":
+            raise UnsupportedModel(
+                f"the schedule acts in the attention of {self.name} ({type(self.module).__name__}), and a forward that "
+                "ran whole called torch's scaled_dot_product_attention with text and image together nowhere; set an "
+                "attention processor that does, or take another selector or frame"
+            )
         if run.schedule is not None:
             assert self._family is not None and run.layout is not None
             output = self._family.velocity(output, run.layout)
