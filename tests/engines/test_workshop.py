@@ -225,7 +225,7 @@ def test_a_warm_up_without_an_engine_or_of_a_bare_module_is_refused_by_name() ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"on_failure": "hope"}, {"directory": 3}, {"freeze": 1}, {"mode": "reduce-overhead"}]
+    "options", [{"on_failure": "hope"}, {"directory": 3}, {"packed": 1}, {"mode": "reduce-overhead"}]
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(options))):

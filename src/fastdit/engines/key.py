@@ -233,7 +233,7 @@ def weights_of(module: nn.Module) -> str:
 def _sampled(tensors: Iterable[torch.Tensor]) -> str:
     with torch.no_grad():
         plain = [part for tensor in tensors for part in _unpacked(tensor.detach())]
-        picked = [_pick(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
+        picked = [sample_of(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
         digest = hashlib.sha256()
         for device in dict.fromkeys(tensor.device for tensor in picked):
             # One transfer for all the weights of a device.
@@ -251,7 +251,8 @@ def _unpacked(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _unpacked(part)
 
 
-def _pick(tensor: torch.Tensor) -> torch.Tensor:
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Give up to 64 elements or few more of a tensor, evenly spread over it; a view where that can be."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)]
