@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from pathlib import Path
 from typing import Any
 
 import pieces
@@ -84,9 +83,9 @@ def test_its_operator_keeps_what_torch_asks_of_one() -> None:
     torch.library.opcheck(operator, (torch.randn(2, 3, 4), weight, None))
 
 
-def test_all_engines_of_a_model_share_one_packed_form_of_each_weight(tmp_path: Path) -> None:
+def test_all_engines_of_a_model_share_one_packed_form_of_each_weight() -> None:
     pipeline, call = EngineContract().pipeline()
-    fast = accelerate(pipeline, [Compile(packed=True, directory=str(tmp_path))])
+    fast = accelerate(pipeline, [Compile(packed=True)])
     layers = [
         layer
         for block in (*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks)
@@ -99,7 +98,7 @@ def test_all_engines_of_a_model_share_one_packed_form_of_each_weight(tmp_path: P
     assert LAID_OUT not in other and other[OPERATOR] >= 2 * len(layers)  # steps x layers
 
 
-def test_it_is_as_near_to_exact_numbers_as_the_plain_model_in_bfloat16(tmp_path: Path) -> None:
+def test_it_is_as_near_to_exact_numbers_as_the_plain_model_in_bfloat16() -> None:
     pipeline = random_flux(FluxSize(double_blocks=1, single_blocks=1, heads=2, head_width=32), dtype=torch.bfloat16)
     call = {**random_call(pipeline, image_tokens_per_side=4, text_tokens=8), "num_inference_steps": 1}
     seen: list[dict[str, Any]] = []
@@ -111,7 +110,7 @@ def test_it_is_as_near_to_exact_numbers_as_the_plain_model_in_bfloat16(tmp_path:
         name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
-    fast = accelerate(module, [Compile(packed=True, directory=str(tmp_path))])
+    fast = accelerate(module, [Compile(packed=True)])
     with torch.no_grad(), fast.fastdit.run(1):
         exact = copy.deepcopy(module).float()(**floats)[0]
         plain, found = ((model(**arguments)[0].float() - exact).norm() for model in (module, fast))
@@ -119,14 +118,14 @@ def test_it_is_as_near_to_exact_numbers_as_the_plain_model_in_bfloat16(tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_another_precision_is_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> None:
-    fast = accelerate(pieces.model().to(dtype), [Compile(packed=True, directory=str(tmp_path))])
+def test_another_precision_is_refused_by_name(dtype: torch.dtype) -> None:
+    fast = accelerate(pieces.model().to(dtype), [Compile(packed=True)])
     with pytest.raises(EngineBuildFailed, match=f"weight of linear is a Parameter of {dtype}"):
         pieces.run(fast, pieces.inputs().to(dtype))
 
 
-def test_autocast_is_refused_by_name(tmp_path: Path) -> None:
-    fast = accelerate(pieces.model(), [Compile(packed=True, directory=str(tmp_path))])
+def test_autocast_is_refused_by_name() -> None:
+    fast = accelerate(pieces.model(), [Compile(packed=True)])
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(EngineBuildFailed, match="autocast is on"):
         pieces.run(fast, pieces.inputs())
 
