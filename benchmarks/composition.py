@@ -38,7 +38,7 @@ def main(
     tokens_per_side: int = 32,
     dtype: str = "bfloat16",
     threshold: float = 0.25,
-    freeze: Annotated[bool, typer.Option(help="Bake the weights into the engines.")] = False,
+    packed: Annotated[bool, typer.Option(help="Pack the weights for the processor.")] = False,
     directory: Annotated[Path | None, typer.Option(help="Where engines are kept; a new folder if left out.")] = None,
     out: Path = Path("benchmarks/results/composition.json"),
 ) -> None:
@@ -48,7 +48,7 @@ def main(
     call = random_call(pipeline, image_tokens_per_side=tokens_per_side, text_tokens=64)
     # Random weights have no published coefficients: the change of the signal itself is what is accumulated.
     cache = TeaCache(threshold, Coefficients((1.0, 0.0)))
-    engine = Compile(freeze=freeze, directory=str(directory or tempfile.mkdtemp(prefix="engines-")))
+    engine = Compile(packed=packed, directory=str(directory or tempfile.mkdtemp(prefix="engines-")))
     stacks = {
         "plain": [],
         "RALU": [RALU("4x")],

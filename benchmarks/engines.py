@@ -36,7 +36,7 @@ SPEED_BAR, ERROR_BAR, START_BAR = 1.25, 1.2, 3.0
 ENGINES: dict[str, Engine] = {
     "Compile": Compile(),
     "Compile, torch's attention": Compile(attention="torch"),
-    "Compile, frozen": Compile(freeze=True),
+    "Compile, packed": Compile(packed=True),
     "AOT": AOT(),
 }
 if importlib.util.find_spec("fastdit_openvino") and importlib.util.find_spec("openvino"):

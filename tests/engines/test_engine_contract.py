@@ -17,13 +17,10 @@ class TestCompile(EngineContract):
     engine = staticmethod(Compile)
 
 
-class TestFrozenCompile(EngineContract):
+class TestPackedCompile(EngineContract):
     @staticmethod
     def engine(**options: Any) -> Compile:
-        return Compile(freeze=True, **options)
-
-    #: It would take an engine for every block and size; the others show it.
-    test_after_a_warm_up_nothing_is_built_or_compiled_for_other_prompts_seeds_guidance_and_sizes_seen = None
+        return Compile(packed=True, **options)
 
 
 class TestAOT(EngineContract):

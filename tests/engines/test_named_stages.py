@@ -60,9 +60,9 @@ def test_the_stages_of_a_schedule_are_one_graph() -> None:
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
-def test_frozen_weights_and_named_stages_go_together() -> None:
+def test_packed_weights_and_named_stages_go_together() -> None:
     pipeline, call = small()
-    fast = accelerate(pipeline, [Compile(tokens=TOKENS, freeze=True)])
+    fast = accelerate(pipeline, [Compile(tokens=TOKENS, packed=True)])
     for rows, columns in SIZES[:3]:
         size = {"height": 16 * rows, "width": 16 * columns}
         assert agrees(generate(fast, call, **size), generate(pipeline, call, **size))

@@ -21,18 +21,19 @@ torch.set_num_threads(1)
 import fastdit
 from fastdit.testing import EngineContract, generate
 pipeline, call = EngineContract().pipeline()
-fast = fastdit.accelerate(pipeline, [getattr(fastdit, sys.argv[1])()])
+fast = fastdit.accelerate(pipeline, fastdit.Stack.from_json(json.loads(sys.argv[1])))
 torch.save(generate(fast, call), sys.argv[2])
 print(json.dumps([[build.kept, build.seconds] for build in fast.fastdit.workshop.builds]))
 """
 
 
-@pytest.mark.parametrize("engine", [Compile, AOT])
+@pytest.mark.parametrize("engine", [Compile(), Compile(packed=True), AOT()], ids=lambda engine: engine.describe())
 def test_it_builds_nothing_and_gives_the_same_picture(engine: Any, tmp_path: Path) -> None:
     pipeline, call = EngineContract().pipeline()
-    fast = accelerate(pipeline, [engine()])
+    fast = accelerate(pipeline, [engine])
     expected = generate(fast, call)
-    arguments = [sys.executable, "-c", SCRIPT, engine.__name__, str(tmp_path / "latents.pt")]
+    stack = json.dumps(fast.fastdit.stack.to_json())
+    arguments = [sys.executable, "-c", SCRIPT, stack, str(tmp_path / "latents.pt")]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [kept for kept, _ in json.loads(done.stdout.splitlines()[-1])] == [True, True]

@@ -34,7 +34,7 @@ from fastdit import (
     accelerate,
 )
 from fastdit.engines.arguments import canonical, canonical_strides, outline_of
-from fastdit.engines.key import structure_of, weights_of
+from fastdit.engines.key import sample_of, structure_of, weights_of
 from fastdit.testing import generate, tiny_flux
 
 MASK = (True, False, True, False)
@@ -139,6 +139,22 @@ def test_an_argument_that_nothing_is_known_of_is_refused_by_name() -> None:
         outline_of({"x": [1, object()]}, "a")
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (576, 576), (2304, 576), (576, 64), (128, 32)], ids=str)
+def test_a_weight_s_sample_is_spread_over_its_rows_and_its_columns(shape: tuple[int, int]) -> None:
+    sample = sample_of(torch.arange(shape[0] * shape[1]).view(shape))
+    assert 32 <= len(sample) <= 128
+    assert len(set((sample % shape[1]).tolist())) >= 16
+    assert len(set((sample // shape[1]).tolist())) >= 32
+
+
+def test_a_change_that_leaves_the_first_column_alone_is_seen() -> None:
+    first, second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    second.weight.data = first.weight.data.clone()
+    assert weights_of(first) == weights_of(second)
+    second.weight.data[:, 1:] *= 1.01
+    assert weights_of(first) != weights_of(second)
+
+
 def test_what_a_module_computes_by_is_in_its_structure() -> None:
     first, second = pieces.model(0).blocks[0], pieces.model(1).blocks[1]
     assert structure_of(first) == structure_of(second)
@@ -225,7 +241,7 @@ def test_a_warm_up_without_an_engine_or_of_a_bare_module_is_refused_by_name() ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"on_failure": "hope"}, {"directory": 3}, {"freeze": 1}, {"mode": "reduce-overhead"}]
+    "options", [{"on_failure": "hope"}, {"directory": 3}, {"packed": 1}, {"mode": "reduce-overhead"}]
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(options))):

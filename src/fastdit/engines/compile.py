@@ -3,8 +3,9 @@
     engine(block, x) = Inductor(graph of type(block).forward at x's shape)(weights of block, x)
 
 Blocks of equal structure share one engine: the weights are inputs of the graph, so what is changed or replaced in place
-(LoRA that is fused, another checkpoint) is seen at once. With `freeze` they are constants instead, which Inductor lays
-out for the processor's matrix units and folds; then every block has its own engine, built anew when its weights change.
+(LoRA that is fused, another checkpoint) is seen at once. That holds for `packed` too, where linear layers multiply by a
+copy of their weights that is laid out for the processor (`packed.py`). Weights as constants of the graph (Inductor's
+freezing) are no faster, and would be a build for every block, in every process.
 
 Compiled in one graph or not at all: a break or a second graph for the same key is an error, never a slow success.
 """
@@ -30,6 +31,7 @@ from fastdit.errors import EngineMismatch, InvalidConfig
 
 from .arguments import tensors_in
 from .engine import Execute, PieceCall
+from .packed import refuse_unpackable
 from .processor import ProcessorEngine
 from .staged import StagedEngine, following_tokens, stage_of
 
@@ -52,34 +54,38 @@ class Compile(StagedEngine, ProcessorEngine):
     `tokens` names the numbers of image tokens of the run's stages, and gives one graph for all of them, in which the
     number of tokens is a variable; attention is torch's there. Without it every stage has an engine of its own.
 
-    `freeze` bakes the weights in: some hundredths faster on CPUs, how much depends on the processor; one build for
-    every block instead of one for every kind of block, and each is traced again in a second process. `mode` is
-    torch.compile's; the modes that capture CUDA graphs of single blocks are not offered, since one block's output would
-    be overwritten by the next one's.
+    `packed` lays the weights of linear layers out for the processor, once for all stages: faster on CPUs, by how much
+    depends on the processor and the precision (float32 or bfloat16), for a second copy of these weights in memory,
+    which lives as long as they do. `mode` is torch.compile's; the modes that capture CUDA graphs of single blocks are
+    not offered, since one block's output would be overwritten by the next one's.
     """
 
     _: dataclasses.KW_ONLY
-    freeze: bool = False
+    packed: bool = False
     mode: str = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.freeze, bool):
-            raise InvalidConfig(f"Compile's freeze is True or False, got {self.freeze!r}")
+        if not isinstance(self.packed, bool):
+            raise InvalidConfig(f"Compile's packed is True or False, got {self.packed!r}")
         if self.mode not in MODES:
             raise InvalidConfig(f"Compile's mode is one of {', '.join(MODES)}, got {self.mode!r}")
 
-    @property
-    def bakes_weights(self) -> bool:
-        return self.freeze
+    def check(self, pipeline: Any, transformer: Any) -> None:
+        super().check(pipeline, transformer)
+        if self.packed:
+            parameter = next(transformer.parameters(), None)
+            device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
+            refuse_unpackable(nn.Module(), device)
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
         shapes = self.shapes(call)
+        if self.packed:
+            refuse_unpackable(call.module, call.device)
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
-        piece = _piece(self.tracing(call, folder, shapes=len(shapes)), call.module if self.freeze else None)
+        piece = _piece(self.tracing(call, folder, shapes=len(shapes), packed=self.packed))
         compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
-        frozen = torch._inductor.config.patch(freezing=self.freeze)
-        with inductor_in(folder), frozen, following_tokens(call, shapes) as (args, kwargs):
+        with inductor_in(folder), following_tokens(call, shapes) as (args, kwargs):
             # Dynamo traces at the first call, so that is where building happens.
             compiled(call.module, args, kwargs)
 
@@ -98,12 +104,12 @@ class Compile(StagedEngine, ProcessorEngine):
         return execute
 
 
-def _piece(tracing: Callable[[], AbstractContextManager[Any]], frozen: nn.Module | None) -> Any:
-    """Make the function that is compiled. It closes over a module that is `frozen`: its weights then are constants."""
+def _piece(tracing: Callable[[], AbstractContextManager[Any]]) -> Any:
+    """Make the function that is compiled."""
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with tracing():
-            return module(*args, **kwargs) if frozen is None else frozen(*args, **kwargs)
+            return module(*args, **kwargs)
 
     return run
 

@@ -29,6 +29,7 @@ FORMAT = 1
 
 #: How many elements of every weight its checksum looks at.
 SAMPLES = 64
+_GOLDEN = 0.618
 
 _DEPTH = 4
 #: What peft's layers remember of how they were made; it says where each layer is, and changes nothing.
@@ -233,7 +234,7 @@ def weights_of(module: nn.Module) -> str:
 def _sampled(tensors: Iterable[torch.Tensor]) -> str:
     with torch.no_grad():
         plain = [part for tensor in tensors for part in _unpacked(tensor.detach())]
-        picked = [_pick(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
+        picked = [sample_of(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
         digest = hashlib.sha256()
         for device in dict.fromkeys(tensor.device for tensor in picked):
             # One transfer for all the weights of a device.
@@ -251,10 +252,15 @@ def _unpacked(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _unpacked(part)
 
 
-def _pick(tensor: torch.Tensor) -> torch.Tensor:
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Give 64 elements of a tensor, or about as many, spread over its rows and columns; a view where that can be."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    return tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)]
+    step, width = max(1, tensor.numel() // SAMPLES), tensor.shape[-1] if tensor.dim() > 1 else tensor.numel()
+    if step >= width > 1:
+        # Whole rows further would be the same column again; a golden part of a row further, all get their turn.
+        step += round(_GOLDEN * width) - step % width
+    return tensor.reshape(-1)[::step]
 
 
 def _sha(text: str) -> str:

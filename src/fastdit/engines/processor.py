@@ -1,10 +1,11 @@
-"""What compiled code computes in another way on a CPU: GELU, and attention where a few heads at a time are faster.
+"""What compiled code computes in another way on a CPU: GELU, attention by heads where that is faster, packed layers.
 
     gelu(x) = x / 2 (1 + tanh(u(x))) = x sigmoid(2 u(x)),    u(x) = sqrt(2 / pi) (x + 0.044715 x^3)
 
 The two forms of GELU are equal, and a vector of tanh costs three times what one of exp does. For attention see
 `attention/by_heads.py`: which way is faster depends on the processor, the precision and the size, so both are timed on
 the attention calls that the piece makes, once for each shape in a process. What was found is kept with the engine.
+For linear layers with packed weights see `packed.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fastdit.attention.kernel import AttentionCall, KernelMode
 from fastdit.errors import InvalidConfig
 
 from .engine import Engine, PieceCall
+from .packed import packed_linear, packs
 
 CHOICES = ("fastest", "torch")
 
@@ -57,10 +59,13 @@ class ProcessorEngine(Engine):
             name = type(self).__name__
             raise InvalidConfig(f"{name}'s attention is one of {', '.join(CHOICES)}, got {self.attention!r}")
 
-    def tracing(self, call: PieceCall, folder: Path, *, shapes: int = 1) -> Callable[[], AbstractContextManager[Any]]:
+    def tracing(
+        self, call: PieceCall, folder: Path, *, shapes: int = 1, packed: bool = False
+    ) -> Callable[[], AbstractContextManager[Any]]:
         """Give what a piece is traced under. What is chosen for its attention is written to `folder`, or read there.
 
         A piece of several `shapes` has torch's attention, since what is faster depends on the shape.
+        Where `packed`, linear layers have their weights packed.
         """
         if call.device.type != "cpu":
             return nullcontext
@@ -69,15 +74,15 @@ class ProcessorEngine(Engine):
             if not (folder / _FILE).exists():
                 (folder / _FILE).write_text(json.dumps(_faster_by_heads(call)), encoding="utf-8")
             by_heads = frozenset(_hashable(outline) for outline in json.loads((folder / _FILE).read_bytes()))
-        return lambda: _OnProcessor(by_heads)
+        return lambda: _OnProcessor(by_heads, packed=packed)
 
 
 class _OnProcessor(TorchFunctionMode):
-    """Answers GELU, and the attention calls of some outlines, while a piece is traced."""
+    """Answers GELU, the attention calls of some outlines, and linear layers where asked, while a piece is traced."""
 
-    def __init__(self, by_heads: frozenset[Hashable]) -> None:
+    def __init__(self, by_heads: frozenset[Hashable], *, packed: bool = False) -> None:
         super().__init__()
-        self._by_heads = by_heads
+        self._by_heads, self._packed = by_heads, packed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -85,6 +90,8 @@ class _OnProcessor(TorchFunctionMode):
             return args[0].unflatten(*args[1:], **kwargs)  # see KernelMode
         if func is nn.functional.gelu and kwargs.get("approximate") == "tanh":
             return _gelu(*args)
+        if func is nn.functional.linear and self._packed and packs(*args[:2]):
+            return packed_linear(*args, **kwargs)
         if func is nn.functional.scaled_dot_product_attention and self._by_heads:
             call = AttentionCall(*args, **kwargs)
             if call.query.dim() == 4 and takes(call) and _outline(call) in self._by_heads:
