@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pieces import Forgetful, Written
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import tiny

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
+import math
 import platform
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -259,7 +261,8 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     step, width = max(1, tensor.numel() // SAMPLES), tensor.shape[-1] if tensor.dim() > 1 else tensor.numel()
     if step >= width > 1:
         # Whole rows further would be the same column again; a golden part of a row further, all get their turn.
-        step += round(_GOLDEN * width) - step % width
+        further = next(part for part in itertools.count(round(_GOLDEN * width)) if math.gcd(part, width) == 1)
+        step += further - step % width
     return tensor.reshape(-1)[::step]
 
 
