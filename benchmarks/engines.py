@@ -8,8 +8,11 @@ the eager output.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,15 +83,22 @@ def measure(
     dtype: str = "bfloat16",
     directory: Annotated[Path | None, typer.Option(help="Where engines are kept; a new folder if left out.")] = None,
     start: Annotated[bool, typer.Option(help="Also time the first picture of a first and a second process.")] = True,
+    only: Annotated[
+        str, typer.Option(help="Engines whose names match this; they join the results that are there.")
+    ] = "",
     out: Path = Path("benchmarks/results/engines.json"),
 ) -> None:
-    """Print the table; exit 1 where the best engine is slower than the bar, less exact, or starts too slowly."""
+    """Print the table; exit 1 where the best engine is slower than the bar, less exact, or starts too slowly.
+
+    Ratios are to the eager model of the same run.
+    """
+    chosen = {name: engine for name, engine in ENGINES.items() if re.search(only, name)}
     kept = str(directory or tempfile.mkdtemp(prefix="engines-"))
     pipeline = random_flux(MODEL, dtype=getattr(torch, dtype))
     module = pipeline.transformer.eval()
     exact = copy.deepcopy(module).float()
     twins = {"eager": accelerate(module, [])}
-    for name, engine in ENGINES.items():
+    for name, engine in chosen.items():
         twins[name] = accelerate(module, [type(engine)(**{**vars(engine), "directory": kept})])
     rows: list[dict[str, Any]] = []
     for stage, arguments in enumerate(stage_inputs(pipeline, tokens_per_side, text_tokens)):
@@ -106,7 +116,7 @@ def measure(
             errors[name] = float((found - reference).norm() / reference.norm())
         tasks = {name: (lambda _, twin=twin, given=arguments: forward(twin, given)) for name, twin in twins.items()}
         seconds = time_interleaved(tasks, rounds=rounds, warmup=2)
-        ratios = {name: median_of_ratios(seconds["eager"], seconds[name]) for name in ENGINES}
+        ratios = {name: median_of_ratios(seconds["eager"], seconds[name]) for name in chosen}
         tokens = next(iter(arguments.values())).shape[1]
         print(f"stage {stage + 1}, {tokens} image tokens; median seconds {medians(seconds)}")
         for name, ratio in ratios.items():
@@ -114,21 +124,38 @@ def measure(
                 f"  {name}: {ratio.estimate:.3f} times eager [{ratio.low:.3f}, {ratio.high:.3f}], first call "
                 f"{builds[name]:.1f} s, error {errors[name]:.2e} (eager {errors['eager']:.2e})"
             )
-        rows.append(
-            {"stage": stage, "tokens": tokens, "seconds": seconds, "ratios": ratios, "errors": errors, "first": builds}
-        )
-    starts = {name: _starts(name, tokens_per_side, text_tokens, dtype) for name in ENGINES} if start else {}
+        row = {"seconds": seconds, "ratios": ratios, "errors": errors, "first": builds}
+        rows.append({"stage": stage, "tokens": tokens, **json.loads(json.dumps(row, default=dataclasses.asdict))})
+    starts = {name: _starts(name, tokens_per_side, text_tokens, dtype) for name in chosen} if start else {}
     for name, (first, second) in starts.items():
         print(f"{name}: first picture after {first:.1f} s in a first process, {second:.1f} s in a second")
-    best = min(max(row["ratios"][name].estimate for name in ENGINES) for row in rows)
+    if only:
+        before = json.loads(out.read_text(encoding="utf-8"))
+        rows = [_joined(old, new) for old, new in zip(before["stages"], rows, strict=True)]
+        starts = {name: tuple(times) for name, times in (before["starts"] | starts).items() if name in ENGINES}
+    best = min(max(ratio["estimate"] for ratio in row["ratios"].values()) for row in rows)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     print(f"{Environment.capture()}; {parameters / 1e6:.0f} M parameters")
     print(f"at its slowest stage the best engine is {best:.3f} times eager")
     bars = {"speed": SPEED_BAR, "error": ERROR_BAR, "start": START_BAR}
     save(out, {"dtype": dtype, "parameters": parameters, "stages": rows, "starts": starts, "bars": bars})
-    exact_enough = all(row["errors"][name] <= ERROR_BAR * row["errors"]["eager"] for row in rows for name in ENGINES)
+    exact_enough = all(error <= ERROR_BAR * row["errors"]["eager"] for row in rows for error in row["errors"].values())
     quick = all(first >= START_BAR * second for first, second in starts.values())
     raise typer.Exit(best < SPEED_BAR or not exact_enough or not quick)
+
+
+def _joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Put the engines of a new row in their places beside those of an old one, whose eager model stays.
+
+    Raises `ValueError` where that is not the same model on the same input.
+    """
+    if not math.isclose(old["errors"]["eager"], new["errors"]["eager"], rel_tol=1e-6):
+        raise ValueError("rows join those of the same model and input alone; measure all engines anew")
+    parts = {}
+    for part in ("seconds", "ratios", "errors", "first"):
+        values = new[part] | {name: old[part][name] for name in old[part] if name == "eager" or name not in new[part]}
+        parts[part] = {name: values[name] for name in ("eager", *ENGINES) if name in values}
+    return {**old, **parts}
 
 
 @app.command(hidden=True)
