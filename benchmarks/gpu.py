@@ -104,6 +104,7 @@ def rows(model: Published, directory: str) -> list[Row]:
         f"RALU {preset}, Compile": lambda: [RALU(preset), engine],
         "TeaCache, Compile": lambda: [cache, engine],
         "AOT": lambda: [package],
+        "Compile, CUDA graphs": lambda: [Compile(cuda_graphs=True, directory=directory)],
         f"RALU {preset}, paper": lambda: [RALU.paper(preset)],
         f"RALU {preset}, paper, Compile": lambda: [RALU.paper(preset), engine],
         "TaylorSeer": lambda: [TaylorSeer()],

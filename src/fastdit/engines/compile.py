@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 from fastdit.accelerator import register
-from fastdit.errors import EngineMismatch, InvalidConfig
+from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
 
 from .arguments import tensors_in
+from .captured import Captures
 from .engine import Execute, PieceCall
 from .packed import refuse_unpackable
 from .processor import ProcessorEngine
@@ -56,27 +57,38 @@ class Compile(StagedEngine, ProcessorEngine):
 
     `packed` lays the weights of linear layers out for the processor, once for all stages: faster on CPUs, by how much
     depends on the processor and the precision (float32 or bfloat16), for a second copy of these weights in memory,
-    which lives as long as they do. `mode` is torch.compile's; the modes that capture CUDA graphs of single blocks are
-    not offered, since one block's output would be overwritten by the next one's.
+    which lives as long as they do. `cuda_graphs` captures every block of a model that is on a CUDA device and stays
+    there (`captured.py`): less time between kernels, for a second copy of what enters and leaves a block. `mode` is
+    torch.compile's; its modes that capture CUDA graphs are not offered, since one block's output would be overwritten
+    by the next one's.
     """
 
     _: dataclasses.KW_ONLY
     packed: bool = False
+    cuda_graphs: bool = False
     mode: str = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.packed, bool):
-            raise InvalidConfig(f"Compile's packed is True or False, got {self.packed!r}")
+        for name in ("packed", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfig(f"Compile's {name} is True or False, got {getattr(self, name)!r}")
+        if self.cuda_graphs and self.tokens:
+            raise InvalidConfig("a CUDA graph has one shape; leave tokens out of Compile(cuda_graphs=True)")
         if self.mode not in MODES:
             raise InvalidConfig(f"Compile's mode is one of {', '.join(MODES)}, got {self.mode!r}")
 
     def check(self, pipeline: Any, transformer: Any) -> None:
         super().check(pipeline, transformer)
+        parameter = next(transformer.parameters(), None)
+        device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
         if self.packed:
-            parameter = next(transformer.parameters(), None)
-            device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
             refuse_unpackable(nn.Module(), device)
+        if self.cuda_graphs and device.type != "cuda":
+            raise UnsupportedModel(
+                f"{self.describe()} captures what blocks launch on a CUDA device, and {type(transformer).__name__} is "
+                f"on {device.type}; move it there first and leave it there (no offloading), or leave cuda_graphs out"
+            )
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
         shapes = self.shapes(call)
@@ -101,7 +113,7 @@ class Compile(StagedEngine, ProcessorEngine):
                     f"built: {error}; change the model between runs, not in them"
                 ) from error
 
-        return execute
+        return Captures(execute) if self.cuda_graphs else execute
 
 
 def _piece(tracing: Callable[[], AbstractContextManager[Any]]) -> Any:
