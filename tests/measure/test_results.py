@@ -73,9 +73,12 @@ def test_pictures_made_anew_take_their_rows_and_keep_the_clock() -> None:
     assert merged["RALU 4x"].metrics["judge"].samples == (0.5, 0.5)
     assert merged["RALU 4x"].seconds == results["RALU 4x"].seconds
     assert merged["TeaCache"] == results["TeaCache"]
-    fresh = dataclasses.replace(one["RALU 4x"], name="RALU 9x")
+    longer = results["RALU 4x"].seconds * 2
+    fresh = dataclasses.replace(one["RALU 4x"], name="RALU 9x", seconds=longer)
     joined = results.with_pictures_of(dataclasses.replace(one, baseline="RALU 9x", configurations=(fresh,)))
-    assert joined.configurations == (*results.configurations, fresh)
+    assert joined.configurations[:-1] == results.configurations
+    assert joined.speed_up("RALU 9x") == joined.speed_up("RALU 4x")
+    assert Results.from_json(joined.to_json()) == joined
     with pytest.raises(ResultsError, match="same prompts"):
         results.with_pictures_of(dataclasses.replace(one, prompts=("a fish",)))
 

@@ -138,8 +138,8 @@ class Results:
     def with_pictures_of(self, other: Results) -> Results:
         """These results with another measurement's scores of the same prompts, by name; rows that are new come last.
 
-        The seconds of rows that were here stay. Likeness to another baseline is left out. Raises `ResultsError` for
-        other prompts.
+        The seconds of rows that were here stay, and new rows have those of as many rounds. Likeness to another baseline
+        is left out. Raises `ResultsError` for other prompts.
         """
         if other.prompts != self.prompts:
             raise ResultsError("pictures can only join those of the same prompts and seed; make all anew")
@@ -149,7 +149,9 @@ class Results:
             replace(made.pop(entry.name), seconds=entry.seconds) if entry.name in made else entry
             for entry in self.configurations
         ]
-        return replace(self, configurations=(*rows, *made.values()))
+        rounds = len(self[self.baseline].seconds)
+        fresh = [replace(entry, seconds=entry.seconds[:rounds]) for entry in made.values()]
+        return replace(self, configurations=(*rows, *fresh))
 
     def with_baseline(self, name: str) -> Results:
         """These results beside another configuration's; likeness to the pictures of the one before is left out."""
