@@ -18,6 +18,7 @@ from fastdit import (
     Attention,
     Compile,
     DuCa,
+    FirstBlockCache,
     IncompatibleStack,
     Interval,
     InvalidConfig,
@@ -151,6 +152,7 @@ def test_what_is_exchanged_equals_the_maps_of_the_last_coarse_step_written_out(k
     [
         StepMask((True, False, False, True, False, True, False)),
         Interval(5, scope="forward"),
+        FirstBlockCache(1e9, per_image=True),
         ToCa(4, 0.25, first=1),
         DuCa(4, first=1),
     ],
