@@ -52,6 +52,11 @@ def test_a_baseline_that_was_not_measured_is_refused() -> None:
         dataclasses.replace(make_results(), baseline="51 steps")
 
 
+def test_a_row_that_is_not_there_is_named_beside_those_that_are() -> None:
+    with pytest.raises(ResultsError, match=r"no row is called 'RALU 9x'; there are 50 steps"):
+        make_results()["RALU 9x"]
+
+
 def test_the_rival_is_the_fastest_plain_run_that_gets_as_much_time() -> None:
     results = make_results()
     assert [results.rival(entry.name) for entry in results.configurations] == [None, None, None, "28 steps", "11 steps"]

@@ -99,7 +99,10 @@ class Results:
             )
 
     def __getitem__(self, name: str) -> ConfigurationResult:
-        return next(configuration for configuration in self.configurations if configuration.name == name)
+        for configuration in self.configurations:
+            if configuration.name == name:
+                return configuration
+        raise ResultsError(f"no row is called {name!r}; there are {', '.join(c.name for c in self.configurations)}")
 
     def speed_up(self, name: str) -> Interval:
         """How many times faster than the baseline: ratio of median seconds, rounds paired."""
