@@ -33,9 +33,6 @@ def _ready(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-# ------------------------------------------------------------------------------------------------------------ FLUX
-
-
 def tiny_autoencoder(*, latent_channels: int = 4, seed: int = 1) -> AutoencoderTiny:
     """An AutoencoderTiny with the same factor of eight."""
     vae = AutoencoderTiny(
@@ -166,9 +163,6 @@ def flux_negative(call: Kwargs, scale: float = 2.0) -> Kwargs:
     return {**call, **negative, "true_cfg_scale": scale}
 
 
-# ----------------------------------------------------------------------------------------------------- the others
-
-
 def sd3(*, text: bool = False, **options: Any) -> Built:
     """Stable Diffusion 3; `text` brings two CLIP encoders (T5 is left out, which the pipeline fills with zeros)."""
     pipe, call = tiny_pipelines.sd3(**options)
@@ -219,9 +213,6 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "pixart": ("transformer_blocks",),
 }
 """The block lists that make up each model's main stack, in the order they run."""
-
-
-# ------------------------------------------------------------------------------------------------------------ use
 
 
 def described(name: str, rows: int = 8, columns: int = 12, **options: Any) -> Built:

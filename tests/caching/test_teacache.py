@@ -147,9 +147,6 @@ def test_skipping_with_a_forecast_differs_from_reusing_and_keeps_the_schedule_s_
     assert all(step.reason for step in taylor.fastdit.last_run.steps)
 
 
-# ------------------------------------------------------------------------------------------------------ with RALU
-
-
 @pytest.mark.parametrize("threshold", [0.6, 1e6])
 def test_with_ralu_the_first_step_of_every_stage_is_computed_and_the_record_shows_both(threshold: float) -> None:
     pipe, call = tiny.flux(size=128)
@@ -198,9 +195,6 @@ def test_an_explicit_mask_with_ralu_computes_the_first_step_of_each_stage_anyway
     fast = accelerate(pipe, [RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3), StepMask((1, 0, 0, 0, 0, 0, 0, 0, 1))])
     tiny.run(fast, call)
     assert [i for i, done in enumerate(computed(fast)) if done] == [0, 3, 6, 8]
-
-
-# ---------------------------------------------------------------------------------------------------- coefficients
 
 
 def test_the_published_flux_coefficients_can_be_named() -> None:

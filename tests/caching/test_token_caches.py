@@ -398,9 +398,6 @@ def test_a_lora_that_is_loaded_between_runs_is_seen(cache: Any) -> None:
     assert torch.equal(after, tiny.run(accelerate(pipe, [cache]), call))
 
 
-# --------------------------------------------------------------------------------------------------------- with RALU
-
-
 @each_cache
 def test_with_ralu_every_stage_starts_with_a_full_step(cache: Any) -> None:
     pipe, call = tiny.flux(size=128, steps=12)
@@ -461,8 +458,6 @@ def test_a_mixed_stage_goes_without_the_spatial_bonus_and_says_so() -> None:
     assert len(caught) == 1
 
 
-# ------------------------------------------------------------------------------------------------- counts and schedules
-
 shares = st.floats(0.0, 1.0)
 slopes = st.floats(-3.0, 3.0)
 
@@ -516,9 +511,6 @@ def test_clusters_are_those_of_a_k_means_in_plain_loops(tokens: int, clusters: i
     centroids, members = k_means(points, start, rounds)
     assert members.tolist() == reference.members
     torch.testing.assert_close(centroids, torch.stack(reference.centroids))
-
-
-# --------------------------------------------------------------------------------------------------------- refusals
 
 
 @each_cache

@@ -142,9 +142,6 @@ def test_bad_arguments_leave_the_twin_as_it_was(
     assert torch.equal(tiny.run(fast, call), expected[stack])
 
 
-# ------------------------------------------------------------------------------------------------- nothing lives on
-
-
 @pytest.fixture
 def only_new_objects() -> Iterator[None]:
     """Keep the interpreter's many old objects out of the collector's sight: looking through them takes seconds."""

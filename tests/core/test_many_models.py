@@ -356,9 +356,6 @@ def stable_audio() -> Case:
     )
 
 
-# ------------------------------------------------------------------------------------------------ models made by hand
-
-
 class Layer(nn.Module):
     """A residual layer that mixes tokens and channels."""
 

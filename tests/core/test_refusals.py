@@ -102,9 +102,6 @@ def test_an_image_to_image_input_is_honoured_by_the_pipeline_s_own_class() -> No
     assert torch.isfinite(cached).all()
 
 
-# --------------------------------------------------------------------------------------------------------- sharing
-
-
 @pytest.mark.parametrize("stack", [[], [FirstBlockCache(1e6)], [RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)]])
 def test_a_second_thread_is_refused_and_the_first_call_finishes_untouched(stack: list[Any]) -> None:
     pipe, call = tiny.flux(size=128, steps=6)
@@ -178,9 +175,6 @@ def test_two_runs_of_a_bare_twin_cannot_be_open_at_once() -> None:
         pass
     with twin.fastdit.run(num_inference_steps=2):
         pass
-
-
-# ----------------------------------------------------------------------------------------------- doubt and idleness
 
 
 @pytest.mark.parametrize(
@@ -258,9 +252,6 @@ def test_an_interrupted_or_failed_run_does_not_complain_that_nothing_fired() -> 
         tiny.run(fast, call, callback_on_step_end=callback)
 
 
-# ------------------------------------------------------------------------------------------------------------- loops
-
-
 def test_a_bare_run_that_is_called_once_too_often_says_so() -> None:
     pipe, call = tiny.flux(steps=4)
     calls = tiny.recorded_calls(pipe, call)
@@ -286,9 +277,6 @@ def test_branches_of_a_bare_run_must_be_named_apart(branches: Any) -> None:
     twin = accelerate(tiny.flux_transformer(), [FirstBlockCache(1e6)])
     with pytest.raises(InvalidConfig), twin.fastdit.run(num_inference_steps=2, branches=branches):
         pass
-
-
-# ------------------------------------------------------------------------------------------------------ at once or not
 
 
 def test_skip_layer_guidance_is_honoured_or_refused_by_name() -> None:

@@ -174,9 +174,6 @@ def test_a_twin_s_stack_is_the_one_it_was_given() -> None:
     assert accelerate(pipe, [RALU("4x"), FirstBlockCache(0.1)]).fastdit.stack == stack
 
 
-# ------------------------------------------------------------------------------------------------------- explanations
-
-
 def test_the_explanation_is_readable_and_complete() -> None:
     pipe, _ = tiny.flux()
     text = Stack([RALU("4x"), TeaCache(0.25, coefficients="flux-dev")]).explain(pipe, height=1024, width=1024)
@@ -226,9 +223,6 @@ def test_the_record_is_plain_data() -> None:
     assert len(data["steps"]) == 6
     record = fast.fastdit.last_run
     assert 0 < sum(step.seconds for step in record.steps) <= record.seconds
-
-
-# --------------------------------------------------------------------------------------------------------- importing
 
 
 def test_importing_fastdit_is_fast_and_leaves_torch_alone() -> None:

@@ -26,9 +26,6 @@ def build(**changes: Any) -> tiny.Built:
     return tiny.flux(**{"size": 128, "steps": 6, **changes})
 
 
-# ------------------------------------------------------------------------------------------------------------ LoRA
-
-
 @EACH
 @pytest.mark.parametrize("through", ["twin", "pipeline"])
 @pytest.mark.parametrize("when", ["before", "after", "between runs"])
@@ -89,9 +86,6 @@ def test_a_lora_can_be_fused_through_either(through: str) -> None:
     torch.testing.assert_close(tiny.run(fast, call), loose, rtol=0, atol=1e-4)
     handle.unfuse_lora()
     assert torch.equal(tiny.run(fast, call), tiny.run(pipe, call))
-
-
-# ----------------------------------------------------------------------------------- types, devices, offload, kernels
 
 
 @EACH
@@ -232,9 +226,6 @@ def test_vae_options_and_its_replacement_are_seen() -> None:
     assert pipe.vae.use_slicing
     pipe.vae.disable_slicing()
     assert torch.equal(tiny.run(fast, call), tiny.run(pipe, call))
-
-
-# ----------------------------------------------------------------------------------------------------- call arguments
 
 
 @EACH
@@ -417,9 +408,6 @@ def test_saving_the_twin_saves_the_pipeline(tmp_path: Path) -> None:
     again = FluxPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(tiny.run(again, call), plain)
-
-
-# ------------------------------------------------------------------------------------------- parts, schedulers, nesting
 
 
 def test_a_new_scheduler_on_the_twin_is_used() -> None:

@@ -34,9 +34,6 @@ from torch import Tensor
 Generators = torch.Generator | list[torch.Generator]
 
 
-# ------------------------------------------------------------------------------------------------------ the schedule
-
-
 def unshift(sigma: float, shift: float) -> float:
     return sigma / (shift - (shift - 1.0) * sigma)
 
@@ -60,9 +57,6 @@ def stage_sigmas(
         first, last = unshift(1.0 - start, shift), unshift(1.0 - end, shift)
         result.append([shifted(first + (last - first) * i / n, shift) for i in range(n + 1)])
     return result
-
-
-# -------------------------------------------------------------------------------------------------------- the tokens
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -89,9 +83,6 @@ def correlated(white: Tensor, c: float) -> Tensor:
     groups = white.reshape(-1, 4, white.shape[-1])
     factor = (1.0 - 4.0 * c) ** 0.5 - 1.0
     return (groups + factor * groups.mean(dim=1, keepdim=True)).reshape(white.shape)
-
-
-# -------------------------------------------------------------------------------------------------------- the edges
 
 
 def edge_scores(picture: Tensor, rows: int, columns: int, *, fidelity: str, rounding: str) -> list[int]:
@@ -121,9 +112,6 @@ def edge_selection(
     if choices[0] != choices[1]:
         raise ValueError("the choice depends on how grey values are rounded")
     return choices[0]
-
-
-# ------------------------------------------------------------------------------------------------------------- RALU
 
 
 @dataclass

@@ -129,9 +129,6 @@ def test_a_cache_inside_the_stages_skips_or_is_refused_by_name(case: Any, cache:
     assert torch.equal(tiny.run(fast, call, num_inference_steps=18), found)
 
 
-# ------------------------------------------------------------------------------------------------- places of tokens
-
-
 def forwards(pipe: Any, call: dict[str, Any]) -> tuple[Family, dict[str, Any], TokenLayout]:
     """The arguments of a run's first forward by name, and the layout of its tokens."""
     family = family_of(pipe)
@@ -261,9 +258,6 @@ def test_a_table_of_a_batch_refuses_what_it_can_t_answer() -> None:
             ask()
 
 
-# -------------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     ("name", "arguments", "named"),
     [
@@ -300,9 +294,6 @@ def test_kontext_keeps_the_picture_s_tokens_at_every_stage_and_sees_them() -> No
     other = tiny.run(fast, call, image=torch.zeros(1, 3, 64, 96))
     assert not torch.allclose(first, other, atol=1e-2)
     assert [step.tokens for step in fast.fastdit.last_run.steps] == [24, 24, 45, 45, 96, 96]
-
-
-# ------------------------------------------------------------------------------------------------- nothing is left
 
 
 def test_counting_what_a_run_cost_leaves_the_pipeline_as_it_was(case: Any) -> None:

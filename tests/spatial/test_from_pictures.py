@@ -91,9 +91,6 @@ def test_latents_of_the_user_s_tell_nothing_of_the_picture_and_are_refused() -> 
         tiny.run(accelerate(pipe, [SHORT]), call, strength=0.6, latents=torch.zeros(2, 96, 16))
 
 
-# ------------------------------------------------------------------------------------------------------------ masks
-
-
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("name", INPAINTING)
 def test_what_the_mask_protects_is_the_picture_and_the_rest_is_not(name: str, strength: float) -> None:

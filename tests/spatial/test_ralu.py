@@ -248,9 +248,6 @@ def test_an_interrupted_run_returns_latents_of_full_size(built: tiny.Built) -> N
     assert tuple(found.shape) == (1, 64, 16)
 
 
-# ------------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize("size", [(128, 144), (16, 128), (48, 48), (112, 128)])
 def test_a_size_that_the_stages_cannot_tile_is_refused_by_name(built: tiny.Built, size: tuple[int, int]) -> None:
     pipe, call = built

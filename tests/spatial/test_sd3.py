@@ -208,9 +208,6 @@ def test_the_record_tells_tokens_and_flops_of_every_stage(built: tiny.Built) -> 
     assert record.steps[2].blocks_run == 3
 
 
-# ---------------------------------------------------------------------------------------------------------- caches
-
-
 @pytest.mark.parametrize(
     "cache",
     [
@@ -271,9 +268,6 @@ def test_a_history_of_whole_latents_can_t_be_carried_to_another_shape_and_says_s
     fast = accelerate(pipe, [SHORT, EasyCache(0.6, stage_change="carry")])
     with pytest.raises(IncompatibleStack, match=r"EasyCache.*reset"):
         tiny.run(fast, call)
-
-
-# -------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("preset", [None, "4x", "7x"])
@@ -350,9 +344,6 @@ def test_an_unknown_frame_is_refused_when_it_is_written(frame: Any) -> None:
 def test_a_stack_with_a_frame_survives_json() -> None:
     stack = Stack([RALU("2x", frame="fine")])
     assert Stack.from_json(stack.to_json()) == stack
-
-
-# -------------------------------------------------------------------------------------------------- nothing is left
 
 
 @pytest.mark.parametrize("last", [0, 2, 5])
