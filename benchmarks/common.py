@@ -64,9 +64,9 @@ def compare(
 ) -> Results:
     """Make every configuration's pictures of held-out prompts in turns; time them, score them.
 
-    The first configuration is the baseline; the Frechet distance is to renders of what other prompts ask for. `first`
-    leaves out that many held-out prompts at the start, for a comparison on fresh ones. A prompt has `each` pictures,
-    whose scores are averaged, and which are left out of the distance together.
+    The first configuration is the baseline; the Frechet distance is to renders of what held-out prompts ask for.
+    `first` leaves out that many held-out prompts at the start, for a comparison on fresh ones. A prompt has `each`
+    pictures, whose scores are averaged, and which are left out of the distance together.
     """
     judge = load_judge()
     asked = held_out(first + prompts, seed, background=True)[first:] * each

@@ -103,7 +103,7 @@ def quality(results: Results, title: str = "Quality at equal time on the embedde
         f"{len(results.prompts)} held-out prompts, {results.images_per_round} a call, calls in turns. The judge's soft "
         "score (0 to 1) is compared with plain sampling of fewer steps that takes as long.",
         markdown(results),
-        "The Frechet distance is in the judge's features, to real renders of other prompts (jackknife interval).",
+        "The Frechet distance is in the judge's features, to real renders of held-out prompts (jackknife interval).",
         f"Machine: {results.environment}.",
     ]
 

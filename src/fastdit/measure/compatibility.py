@@ -28,7 +28,9 @@ from fastdit.errors import FastditError, FastditWarning
 from fastdit.spatial.bottleneck import BottleneckSampling
 from fastdit.spatial.just_in_time import JustInTime
 from fastdit.spatial.lift import PixelLift
+from fastdit.spatial.progressive import ProgressiveResolution
 from fastdit.spatial.ralu import RALU
+from fastdit.spatial.text_attention import TextAttention
 from fastdit.stack import Stack
 from fastdit.testing import counted_calls, generate, tiny_flux
 
@@ -39,6 +41,10 @@ SCHEDULES: Mapping[str, Accelerator | None] = {
     "none": None,
     "RALU": RALU(steps=(11, 7), ends=(0.5,), starts=(0.15,), lift=PixelLift()),
     "RALU, mixed stage": RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.3),
+    "RALU, the query's frame, text attention": RALU(
+        steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.3, frame="query", selector=TextAttention()
+    ),
+    "ProgressiveResolution": ProgressiveResolution((11, 7)),
     "BottleneckSampling": BottleneckSampling((4, 8, 6)),
     "JustInTime": JustInTime((7, 6, 5)),
 }
