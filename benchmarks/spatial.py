@@ -32,7 +32,10 @@ SIDE = 256
 HALF_STEPS = 14
 
 #: Plain step counts around the times of the schedules, the baseline first.
-PLAIN: dict[Architecture, tuple[int, ...]] = {"flux": (50, 16, 11, 8, 6, 5), "sd3": (50, 28, 16, 12, 7, 5)}
+PLAIN: dict[Architecture, tuple[int, ...]] = {
+    "flux": (50, 18, 16, 10, 9, 8, 7, 5, 4),
+    "sd3": (50, 28, 18, 14, 12, 7, 5),
+}
 
 #: Steps of the rivals that take as long as a preset: the paper's recipe, BottleneckSampling, a progressive schedule.
 RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {
@@ -40,7 +43,7 @@ RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int
         "4x": (RALU.paper("4x", steps=(6, 7, 8)), (4, 15, 5), (22, 7)),
         "7x": (RALU.paper("7x", steps=(3, 4, 6)), (2, 11, 3), (14, 4)),
         "10x": (RALU.paper("7x"), (2, 7, 2), (10, 3)),
-        "14x": (RALU.paper("7x", steps=(1, 2, 4)), (2, 5, 2), (9, 2)),
+        "14x": (RALU.paper("7x", steps=(1, 2, 3)), (1, 5, 2), (7, 2)),
     },
     "sd3": {
         "2x": (RALU.paper("2x", steps=(6, 7, 10)), (5, 18, 5), (28, 7)),

@@ -18,8 +18,9 @@ LOCAL: dict[str, Any] = {"local_files_only": True}
 
 
 def load_autoencoder(directory: Path, dtype: torch.dtype) -> AutoencoderTiny:
-    """Load the autoencoder, f8 into 16 channels."""
-    return AutoencoderTiny.from_pretrained(directory / "vae", torch_dtype=dtype, **LOCAL)
+    """Load the autoencoder, f8 into 16 channels, with its channels last: so laid out, a CPU's kernels are faster."""
+    autoencoder = AutoencoderTiny.from_pretrained(directory / "vae", torch_dtype=dtype, **LOCAL)
+    return autoencoder.to(memory_format=torch.channels_last)
 
 
 def load_clip(directory: Path, dtype: torch.dtype) -> CLIPTextModel:
