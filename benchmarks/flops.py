@@ -11,7 +11,8 @@ from rich.table import Table
 
 from common import save
 from fastdit.measure.flops import RunFlops, Stage, stages_of
-from fastdit.spatial.ralu import PAPER, RALU
+from fastdit.spatial.ralu import RALU
+from fastdit.spatial.recipe import PAPER
 
 TERA = 1e12
 RESULTS = Path("benchmarks/results")

@@ -21,7 +21,8 @@ from fastdit.measure.table import rich_table
 from fastdit.spatial.corrected_lift import CorrectedLift
 from fastdit.spatial.just_in_time import JustInTime
 from fastdit.spatial.lift import LatentLift, PixelLift
-from fastdit.spatial.ralu import PRESETS, RALU
+from fastdit.spatial.ralu import RALU
+from fastdit.spatial.recipe import PRESETS
 from fastdit.spatial.selector import Edges, PixelGradient, Selector, VelocityVariance
 from fastdit.spatial.text_attention import TextAttention
 from fastdit.spatial.token_copy import TokenCopy

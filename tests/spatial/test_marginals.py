@@ -18,7 +18,7 @@ from fastdit import RALU, BottleneckSampling, ProgressiveResolution, TokenCopy
 from fastdit.layout import TokenLayout
 from fastdit.models.flux import FLUX
 from fastdit.spatial.lift import Switch
-from fastdit.spatial.ralu import PAPER, PRESETS
+from fastdit.spatial.recipe import PAPER, PRESETS
 
 SIDE = 8
 CHANNELS = 16

@@ -16,70 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from fastdit.accelerator import (
-    Break,
-    Change,
-    Effects,
-    Need,
-    Schedule,
-    SchedulePlan,
-    ScheduleRun,
-    is_count,
-    is_number,
-    register,
-)
+from fastdit.accelerator import Break, Change, Effects, Need, Schedule, SchedulePlan, ScheduleRun, register
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
 
-from .lift import Lift, PixelLift
+from .lift import Lift
+from .recipe import PAPER, PRESETS, Recipe, listed
 from .selector import Seen, Selector
-from .staged import StagedRun, is_time, rising, staged_plan
-from .token_copy import TokenCopy
-
-_FLUX, _SD3 = "FLUX.1", "Stable Diffusion 3"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-    steps: tuple[int, ...]
-    ends: tuple[float, ...]
-    ratio: float | None = None
-    starts: tuple[float, ...] | None = None
-    lift: Lift = dataclasses.field(default_factory=TokenCopy)
-    shifts: tuple[float, ...] | None = None
-    family: str | None = dataclasses.field(default=None, compare=False)
-
-
-def _whole(steps: tuple[int, int], shifts: tuple[float, float], family: str, start: float = 0.15) -> _Recipe:
-    return _Recipe(steps, (0.50,), None, (start,), PixelLift(), shifts, family)
-
-
-#: The settings by how many times fewer FLOPs they cost than 50 steps (28 of SD3), each for its family of models. The
-#: first stage has the family's own shift at half the size; the last one steps more evenly than plain sampling does.
-PRESETS = {
-    "4x": _whole((22, 6), (2.0, 0.6), _FLUX),
-    "5x": _whole((20, 4), (2.0, 0.8), _FLUX),
-    "7x": _whole((14, 3), (2.0, 1.2), _FLUX),
-    "10x": _whole((10, 2), (2.0, 1.2), _FLUX, start=0.20),
-    "14x": _whole((5, 2), (2.0, 1.2), _FLUX, start=0.20),
-    "2x": _whole((28, 6), (3.0, 0.4), _SD3),
-    "3x": _whole((20, 4), (3.0, 0.6), _SD3),
-    "6x": _whole((7, 3), (3.0, 0.6), _SD3),
-    "9x": _whole((5, 2), (3.0, 1.0), _SD3, start=0.20),
-}
-
-#: The published settings.
-PAPER = {
-    "4x": _Recipe((5, 6, 7), (0.30, 0.45), 0.3, family=_FLUX),
-    "5x": _Recipe((4, 5, 6), (0.30, 0.45), 0.2, family=_FLUX),
-    "7x": _Recipe((2, 3, 5), (0.20, 0.30), 0.1, family=_FLUX),
-    "2x": _Recipe((5, 6, 9), (0.20, 0.30), 0.3, family=_SD3),
-    "3x": _Recipe((3, 3, 6), (0.25, 0.30), 0.2, family=_SD3),
-}
+from .staged import StagedRun, staged_plan
 
 
 @register
@@ -140,7 +87,7 @@ class RALU(Schedule):
         if self.preset is None and all(value is None for value in (self.steps, self.ends, self.ratio, self.starts)):
             object.__setattr__(self, "preset", "4x")
         if self.preset is not None and self.preset not in PRESETS:
-            raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {_listed(PRESETS)}")
+            raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {listed(PRESETS)}")
         if self.preset is None and (self.steps is None or self.ends is None):
             raise InvalidConfig(
                 "RALU without a preset needs steps=(a, b) and ends=(e,), or three steps, two ends and ratio"
@@ -149,7 +96,7 @@ class RALU(Schedule):
             raise InvalidConfig(f"lift is a lift such as PixelLift() or TokenCopy(), got {self.lift!r}")
         if not isinstance(self.selector, Selector | None):
             raise InvalidConfig(f"selector is a selector such as Edges(), got {self.selector!r}")
-        _validate(self.settings, self.restart, self.base_shift, self.fidelity)
+        self.settings.check(self.restart, self.base_shift, self.fidelity)
         if self.selector is not None and len(self.settings.steps) != 3:
             raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none between them")
         if self.frame not in (*FRAMES, "query"):
@@ -161,18 +108,18 @@ class RALU(Schedule):
     def paper(cls, preset: str = "4x", *, fidelity: str = "paper", **settings: Any) -> RALU:
         """Give the paper's recipe of a preset; fidelity="exact" mends the flaws of its code, `settings` change it."""
         if preset not in PAPER:
-            raise InvalidConfig(f"the paper has no preset {preset!r}; choose one of {_listed(PAPER)}")
+            raise InvalidConfig(f"the paper has no preset {preset!r}; choose one of {listed(PAPER)}")
         recipe = PAPER[preset]
         published = {"steps": recipe.steps, "ends": recipe.ends, "ratio": recipe.ratio}
         return cls(fidelity=fidelity, **{**published, **settings})
 
     @property
-    def settings(self) -> _Recipe:
+    def settings(self) -> Recipe:
         """The recipe in force."""
         names = ("steps", "ends", "ratio", "starts", "shifts", "lift")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.preset is None:
-            return _Recipe(**own)
+            return Recipe(**own)
         if self.restart is not None:
             own |= {"starts": None, "shifts": None}
         return dataclasses.replace(PRESETS[self.preset], **own)
@@ -261,45 +208,3 @@ class RALU(Schedule):
 def _plain(value: Any) -> Any:
     """Turn a whole number of another library into Python's own; anything else is left for validation."""
     return value if isinstance(value, (bool, float)) or not hasattr(value, "__index__") else operator.index(value)
-
-
-def _listed(recipes: Mapping[str, _Recipe]) -> str:
-    return ", ".join(f"{name} ({recipe.family})" for name, recipe in recipes.items())
-
-
-def _validate(settings: _Recipe, restart: float | None, base_shift: float, fidelity: str) -> None:
-    steps, ends, starts = settings.steps, settings.ends, settings.starts
-    if not isinstance(steps, tuple) or len(steps) not in (2, 3) or not all(is_count(count, 1) for count in steps):
-        raise InvalidConfig(f"RALU needs two or three step counts of at least 1, got steps={steps!r}")
-    if not rising(ends, len(steps) - 1):
-        raise InvalidConfig(
-            f"{len(steps)} stages need {len(steps) - 1} end time{'s that rise' if len(steps) == 3 else ''} between 0 "
-            f"and 1, got ends={ends!r}"
-        )
-    if len(steps) == 3 and (not is_number(settings.ratio) or not 0.0 < cast(float, settings.ratio) < 1.0):
-        raise InvalidConfig(
-            f"a mixed stage refines a share of tokens between 0 and 1 (exclusive), got ratio={settings.ratio!r}"
-        )
-    if len(steps) == 2 and settings.ratio is not None:
-        raise InvalidConfig(
-            f"two stages have none between them that would refine a share, got ratio={settings.ratio!r}"
-        )
-    if restart is not None and not (is_number(restart) and restart >= 2.0):
-        raise InvalidConfig(f"restart must be at least 2 for the noise's covariance to exist, got {restart!r}")
-    if starts is not None:
-        if restart is not None:
-            raise InvalidConfig("starts and restart both say where stages start; give one of them")
-        if not isinstance(starts, tuple) or len(starts) != len(ends) or not all(map(is_time, starts)):
-            raise InvalidConfig(f"{len(ends)} switches need as many start times between 0 and 1, got {starts!r}")
-        settings.lift.check(ends, starts)
-    shifts = settings.shifts
-    if shifts is not None and (
-        not isinstance(shifts, tuple) or len(shifts) != len(steps) or not all(is_number(h) and h > 0.0 for h in shifts)
-    ):
-        raise InvalidConfig(f"{len(steps)} stages need as many timestep shifts above 0, got shifts={shifts!r}")
-    if shifts is not None and starts is None:
-        raise InvalidConfig("shifts say how stages with known starts are spaced; give starts beside them")
-    if not is_number(base_shift) or base_shift <= 0.0:
-        raise InvalidConfig(f"base_shift must be positive, got {base_shift!r}")
-    if fidelity not in ("exact", "paper"):
-        raise InvalidConfig(f'fidelity is "exact" or "paper", got {fidelity!r}')
