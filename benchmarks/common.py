@@ -68,34 +68,51 @@ def compare(
     `first` leaves out that many held-out prompts at the start, for a comparison on fresh ones. A prompt has `each`
     pictures, whose scores are averaged, and which are left out of the distance together.
     """
-    judge = load_judge()
-    asked = held_out(first + prompts, seed, background=True)[first:] * each
-    experiment = Experiment(pipeline_of(mini, dtype), asked, seed=seed + first, batch=batch, judge=judge, progress=_say)
-    results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
-    target = judge.features(renders(RENDERED, seed + 1)).numpy()
-    distances = {}
-    for name, made in images.items():
-        features = judge.features(made).numpy()
-
-        def distance(rows: np.ndarray, features: np.ndarray = features) -> float:
-            own = (rows + prompts * np.arange(each)[:, None]).ravel()
-            return frechet_distance(target, features[own], regularisation=1e-3)
-
-        distances[name] = Metric(jackknife(distance, prompts), influences(distance, prompts))
-    return _by_prompt(results, prompts).with_metric("frechet", distances)
+    judge, pipeline = load_judge(), pipeline_of(mini, dtype)
+    asked = held_out(first + prompts, seed, background=True)[first:]
+    made = []
+    for number in range(each):
+        # A pass at a time, so that no more than one picture of each prompt is kept.
+        start = seed + first + number * prompts
+        experiment = Experiment(pipeline, asked, seed=start, batch=batch, judge=judge, progress=_say)
+        results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
+        made.append(Pass(results, {name: judge.features(pictures).numpy() for name, pictures in images.items()}))
+    return joined(made, judge.features(renders(RENDERED, seed + 1)).numpy())
 
 
-def _by_prompt(results: Results, prompts: int) -> Results:
-    """Average the scores of a prompt's pictures, which are no samples of their own.
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One picture of every prompt by every configuration: its results, and the judge's features by name."""
 
-    The records of single runs are left out: they are for a reader of one report, and megabytes in a comparison of many.
+    results: Results
+    features: Mapping[str, np.ndarray]
+
+
+def joined(passes: Sequence[Pass], target: np.ndarray) -> Results:
+    """Join passes over the same prompts, with the Frechet distance of all pictures to the features `target`.
+
+    The scores of a prompt's pictures, which are no samples of their own, are averaged. The records of single runs are
+    left out: they are for a reader of one report, and megabytes in a comparison of many.
     """
+    results = [one.results for one in passes]
+    prompts = len(results[0].prompts)
     rows = []
-    for entry in results.configurations:
-        samples = {name: np.reshape(metric.samples, (-1, prompts)).mean(0) for name, metric in entry.metrics.items()}
+    for entry in results[0].configurations:
+        same = [one[entry.name] for one in results]
+        samples = {name: np.mean([one.metrics[name].samples for one in same], axis=0) for name in entry.metrics}
         metrics = {name: Metric(mean(list(values)), tuple(values.tolist())) for name, values in samples.items()}
-        rows.append(dataclasses.replace(entry, metrics=metrics, records=()))
-    return dataclasses.replace(results, configurations=tuple(rows))
+        features = [one.features[entry.name] for one in passes]
+
+        def distance(chosen: np.ndarray, features: list[np.ndarray] = features) -> float:
+            return frechet_distance(target, np.concatenate([one[chosen] for one in features]), regularisation=1e-3)
+
+        metrics["frechet"] = Metric(jackknife(distance, prompts), influences(distance, prompts))
+        seconds = tuple(value for one in same for value in one.seconds)
+        flops = tuple(value for one in same for value in one.flops)
+        rows.append(dataclasses.replace(entry, metrics=metrics, seconds=seconds, flops=flops, records=()))
+    return dataclasses.replace(
+        results[0], prompts=tuple(prompt for one in results for prompt in one.prompts), configurations=tuple(rows)
+    )
 
 
 def clock(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -17,21 +17,27 @@ Array = npt.NDArray[np.float64]
 #: Decibels of pictures that differ by no more than rounding to 8 bits (1/12 of a step squared); equal ones get this.
 PSNR_CEILING = 10 * math.log10(255**2 * 12)
 
+_AT_ONCE = 32
+
 
 def psnr(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
     """Peak signal-to-noise ratio of each image to its reference, in dB, at most `PSNR_CEILING`."""
-    ours, theirs = _paired_batches(images, references)
-    ratios = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return [float(value) for value in ratios.clamp(max=PSNR_CEILING)]
+    values = []
+    for ours, theirs in _paired_batches(images, references):
+        ratios = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        values += ratios.clamp(max=PSNR_CEILING).tolist()
+    return values
 
 
 def ssim(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
     """Structural similarity of each image to its reference; 1 for equal ones."""
-    # In float32 with channels last, as pictures come, torch's convolution is several times faster than in float64.
-    ours, theirs = (batch.float() for batch in _paired_batches(images, references))
-    values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
-    assert isinstance(values, torch.Tensor)
-    return [float(value) for value in values.reshape(-1)]
+    values = []
+    for ours, theirs in _paired_batches(images, references):
+        # In float32 with channels last, as pictures come, torch's convolution is several times faster than in float64.
+        found = structural_similarity_index_measure(ours.float(), theirs.float(), data_range=1.0, reduction="none")
+        assert isinstance(found, torch.Tensor)
+        values += found.reshape(-1).tolist()
+    return values
 
 
 def sharpness(images: Sequence[Image]) -> list[float]:
@@ -80,10 +86,15 @@ def _luma(image: Image) -> npt.NDArray[np.uint8]:
     return np.asarray(image.convert("L"))
 
 
-def _paired_batches(images: Sequence[Image], references: Sequence[Image]) -> tuple[torch.Tensor, torch.Tensor]:
+def _paired_batches(
+    images: Sequence[Image], references: Sequence[Image]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Give some pairs at a time: a window's sums of a thousand pictures would fill a machine's memory."""
     if len(images) != len(references) or not images:
         raise ValueError(f"every image needs its reference; got {len(images)} and {len(references)}")
-    return _batch(images), _batch(references)
+    for first in range(0, len(images), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        yield _batch(images[part]), _batch(references[part])
 
 
 def _batch(images: Sequence[Image]) -> torch.Tensor:
