@@ -34,6 +34,13 @@ def test_every_image_is_scored_by_itself() -> None:
     assert ssim(ours, theirs)[1] < 0.5 < ssim(ours, theirs)[0]
 
 
+def test_many_pictures_score_as_each_does_alone_and_in_their_order() -> None:
+    ours, theirs = [picture(number % 7) for number in range(70)], [picture(number % 5) for number in range(70)]
+    for score in (psnr, ssim):
+        alone = [score([one], [other])[0] for one, other in zip(ours, theirs, strict=True)]
+        assert score(ours, theirs) == pytest.approx(alone, rel=1e-6)
+
+
 def test_a_flat_picture_has_no_sharpness_and_blur_lowers_it() -> None:
     blurred = picture().filter(ImageFilter.GaussianBlur(2))
     assert sharpness([Image.new("RGB", (16, 16), "red")]) == [0.0]
