@@ -125,14 +125,6 @@ class Results:
         """How many times fewer denoiser FLOPs than the baseline, on average over the rounds."""
         return fmean(self[self.baseline].flops) / fmean(self[name].flops)
 
-    def with_metric(self, metric: str, values: Mapping[str, Metric]) -> Results:
-        """These results with one more metric of the named configurations."""
-        configurations = tuple(
-            replace(entry, metrics={**entry.metrics, metric: values[entry.name]}) if entry.name in values else entry
-            for entry in self.configurations
-        )
-        return replace(self, configurations=configurations)
-
     def with_seconds(self, seconds: Mapping[str, Sequence[float]]) -> Results:
         """The configurations of `seconds`, in its order, timed anew: it holds one value a round, in rounds' order."""
         configurations = tuple(replace(self[name], seconds=tuple(values)) for name, values in seconds.items())

@@ -55,11 +55,8 @@ class Recipe:
                 raise InvalidConfig(f"{len(ends)} switches need as many start times between 0 and 1, got {starts!r}")
             self.lift.check(ends, starts)
         shifts = self.shifts
-        if shifts is not None and (
-            not isinstance(shifts, tuple)
-            or len(shifts) != len(steps)
-            or not all(is_number(h) and h > 0.0 for h in shifts)
-        ):
+        positive = isinstance(shifts, tuple) and all(is_number(shift) and shift > 0.0 for shift in shifts)
+        if shifts is not None and (not positive or len(shifts) != len(steps)):
             raise InvalidConfig(f"{len(steps)} stages need as many timestep shifts above 0, got shifts={shifts!r}")
         if shifts is not None and starts is None:
             raise InvalidConfig("shifts say how stages with known starts are spaced; give starts beside them")
