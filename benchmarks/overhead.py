@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -31,6 +32,9 @@ from fastdit.mini import load_mini
 
 BAR = 1.01
 MODEL = FluxSize(double_blocks=2, single_blocks=4, heads=4, head_width=64)
+
+#: Calls of the plain pipeline in a round. Every twin is compared to their median, whose noise all ratios share.
+PLAIN = 3
 
 #: Far below any change, so that every step is computed with all the bookkeeping of one that might not be.
 _NEVER = 1e-9
@@ -103,9 +107,12 @@ def measure(
     def run(target: Any) -> Any:
         return target(**call, generator=torch.Generator().manual_seed(0))
 
-    tasks = {"plain": lambda number: run(pipeline)}
-    tasks |= {name: (lambda number, twin=twin: run(twin)) for name, twin in twins.items()}
-    return time_interleaved(tasks, rounds=rounds, warmup=2, seed=seed)
+    plain = [f"plain, call {number}" for number in range(1, PLAIN + 1)]
+    tasks = {name: (lambda number, target=target: run(target)) for name, target in twins.items()}
+    tasks |= {name: lambda number: run(pipeline) for name in plain}
+    seconds = time_interleaved(tasks, rounds=rounds, warmup=2, seed=seed)
+    calls = [seconds[name] for name in plain]
+    return {"plain": tuple(map(median, zip(*calls, strict=True))), **{name: seconds[name] for name in twins}}
 
 
 def _in_a_process(rounds: int, steps: int, tokens_per_side: int, mini: bool, batch: int, seed: int) -> dict[str, float]:
