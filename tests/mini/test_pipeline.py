@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 import fastdit
+from fastdit.errors import UnsupportedModel
 from fastdit.mini.judge import load_judge, wanted
+from fastdit.mini.parts import load_clip, quiet
 from fastdit.mini.prompts import held_out, parse
 
 WEIGHTS = Path(fastdit.__file__).parent / "mini" / "weights"
@@ -116,3 +120,16 @@ def test_a_seed_reaches_a_schedule_through_the_pipeline_s_own_keywords(mini: Any
         fast(PROMPT, generator=torch.Generator().manual_seed(1), output_type="latent").images for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+def test_weights_under_names_that_the_library_does_not_know_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
+    folder = tmp_path / "text_encoder"
+    shutil.copytree(WEIGHTS / "text_encoder", folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"doesn't know \d+ weights of CLIPTextModel"), quiet():
+        load_clip(tmp_path, torch.float32)
+
+
+def test_the_text_encoder_has_the_names_that_every_version_of_transformers_reads() -> None:
+    assert all(name.startswith("text_model.") for name in load_file(WEIGHTS / "text_encoder" / "model.safetensors"))

@@ -24,7 +24,7 @@ from fastdit.accelerator import Accelerator, Schedule
 from fastdit.caching.first_block_cache import FirstBlockCache
 from fastdit.caching.policy import SkipPolicy
 from fastdit.caching.toca import ToCa
-from fastdit.errors import FastditError, UnsupportedModel
+from fastdit.errors import FastditError, FastditWarning, UnsupportedModel
 from fastdit.models.family import Family, families
 from fastdit.models.undescribed import annotated, why_not, why_not_whole
 from fastdit.spatial.lift import PixelLift
@@ -70,11 +70,21 @@ class Support:
 
 
 def pipeline_classes() -> Iterator[type[Any]]:
-    """List the pipeline classes of the installed diffusers whose constructor takes a transformer, by name."""
+    """List the pipeline classes of the installed diffusers whose constructor takes a transformer, by name.
+
+    Warns of those that diffusers itself can't import here, for want of a package that they need.
+    """
     import diffusers
 
-    for name in sorted(dir(diffusers)):
-        found = getattr(diffusers, name) if name.endswith(("Pipeline", "Refiner")) else None
+    for name in sorted(name for name in dir(diffusers) if name.endswith(("Pipeline", "Refiner"))):
+        try:
+            found = getattr(diffusers, name)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            warnings.warn(
+                f"{name} is left out, since diffusers can't import it: {reason}", FastditWarning, stacklevel=2
+            )
+            continue
         if inspect.isclass(found) and "transformer" in inspect.signature(found.__init__).parameters:
             yield found
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
+
+from fastdit.errors import UnsupportedModel
 
 WEIGHTS = Path(__file__).parent / "weights"
 #: Without a network, whatever a directory lacks.
@@ -25,12 +28,23 @@ def load_autoencoder(directory: Path, dtype: torch.dtype) -> AutoencoderTiny:
 
 def load_clip(directory: Path, dtype: torch.dtype) -> CLIPTextModel:
     """Load the encoder whose pooled output says what a prompt asks for."""
-    return CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=dtype, **LOCAL)
+    return _complete(CLIPTextModel, directory / "text_encoder", dtype)
 
 
 def load_t5(directory: Path, dtype: torch.dtype) -> T5EncoderModel:
     """Load the encoder of a prompt's tokens."""
-    return T5EncoderModel.from_pretrained(directory / "text_encoder_2", dtype=dtype, **LOCAL)
+    return _complete(T5EncoderModel, directory / "text_encoder_2", dtype)
+
+
+def _complete(cls: type[Any], folder: Path, dtype: torch.dtype) -> Any:
+    """Load an encoder. Raises `UnsupportedModel` where a weight is missing, which the library would draw at random."""
+    encoder, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
+    if lost := [*found["missing_keys"], *found["unexpected_keys"]]:
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} doesn't know {len(lost)} weights of {cls.__name__} in {folder} "
+            f"by the names they were saved under, such as {lost[0]}; install a version that fastdit asks for"
+        )
+    return encoder
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional
@@ -120,9 +121,17 @@ def train(directory: Path, minutes: float) -> None:
         if stage.step % 100 == 0:
             stage.log(loss=loss.item())
     clip.save_pretrained(directory / "text_encoder")
+    _name_as_published(directory / "text_encoder" / "model.safetensors")
     t5.save_pretrained(directory / "text_encoder_2")
     tokenizer.save_pretrained(directory / "tokenizer")
     tokenizer.save_pretrained(directory / "tokenizer_2")
+
+
+def _name_as_published(path: Path) -> None:
+    """Give a CLIP encoder's weights the names of published ones: transformers 5 saves others, which 4 can't read."""
+    prefix = "text_model."
+    weights = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _labels(scene: Scene) -> list[int]:
