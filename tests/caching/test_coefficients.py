@@ -181,6 +181,7 @@ def test_the_signal_is_kept_in_files_and_checked(tmp_path: Path) -> None:
         Coefficients((1.0, 0.5), signal="output")
 
 
+@pytest.mark.filterwarnings("ignore:the polynomial falls")  # as may one of random weights, which versions draw anew
 def test_calibration_fits_a_polynomial_over_the_changes_that_it_saw() -> None:
     from fastdit.measure.calibration import calibrate_teacache
 
