@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import diffusers
 import pytest
 from typer.testing import CliRunner
 
@@ -39,6 +40,14 @@ def test_every_other_pipeline_says_in_one_sentence_why_it_takes_none(name: str) 
     for reason in (why_not(CLASSES[name]), why_not_whole(CLASSES[name])):
         assert 20 < len(reason) < 140
         assert ". " not in reason
+
+
+def test_a_pipeline_that_diffusers_cannot_import_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusers, "__all__", [*diffusers.__all__, "AbsentPipeline"])
+    monkeypatch.setitem(diffusers._class_to_module, "AbsentPipeline", "absent")
+    with pytest.warns(FastditWarning, match="AbsentPipeline is left out.*No module named 'diffusers.absent'"):
+        found = {cls.__name__ for cls in pipeline_classes()}
+    assert found == set(CLASSES)
 
 
 def test_no_pipeline_is_described_twice_or_given_a_reason_against_it() -> None:

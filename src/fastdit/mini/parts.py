@@ -37,7 +37,7 @@ def load_t5(directory: Path, dtype: torch.dtype) -> T5EncoderModel:
 
 
 def _complete(cls: type[Any], folder: Path, dtype: torch.dtype) -> Any:
-    """Load an encoder. Raises `UnsupportedModel` where a weight is missing, which the library would draw at random."""
+    """Load an encoder. Raises `UnsupportedModel` where weights are missing, which would be drawn at random."""
     encoder, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
     if lost := [*found["missing_keys"], *found["unexpected_keys"]]:
         raise UnsupportedModel(
