@@ -11,20 +11,22 @@ from rich.console import Console
 
 from common import compare
 from fastdit.accelerator import Accelerator
-from fastdit.caching.clusca import ClusCa
-from fastdit.caching.duca import DuCa
-from fastdit.caching.easycache import EasyCache
-from fastdit.caching.first_block_cache import FirstBlockCache
-from fastdit.caching.forecast import DMD, FoCa, Taylor
-from fastdit.caching.magcache import MagCache
-from fastdit.caching.policy import SkipPolicy
-from fastdit.caching.seacache import SeaCache
-from fastdit.caching.step_mask import Interval
-from fastdit.caching.teacache import TeaCache
-from fastdit.caching.toca import ToCa
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
 from fastdit.stack import Stack
+from fastdit.step_cache.forecasters.dmd import DMD
+from fastdit.step_cache.forecasters.foca import FoCa
+from fastdit.step_cache.forecasters.taylor import Taylor
+from fastdit.step_cache.gates.easycache import EasyCache
+from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.magcache import MagCache
+from fastdit.step_cache.gates.seacache import SeaCache
+from fastdit.step_cache.gates.step_mask import Interval
+from fastdit.step_cache.gates.teacache import TeaCache
+from fastdit.step_cache.policy import SkipPolicy
+from fastdit.token_cache.clusca import ClusCa
+from fastdit.token_cache.duca import DuCa
+from fastdit.token_cache.toca import ToCa
 from peers import STEPS
 from peers import configurations as peer_configurations
 

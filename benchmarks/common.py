@@ -23,7 +23,7 @@ from fastdit.measure.timing import time_interleaved
 from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
-from fastdit.mini.train.render import draw, random_picture
+from training.small.render import draw, random_picture
 
 #: Renders that pictures are compared with by their Frechet distance.
 RENDERED = 400

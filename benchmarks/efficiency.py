@@ -14,7 +14,7 @@ from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
 from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
-from fastdit.spatial.ralu import RALU
+from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
 
 BAR = 0.9

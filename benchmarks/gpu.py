@@ -32,18 +32,18 @@ from rich.table import Table
 from common import save
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
-from fastdit.caching.coefficients import Coefficients
-from fastdit.caching.compositions import TaylorSeer
-from fastdit.caching.first_block_cache import FirstBlockCache
-from fastdit.caching.teacache import TeaCache
-from fastdit.caching.toca import ToCa
-from fastdit.engines.aot import AOT
-from fastdit.engines.compile import Compile
+from fastdit.engine.aot import AOT
+from fastdit.engine.compile import Compile
 from fastdit.errors import NeverFired
 from fastdit.measure.statistics import Interval, ratio_of_medians
-from fastdit.run import Clock
-from fastdit.spatial.ralu import RALU
+from fastdit.record import Clock
+from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
+from fastdit.step_cache.coefficients import Coefficients
+from fastdit.step_cache.compositions import TaylorSeer
+from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.teacache import TeaCache
+from fastdit.token_cache.toca import ToCa
 from published import MODELS, Published
 
 #: The parts of the time that the models share, and the part of a model's own that may go into preparing.

@@ -15,14 +15,14 @@ from rich.table import Table
 from common import save
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
-from fastdit.caching.forecast import Taylor
-from fastdit.caching.teacache import TeaCache
 from fastdit.measure.statistics import mean, mean_difference
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
-from fastdit.run import RunRecord
-from fastdit.spatial.ralu import RALU
+from fastdit.record import RunRecord
+from fastdit.schedule.ralu import RALU
+from fastdit.step_cache.forecasters.taylor import Taylor
+from fastdit.step_cache.gates.teacache import TeaCache
 
 BASELINE = "12 steps"
 

@@ -17,18 +17,18 @@ import typer
 from common import keep_freed_memory, save
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
-from fastdit.caching.coefficients import Coefficients
-from fastdit.caching.easycache import EasyCache
-from fastdit.caching.first_block_cache import FirstBlockCache
-from fastdit.caching.forecast import Taylor
-from fastdit.caching.seacache import SeaCache
-from fastdit.caching.teacache import TeaCache
 from fastdit.errors import NeverFired
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import mean, median_of_ratios
 from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.mini import load_mini
+from fastdit.step_cache.coefficients import Coefficients
+from fastdit.step_cache.forecasters.taylor import Taylor
+from fastdit.step_cache.gates.easycache import EasyCache
+from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.seacache import SeaCache
+from fastdit.step_cache.gates.teacache import TeaCache
 
 BAR = 1.01
 MODEL = FluxSize(double_blocks=2, single_blocks=4, heads=4, head_width=64)

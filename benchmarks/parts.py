@@ -18,14 +18,18 @@ from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration
 from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
-from fastdit.spatial.corrected_lift import CorrectedLift
-from fastdit.spatial.just_in_time import JustInTime
-from fastdit.spatial.lift import LatentLift, PixelLift
-from fastdit.spatial.ralu import RALU
-from fastdit.spatial.recipe import PRESETS
-from fastdit.spatial.selector import Edges, PixelGradient, Selector, VelocityVariance
-from fastdit.spatial.text_attention import TextAttention
-from fastdit.spatial.token_copy import TokenCopy
+from fastdit.schedule.just_in_time import JustInTime
+from fastdit.schedule.lifts.corrected import CorrectedLift
+from fastdit.schedule.lifts.latent import LatentLift
+from fastdit.schedule.lifts.pixel import PixelLift
+from fastdit.schedule.lifts.token_copy import TokenCopy
+from fastdit.schedule.ralu import RALU
+from fastdit.schedule.recipe import PRESETS
+from fastdit.schedule.selectors.base import Selector
+from fastdit.schedule.selectors.edges import Edges
+from fastdit.schedule.selectors.pixel_gradient import PixelGradient
+from fastdit.schedule.selectors.text_attention import TextAttention
+from fastdit.schedule.selectors.velocity_variance import VelocityVariance
 from fastdit.stack import Stack
 
 DTYPE = torch.bfloat16

@@ -11,15 +11,15 @@ from rich.console import Console
 
 from common import clock, compare
 from fastdit.accelerator import Accelerator
-from fastdit.caching.first_block_cache import FirstBlockCache
-from fastdit.caching.forecast import Taylor
-from fastdit.caching.teacache import TeaCache
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
-from fastdit.spatial.lift import PixelLift
-from fastdit.spatial.ralu import RALU
+from fastdit.schedule.lifts.pixel import PixelLift
+from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
+from fastdit.step_cache.forecasters.taylor import Taylor
+from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.teacache import TeaCache
 
 RESULTS = Path("benchmarks/results")
 

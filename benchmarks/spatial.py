@@ -21,9 +21,9 @@ from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
-from fastdit.spatial.bottleneck import BottleneckSampling
-from fastdit.spatial.progressive import ProgressiveResolution
-from fastdit.spatial.ralu import RALU
+from fastdit.schedule.bottleneck_sampling import BottleneckSampling
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
+from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
 
 RESULTS = Path("benchmarks/results")

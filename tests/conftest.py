@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 # The references and helpers of one room are used in another.
-sys.path.extend(str(Path(__file__).parent / room) for room in ("spatial", "caching", "core"))
+sys.path.extend(str(Path(__file__).parent / room) for room in ("schedule", "step_cache", "token_cache", "core"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -20,9 +20,21 @@ from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscrete
 from torch import Tensor, nn
 
 from fastdit import UnsupportedModel
-from fastdit.measure import tiny_pipelines
-from fastdit.measure.tiny_pipelines import flux2, pixart, qwen_image, randn, wan, z_image
-from fastdit.testing import counted_calls, flux_transformer, kl_autoencoder, seed_weights
+from fastdit.testing import tiny_pipelines
+from fastdit.testing.contract import (
+    counted_calls,
+    flux_transformer,
+    kl_autoencoder,
+    seed_weights,
+)
+from fastdit.testing.tiny_pipelines import (
+    flux2,
+    pixart,
+    qwen_image,
+    randn,
+    wan,
+    z_image,
+)
 
 Kwargs = dict[str, Any]
 Built = tuple[DiffusionPipeline, Kwargs]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from fastdit import UnsupportedModel
-from fastdit.measure import tiny_transformers
-from fastdit.measure.tiny_transformers import Built
+from fastdit.testing import tiny_transformers
+from fastdit.testing.tiny_transformers import Built
 
 
 def _or_skip(builder: Callable[..., Built]) -> Callable[..., Built]:

@@ -12,25 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .acceleration import accelerate
-    from .attention.dispatcher import Attention
-    from .caching.clusca import ClusCa
-    from .caching.coefficients import Coefficients
-    from .caching.compositions import FORA, DBCache, TaylorSeer
-    from .caching.curves import MagnitudeCurve
-    from .caching.duca import DuCa
-    from .caching.easycache import EasyCache
-    from .caching.first_block_cache import FirstBlockCache
-    from .caching.forecast import DMD, FoCa, PublishedTaylor, Reuse, Taylor
-    from .caching.magcache import MagCache
-    from .caching.policy import SkipPolicy
-    from .caching.seacache import SeaCache
-    from .caching.step_mask import Interval, StepMask
-    from .caching.teacache import TeaCache
-    from .caching.toca import ToCa
-    from .engines.aot import AOT
-    from .engines.compile import Compile
-    from .errors import (
+    from fastdit.acceleration import accelerate
+    from fastdit.attention.dispatcher import Attention
+    from fastdit.engine.aot import AOT
+    from fastdit.engine.compile import Compile
+    from fastdit.errors import (
         ConcurrentCall,
         EngineBuildFailed,
         EngineMismatch,
@@ -43,18 +29,39 @@ if TYPE_CHECKING:
         NoActiveRun,
         UnsupportedModel,
     )
-    from .mini import load_mini
-    from .plan import Plan
-    from .spatial.bottleneck import BottleneckSampling
-    from .spatial.corrected_lift import CorrectedLift
-    from .spatial.just_in_time import JustInTime
-    from .spatial.lift import LatentLift, PixelLift
-    from .spatial.progressive import ProgressiveResolution
-    from .spatial.ralu import RALU
-    from .spatial.selector import Edges, LatentVariance, PixelGradient, VelocityVariance
-    from .spatial.text_attention import TextAttention
-    from .spatial.token_copy import TokenCopy
-    from .stack import Stack
+    from fastdit.mini import load_mini
+    from fastdit.plan import Plan
+    from fastdit.schedule.bottleneck_sampling import BottleneckSampling
+    from fastdit.schedule.just_in_time import JustInTime
+    from fastdit.schedule.lifts.corrected import CorrectedLift
+    from fastdit.schedule.lifts.latent import LatentLift
+    from fastdit.schedule.lifts.pixel import PixelLift
+    from fastdit.schedule.lifts.token_copy import TokenCopy
+    from fastdit.schedule.progressive_resolution import ProgressiveResolution
+    from fastdit.schedule.ralu import RALU
+    from fastdit.schedule.selectors.edges import Edges
+    from fastdit.schedule.selectors.latent_variance import LatentVariance
+    from fastdit.schedule.selectors.pixel_gradient import PixelGradient
+    from fastdit.schedule.selectors.text_attention import TextAttention
+    from fastdit.schedule.selectors.velocity_variance import VelocityVariance
+    from fastdit.stack import Stack
+    from fastdit.step_cache.coefficients import Coefficients
+    from fastdit.step_cache.compositions import FORA, DBCache, TaylorSeer
+    from fastdit.step_cache.curves import MagnitudeCurve
+    from fastdit.step_cache.forecasters.dmd import DMD
+    from fastdit.step_cache.forecasters.foca import FoCa
+    from fastdit.step_cache.forecasters.reuse import Reuse
+    from fastdit.step_cache.forecasters.taylor import PublishedTaylor, Taylor
+    from fastdit.step_cache.gates.easycache import EasyCache
+    from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+    from fastdit.step_cache.gates.magcache import MagCache
+    from fastdit.step_cache.gates.seacache import SeaCache
+    from fastdit.step_cache.gates.step_mask import Interval, StepMask
+    from fastdit.step_cache.gates.teacache import TeaCache
+    from fastdit.step_cache.policy import SkipPolicy
+    from fastdit.token_cache.clusca import ClusCa
+    from fastdit.token_cache.duca import DuCa
+    from fastdit.token_cache.toca import ToCa
 
 __version__ = "0.1.0"
 
@@ -62,43 +69,43 @@ _HOMES = {
     "accelerate": "acceleration",
     "Stack": "stack",
     "Plan": "plan",
-    "ProgressiveResolution": "spatial.progressive",
-    "RALU": "spatial.ralu",
-    "JustInTime": "spatial.just_in_time",
-    "BottleneckSampling": "spatial.bottleneck",
-    "TokenCopy": "spatial.token_copy",
-    "Edges": "spatial.selector",
-    "LatentVariance": "spatial.selector",
-    "PixelGradient": "spatial.selector",
-    "VelocityVariance": "spatial.selector",
-    "TextAttention": "spatial.text_attention",
-    "PixelLift": "spatial.lift",
-    "CorrectedLift": "spatial.corrected_lift",
-    "LatentLift": "spatial.lift",
-    "TeaCache": "caching.teacache",
-    "FirstBlockCache": "caching.first_block_cache",
-    "EasyCache": "caching.easycache",
-    "MagCache": "caching.magcache",
-    "MagnitudeCurve": "caching.curves",
-    "SeaCache": "caching.seacache",
-    "Interval": "caching.step_mask",
-    "StepMask": "caching.step_mask",
-    "TaylorSeer": "caching.compositions",
-    "DBCache": "caching.compositions",
-    "FORA": "caching.compositions",
-    "SkipPolicy": "caching.policy",
-    "ToCa": "caching.toca",
-    "DuCa": "caching.duca",
-    "ClusCa": "caching.clusca",
+    "ProgressiveResolution": "schedule.progressive_resolution",
+    "RALU": "schedule.ralu",
+    "JustInTime": "schedule.just_in_time",
+    "BottleneckSampling": "schedule.bottleneck_sampling",
+    "TokenCopy": "schedule.lifts.token_copy",
+    "Edges": "schedule.selectors.edges",
+    "LatentVariance": "schedule.selectors.latent_variance",
+    "PixelGradient": "schedule.selectors.pixel_gradient",
+    "VelocityVariance": "schedule.selectors.velocity_variance",
+    "TextAttention": "schedule.selectors.text_attention",
+    "PixelLift": "schedule.lifts.pixel",
+    "CorrectedLift": "schedule.lifts.corrected",
+    "LatentLift": "schedule.lifts.latent",
+    "TeaCache": "step_cache.gates.teacache",
+    "FirstBlockCache": "step_cache.gates.first_block_cache",
+    "EasyCache": "step_cache.gates.easycache",
+    "MagCache": "step_cache.gates.magcache",
+    "MagnitudeCurve": "step_cache.curves",
+    "SeaCache": "step_cache.gates.seacache",
+    "Interval": "step_cache.gates.step_mask",
+    "StepMask": "step_cache.gates.step_mask",
+    "TaylorSeer": "step_cache.compositions",
+    "DBCache": "step_cache.compositions",
+    "FORA": "step_cache.compositions",
+    "SkipPolicy": "step_cache.policy",
+    "ToCa": "token_cache.toca",
+    "DuCa": "token_cache.duca",
+    "ClusCa": "token_cache.clusca",
     "Attention": "attention.dispatcher",
-    "Reuse": "caching.forecast",
-    "Taylor": "caching.forecast",
-    "PublishedTaylor": "caching.forecast",
-    "FoCa": "caching.forecast",
-    "DMD": "caching.forecast",
-    "Coefficients": "caching.coefficients",
-    "AOT": "engines.aot",
-    "Compile": "engines.compile",
+    "Reuse": "step_cache.forecasters.reuse",
+    "Taylor": "step_cache.forecasters.taylor",
+    "PublishedTaylor": "step_cache.forecasters.taylor",
+    "FoCa": "step_cache.forecasters.foca",
+    "DMD": "step_cache.forecasters.dmd",
+    "Coefficients": "step_cache.coefficients",
+    "AOT": "engine.aot",
+    "Compile": "engine.compile",
     "load_mini": "mini",
     "FastditError": "errors",
     "UnsupportedModel": "errors",

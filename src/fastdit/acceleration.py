@@ -14,23 +14,35 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from .accelerator import Accelerator, Level, is_count
-from .caching.step_cache import StepCache
-from .caching.token_cache import TokenCache
-from .denoisers import BARE, DENOISERS, denoisers_of, pipeline_type
-from .engines.warmup import WarmUp, progress_bar
-from .engines.workshop import Workshop
-from .errors import ConcurrentCall, InvalidConfig, NeverFired
-from .layout import TokenLayout
-from .models.family import family_of
-from .models.following import followed
-from .plan import Plan, fewest_steps, make_plan, schedule_plan
-from .run import Run, RunRecord
-from .stack import Stack
-from .structure import named_arguments
-from .twins.denoiser import Denoiser, denoiser_twin
-from .twins.pipeline import lift, lifting_component, pipeline_twin
-from .twins.scheduler import scheduler_twin
+from fastdit.accelerator import Accelerator, Level
+from fastdit.config import is_count
+from fastdit.engine.warmup import WarmUp, progress_bar
+from fastdit.engine.workshop import Workshop
+from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
+from fastdit.layout import TokenLayout
+from fastdit.models.components import (
+    BARE,
+    DENOISERS,
+    denoisers_of,
+    pipeline_type,
+)
+from fastdit.models.family import family_of
+from fastdit.models.following import followed
+from fastdit.nested import named_arguments
+from fastdit.plan import (
+    Plan,
+    fewest_steps,
+    make_plan,
+    schedule_plan,
+)
+from fastdit.record import RunRecord
+from fastdit.run import Run
+from fastdit.stack import Stack
+from fastdit.step_cache.base import StepCache
+from fastdit.token_cache.base import TokenCache
+from fastdit.twins.pipeline import lift, lifting_component, pipeline_twin
+from fastdit.twins.scheduler import scheduler_twin
+from fastdit.twins.transformer import Denoiser, denoiser_twin
 
 _Base = TypeVar("_Base")
 

@@ -8,21 +8,9 @@ object that is made for one run and dies with it.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from enum import Enum
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-from .errors import InvalidConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from .attention.seeing import SeenAttention
-    from .layout import TokenLayout
-    from .models.family import Family
-    from .run import StepContext
+from typing import Any, ClassVar
 
 
 class Level(Enum):
@@ -109,85 +97,6 @@ class Effects:
         return Effects(self.changes | {*changes}, self.needs | {*needs}, self.breaks | {*breaks})
 
 
-_REGISTRY: dict[str, type[Any]] = {}
-_Type = TypeVar("_Type", bound=type[Any])
-
-
-def register(cls: _Type) -> _Type:
-    """Allow a configuration class to be named in a stack's JSON. Raises `InvalidConfig` for a name already taken."""
-    if _REGISTRY.get(cls.__name__, cls) is not cls:
-        raise InvalidConfig(f"the configuration name {cls.__name__!r} is already registered; rename the new class")
-    _REGISTRY[cls.__name__] = cls
-    return cls
-
-
-def _load_type(name: str) -> None:
-    """Import what may register a configuration of this name: the library's own, then an installed adapter's.
-
-    An adapter names its classes as entry points of the group `fastdit.accelerators`; only the one asked for is loaded.
-    """
-    import fastdit
-
-    for public in fastdit.__all__:
-        getattr(fastdit, public)
-    entry = None if name in _REGISTRY else next(iter(entry_points(group="fastdit.accelerators", name=name)), None)
-    if entry is not None:
-        try:
-            entry.load()
-        except (ImportError, AttributeError) as error:
-            raise InvalidConfig(
-                f"{name!r} belongs to {entry.value}, an installed adapter that can't be imported: {error}"
-            ) from error
-
-
-def encode(value: Any) -> Any:
-    """Turn a registered configuration into plain JSON data, nested configurations included."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = type(value).__name__
-        if name not in _REGISTRY:
-            raise InvalidConfig(f"{name} is not a registered configuration; decorate its class with @register")
-        return {"type": name, **{f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}}
-    if isinstance(value, (tuple, list)):
-        return [encode(item) for item in value]
-    return value
-
-
-def decode(data: Any, where: str = "stack") -> Any:
-    """Rebuild what `encode` wrote. Raises `InvalidConfig` for a type, a field or a value that is not allowed."""
-    if isinstance(data, list):
-        return tuple(decode(item, f"{where}[{index}]") for index, item in enumerate(data))
-    if not isinstance(data, dict):
-        return data
-    fields = dict(data)
-    name = fields.pop("type", None)
-    if isinstance(name, str) and name not in _REGISTRY:
-        _load_type(name)
-    if not isinstance(name, str) or name not in _REGISTRY:
-        known = ", ".join(sorted(_REGISTRY))
-        raise InvalidConfig(
-            f"{where}: unknown type {name!r}; the allowed types are {known}, and those of adapters once installed"
-        )
-    cls = _REGISTRY[name]
-    allowed = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(fields) - allowed):
-        raise InvalidConfig(f"{where}: {name} has no field {', '.join(unknown)}; its fields are {sorted(allowed)}")
-    arguments = {key: decode(value, f"{where}.{key}") for key, value in fields.items()}
-    try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise InvalidConfig(f"{where}: {name} can't be built from {sorted(arguments)}: {error}") from error
-
-
-def is_number(value: Any) -> bool:
-    """Whether a configuration's value is a finite real number (True and False are not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_count(value: Any, least: int = 0) -> bool:
-    """Whether a configuration's value is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
     """Base of every accelerator: a level and its declared effects.
@@ -222,99 +131,3 @@ class Accelerator:
             if value != default or not (field.kw_only or value is None):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-@dataclasses.dataclass(frozen=True)
-class StagePlan:
-    """One stage of a run: its noise levels and its tokens.
-
-    `sigmas` has one entry more than the stage has steps (its last is the stage's end), or is None where the
-    pipeline's own scheduler decides. `tokens` counts image tokens, None where the model's layout is unknown.
-    """
-
-    index: int
-    layout: str
-    tokens: int | None
-    steps: int
-    sigmas: tuple[float, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulePlan:
-    """The stages that a schedule chose for one image size and step count, with remarks for the reader."""
-
-    stages: tuple[StagePlan, ...]
-    rows: int
-    columns: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def at(self, index: int) -> tuple[int, int]:
-        """Give the stage of a step of the run, and its number in that stage."""
-        stage = 0
-        while stage + 1 < len(self.stages) and index >= self.stages[stage].steps:
-            index -= self.stages[stage].steps
-            stage += 1
-        return stage, index
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule(Accelerator):
-    """An accelerator that owns the timesteps and the token layout of a run's stages."""
-
-    level: ClassVar[Level] = Level.SCHEDULE
-
-    def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
-        """Choose the stages for a grid of `rows` x `columns` image tokens; None means the schedule's own count."""
-        raise NotImplementedError
-
-    def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
-        """Make the state of one run."""
-        raise NotImplementedError
-
-
-class ScheduleRun:
-    """What a schedule does in one run; made by `Schedule.begin` and dropped at the run's end."""
-
-    def initial(self, latents: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        """Turn the pipeline's full-size unit noise into the first stage's latents and layout.
-
-        Latents are in the pipeline's own shape throughout. Every forward of the first step calls this with its own
-        batch, so it depends on nothing but the noise.
-        """
-        raise NotImplementedError
-
-    def resume(
-        self, stage: int, latents: torch.Tensor, clean: torch.Tensor, sigma: float
-    ) -> tuple[torch.Tensor, TokenLayout]:
-        """Turn a picture with noise of level `sigma`, at full size, into the latents and layout of `stage`.
-
-        A run that does not begin with noise alone begins there; `clean` are the picture's own latents. Like `initial`
-        it is called by every forward of the first step.
-        """
-        raise NotImplementedError
-
-    def forced(self, stage: int, stage_step: int) -> str | None:
-        """Say why a step must run every block on every token, whatever caches would do; None where they decide."""
-        return None
-
-    def attending(self, context: StepContext, transformer: Any, arguments: Mapping[str, Any]) -> SeenAttention | None:
-        """Give what sees, and may answer, the attention of one forward; nothing by default.
-
-        `arguments` are the forward's own, with the stage's latents in place.
-        """
-        return None
-
-    def observe(self, velocity: torch.Tensor) -> None:
-        """See the velocity that a step was taken with, in the pipeline's shape; nothing by default."""
-
-    def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
-        """Turn the last latents of `stage` into the next stage's, given the estimate of the clean latents."""
-        raise NotImplementedError
-
-    def lift(self, latents: torch.Tensor) -> torch.Tensor:
-        """Bring latents of whatever stage the run stands in to the full grid, for a run that was interrupted."""
-        raise NotImplementedError

@@ -68,7 +68,12 @@ def demo(
 
     errors = Console(stderr=True)
     try:
-        from fastdit.measure.demo import EXTENTS, REPORT, RESULTS, run_demo
+        from fastdit.measure.demo import (
+            EXTENTS,
+            REPORT,
+            RESULTS,
+            run_demo,
+        )
         from fastdit.measure.statistics import CONFIDENCE
         from fastdit.measure.table import rich_table
     except ModuleNotFoundError as error:
@@ -98,7 +103,12 @@ def plan(
     steps: Annotated[int | None, typer.Option(help="Steps; the schedule's own if left out.")] = None,
 ) -> None:
     """Print what a stack would do in a call of the embedded pipeline, without running it."""
-    from fastdit import RALU, Stack, TeaCache, load_mini
+    from fastdit import (
+        RALU,
+        Stack,
+        TeaCache,
+        load_mini,
+    )
 
     chosen = Stack([RALU("4x"), TeaCache()]) if stack is None else Stack.from_pretrained(stack)
     typer.echo(chosen.explain(load_mini(), height, width, steps))
@@ -183,7 +193,7 @@ def list_engines(directory: Kept = None, as_json: Annotated[bool, typer.Option("
     """List the engines that are kept, the last used first."""
     from datetime import datetime
 
-    from fastdit.engines.registry import Registry
+    from fastdit.engine.registry import Registry
 
     registry = Registry(directory)
     entries = registry.entries()
@@ -202,7 +212,7 @@ def list_engines(directory: Kept = None, as_json: Annotated[bool, typer.Option("
 @engines.command()
 def clear(directory: Kept = None) -> None:
     """Remove all the engines that are kept. Those that a process is using stay in its memory."""
-    from fastdit.engines.registry import Registry
+    from fastdit.engine.registry import Registry
 
     registry = Registry(directory)
     typer.echo(f"{registry.clear()} engines removed from {registry.directory}")

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .accelerator import SchedulePlan, StagePlan
-from .denoisers import require_family
-from .errors import InvalidConfig
-from .models.family import family_of
+from fastdit.errors import InvalidConfig
+from fastdit.models.components import require_family
+from fastdit.models.family import family_of
+from fastdit.step import SchedulePlan, StagePlan
 
 if TYPE_CHECKING:
-    from .stack import Stack
+    from fastdit.stack import Stack
 
 
 @dataclass(frozen=True)

@@ -3,166 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from .accelerator import SchedulePlan, ScheduleRun
-from .errors import InvalidConfig
-from .flops import FlopMeter
-from .layout import TokenLayout
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """Where a forward stands: all that a gate may know besides its signal. Steps count forwards of one branch.
-
-    `skipped_timesteps` counts the scheduler's timesteps before the run's first (an img2img strength below 1). `forced`
-    says why the schedule wants every block run on every token.
-    """
-
-    step: int
-    total_steps: int
-    stage: int
-    stage_step: int
-    branch: str
-    skipped_timesteps: int = 0
-    forced: str | None = None
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
-
-    `denoiser` names the module that ran: "transformer", or "transformer_2" in a pipeline of two.
-
-    `action` is "computed", "reused", "forecast", or "partial" where images, tokens or block lists differ. `saved` gives
-    the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for all.
-    `engine` names what ran the blocks that did run: "eager" is the model's own code.
-    """
-
-    step: int
-    stage: int
-    branch: str
-    denoiser: str
-    sigma: float | None
-    tokens: int | None
-    batch: int
-    action: str
-    reason: str
-    seconds: float
-    engine: str
-    saved: Mapping[str, float] = field(repr=False, hash=False)
-    _meter: FlopMeter = field(repr=False, compare=False)
-    _key: Hashable = field(repr=False, compare=False)
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks the model calls in a forward of this kind."""
-        return len(self._meter.blocks(self._key))
-
-    @property
-    def blocks_run(self) -> int:
-        """How many blocks this forward really ran, in whole or in part."""
-        if self.saved.get("") == 1.0:
-            return 0
-        return sum(self.saved.get(name) != 1.0 for name in self._meter.blocks(self._key))
-
-    @property
-    def flops(self) -> int:
-        """FLOPs that this forward cost, what it saved left out (counted on first use; a gate's own are not in it)."""
-        return self._meter.flops(self._key, self.saved)
-
-    @property
-    def full_flops(self) -> int:
-        """FLOPs of the same forward with every block run on every token."""
-        return self._meter.flops(self._key, {})
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the record as plain data, FLOPs included."""
-        names = (
-            "step",
-            "stage",
-            "branch",
-            "denoiser",
-            "sigma",
-            "tokens",
-            "batch",
-            "action",
-            "reason",
-            "seconds",
-            "engine",
-        )
-        return {name: getattr(self, name) for name in (*names, "blocks_run", "blocks", "flops")}
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """The record of a whole call: one entry a forward, in order. `completed` is False after an error or interrupt.
-
-    `doubts` counts signals that were not finite, `cache_bytes` is the most that the caches held at a time.
-    """
-
-    steps: tuple[StepRecord, ...]
-    seconds: float
-    completed: bool
-    doubts: int = 0
-    cache_bytes: int = 0
-
-    @property
-    def computed(self) -> int:
-        """How many forwards ran every block."""
-        return sum(record.action == "computed" for record in self.steps)
-
-    @property
-    def skipped(self) -> int:
-        """How many forwards reused or forecast blocks."""
-        return sum(record.action in ("reused", "forecast") for record in self.steps)
-
-    @property
-    def partial(self) -> int:
-        """How many forwards ran some blocks, tokens or images and took the rest from a cache."""
-        return sum(record.action == "partial" for record in self.steps)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of the denoiser over the call."""
-        return sum(record.flops for record in self.steps)
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the record as plain data, FLOPs included."""
-        return {
-            "seconds": self.seconds,
-            "completed": self.completed,
-            "doubts": self.doubts,
-            "cache_bytes": self.cache_bytes,
-            "computed": self.computed,
-            "partial": self.partial,
-            "skipped": self.skipped,
-            "flops": self.flops,
-            "steps": [record.to_json() for record in self.steps],
-        }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a pass did in one forward, as `StepRecord` shows it; without one every block ran on every token."""
-
-    action: str = "computed"
-    reason: str = "no cache"
-    saved: Mapping[str, float] = field(default_factory=dict)
-    tokens: int | None = None
-
-    def around(self, inner: Outcome | None) -> Outcome:
-        """Join this outcome with that of what acted inside the part that it ran."""
-        if inner is None or inner.action == "computed":
-            return self
-        action = "partial" if self.action in ("computed", "partial") else self.action
-        reason = f"{self.reason}; {inner.reason}" if action == "partial" else self.reason
-        return Outcome(action, reason, {**inner.saved, **self.saved}, self.tokens or inner.tokens)
+from fastdit.errors import InvalidConfig
+from fastdit.layout import TokenLayout
+from fastdit.meter import FlopMeter
+from fastdit.record import Clock, RunRecord, StepRecord
+from fastdit.schedule.base import ScheduleRun
+from fastdit.step import SchedulePlan, StepContext
 
 
 class RunState(Protocol):
@@ -176,32 +28,6 @@ class RunState(Protocol):
 
 
 _State = TypeVar("_State", bound=RunState)
-
-
-class Clock:
-    """Measures one forward: by host time, or by events on a CUDA stream that are read only at the run's end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: tuple[Any, Any] | None = None
-        self._seconds = 0.0
-        if device.type == "cuda":
-            event: Any = torch.cuda.Event
-            self._events = (event(enable_timing=True), event(enable_timing=True))
-            self._events[0].record()
-        else:
-            self._start = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._events is not None:
-            self._events[1].record()
-        else:
-            self._seconds = time.perf_counter() - self._start
-
-    def seconds(self) -> float:
-        if self._events is not None:
-            self._events[1].synchronize()
-            return float(self._events[0].elapsed_time(self._events[1])) / 1000.0
-        return self._seconds
 
 
 class Run:

@@ -9,16 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from .accelerator import VIOLATIONS, Accelerator, Level, Need, Schedule, decode, encode
-from .attention.kernel import AttentionKernel
-from .caching.step_cache import StepCache
-from .caching.token_cache import TokenCache
-from .denoisers import denoisers_of, require_block_lists, require_family
-from .engines.engine import Engine
-from .errors import IncompatibleStack, InvalidConfig, UnsupportedModel
-from .models.state import changes_of
-from .models.undescribed import why_not
-from .plan import make_plan
+from fastdit.accelerator import (
+    VIOLATIONS,
+    Accelerator,
+    Level,
+    Need,
+)
+from fastdit.attention.base import AttentionKernel
+from fastdit.config import decode, encode
+from fastdit.engine.base import Engine
+from fastdit.errors import IncompatibleStack, InvalidConfig, UnsupportedModel
+from fastdit.models.components import denoisers_of, require_block_lists, require_family
+from fastdit.models.undescribed import why_not
+from fastdit.plan import make_plan
+from fastdit.schedule.base import Schedule
+from fastdit.step_cache.base import StepCache
+from fastdit.token_cache.base import TokenCache
+from fastdit.twins.foreign_state import changes_of
 
 VERSION = 1
 _FILE = "stack.json"

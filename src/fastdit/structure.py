@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fastdit.nested import map_tensors
+
 _Module = TypeVar("_Module", bound=nn.Module)
+
 
 #: Attributes that stand for behaviour installed on one module object, not for its structure.
 _BEHAVIOUR = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
@@ -107,96 +109,3 @@ def same_object_twin(module: _Module, cls: type[_Module]) -> _Module:
     twin = cls.__new__(cls)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
-
-
-def map_tensors(
-    value: Any, function: Callable[[Any], Any], kind: type[Any] | tuple[type[Any], ...] = torch.Tensor
-) -> Any:
-    """Apply `function` to every tensor (or other `kind`) in nested tuples, lists and dictionaries."""
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(item, function, kind) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, Mapping):
-        return {key: map_tensors(item, function, kind) for key, item in value.items()}
-    return value
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """List the tensors in nested tuples, lists and dictionaries, in order."""
-    found: list[torch.Tensor] = []
-    map_tensors(value, found.append)
-    return found
-
-
-class PerImage:
-    """A value that is no tensor and holds something of each image of a batch."""
-
-    def rows(self, index: torch.Tensor) -> PerImage:
-        """Give the value for the images at `index` [K]."""
-        raise NotImplementedError
-
-
-def select_rows(value: Any, index: torch.Tensor, batch: int) -> Any:
-    """Pick the images at `index` [K] in every tensor whose first dimension is the batch; the rest is shared by all."""
-
-    def pick(item: Any) -> Any:
-        if isinstance(item, PerImage):
-            return item.rows(index)
-        return item.index_select(0, index) if item.dim() > 0 and item.shape[0] == batch else item
-
-    return map_tensors(value, pick, kind=(torch.Tensor, PerImage))
-
-
-class Hole:
-    """Where a tensor was in an output that is kept without its tensors."""
-
-
-def refilled(value: Any, fillings: Iterator[Any]) -> Any:
-    """Give a forward's output with the next of `fillings` in the place of each tensor, or of each `Hole`."""
-    if isinstance(value, (torch.Tensor, Hole)):
-        return next(fillings)
-    if isinstance(value, (tuple, list)):
-        return type(value)([refilled(item, fillings) for item in value])
-    if isinstance(value, Mapping):
-        filled: Any = copy.copy(value)
-        for name, item in value.items():
-            filled[name] = refilled(item, fillings)
-        return filled
-    return value
-
-
-class ArgumentNames:
-    """Names the arguments of a forward's calls, without its `self` and in its own order.
-
-    `defaults` adds what a call leaves out. Calls that give everything by keyword, as pipelines do, are not bound.
-    """
-
-    def __init__(self, forward: Callable[..., Any], *, defaults: bool = False) -> None:
-        self._signature = inspect.signature(forward)
-        self._defaults = defaults
-        own = list(self._signature.parameters.values())[1:]
-        named = [p for p in own if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)]
-        self._given = {p.name: p.default for p in named}
-        self._required = {p.name for p in named if p.default is inspect.Parameter.empty}
-
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give a call's arguments by name. Raises `TypeError` where the forward itself would."""
-        if not args and self._required <= kwargs.keys() <= self._given.keys():
-            if self._defaults:
-                return {**self._given, **kwargs}
-            return {name: kwargs[name] for name in self._given if name in kwargs}
-        bound = self._signature.bind(None, *args, **kwargs)
-        if self._defaults:
-            bound.apply_defaults()
-        return dict(list(named_arguments(bound).items())[1:])
-
-
-def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Give a call's arguments by name, those that a `**kwargs` took among them."""
-    named = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdit.attention import by_heads
 from fastdit.attention.by_heads import attend_by_heads, takes
-from fastdit.attention.kernel import AttentionCall
+from fastdit.blocks.attention import AttentionCall
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -13,8 +13,8 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ParallelConfig
 
 import fastdit
-from fastdit.caching import decision
-from fastdit.testing import generate, tiny_flux
+from fastdit.step_cache import decision
+from fastdit.testing.contract import generate, tiny_flux
 
 
 def share_sequence(transformer: Any, ranks: int) -> None:

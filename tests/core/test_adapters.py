@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fastdit import InvalidConfig, Stack
-from fastdit.accelerator import _REGISTRY
+from fastdit.config import _REGISTRY
 
 MODULE = """
 import dataclasses
 from fastdit.accelerator import Level, register
-from fastdit.caching.step_mask import Interval
+from fastdit.step_cache.gates.step_mask import Interval
 
 @register
 @dataclasses.dataclass(frozen=True)

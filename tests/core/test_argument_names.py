@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastdit.structure import ArgumentNames
+from fastdit.nested import ArgumentNames
 
 
 class Block:

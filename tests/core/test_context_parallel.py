@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastdit import FirstBlockCache, Stack, Taylor, TeaCache
+from fastdit import (
+    FirstBlockCache,
+    Stack,
+    Taylor,
+    TeaCache,
+)
 
 RANK = Path(__file__).parent / "context_parallel.py"
 CACHES = [FirstBlockCache(0.8), TeaCache(0.6, (1.0, 0.0), forecast=Taylor(1))]

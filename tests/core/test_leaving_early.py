@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 import tiny
-from fastdit import RALU, FirstBlockCache, StepMask, Taylor, TeaCache, accelerate
+from fastdit import (
+    RALU,
+    FirstBlockCache,
+    StepMask,
+    Taylor,
+    TeaCache,
+    accelerate,
+)
 
 IDENTITY = (0.0, 0.0, 0.0, 1.0, 0.0)
 RALU_SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)

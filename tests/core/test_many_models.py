@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from fastdit import FirstBlockCache, SkipPolicy, StepMask, UnsupportedModel, accelerate
+from fastdit import (
+    FirstBlockCache,
+    SkipPolicy,
+    StepMask,
+    UnsupportedModel,
+    accelerate,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),

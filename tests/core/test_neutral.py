@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import tiny
-from fastdit import FirstBlockCache, NoActiveRun, SkipPolicy, Stack, accelerate
+from fastdit import (
+    FirstBlockCache,
+    NoActiveRun,
+    SkipPolicy,
+    Stack,
+    accelerate,
+)
 
 EVERY = pytest.mark.parametrize("name", tiny.PIPELINES)
 CALLS_A_STEP = {"qwen-image": 2, "wan": 2}

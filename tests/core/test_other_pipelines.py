@@ -16,7 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from fastdit import RALU, FastditError, FirstBlockCache, SkipPolicy, UnsupportedModel, accelerate
+from fastdit import (
+    RALU,
+    FastditError,
+    FirstBlockCache,
+    SkipPolicy,
+    UnsupportedModel,
+    accelerate,
+)
 
 CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)

@@ -10,7 +10,15 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 import tiny
-from fastdit import RALU, FastditError, FirstBlockCache, IncompatibleStack, InvalidConfig, SkipPolicy, accelerate
+from fastdit import (
+    RALU,
+    FastditError,
+    FirstBlockCache,
+    IncompatibleStack,
+    InvalidConfig,
+    SkipPolicy,
+    accelerate,
+)
 
 CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 NEUTRAL = FirstBlockCache(0.0)

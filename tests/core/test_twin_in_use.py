@@ -14,7 +14,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 import tiny
-from fastdit import RALU, FirstBlockCache, InvalidConfig, SkipPolicy, TeaCache, accelerate
+from fastdit import (
+    RALU,
+    FirstBlockCache,
+    InvalidConfig,
+    SkipPolicy,
+    TeaCache,
+    accelerate,
+)
 
 CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)

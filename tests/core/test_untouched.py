@@ -11,7 +11,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 import tiny
-from fastdit import RALU, Attention, FirstBlockCache, StepMask, TeaCache, accelerate
+from fastdit import (
+    RALU,
+    Attention,
+    FirstBlockCache,
+    StepMask,
+    TeaCache,
+    accelerate,
+)
 
 STACKS = {
     "empty": [],

@@ -11,7 +11,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastdit
-from fastdit import Coefficients, MagCache, MagnitudeCurve, Stack, TeaCache
+from fastdit import (
+    Coefficients,
+    MagCache,
+    MagnitudeCurve,
+    Stack,
+    TeaCache,
+)
 from fastdit.cli import app
 
 PROMPTS = "an apple on a blue background\n\na small car on the left on a white background\n"

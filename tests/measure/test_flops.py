@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from fastdit import RALU
-from fastdit.measure.flops import RunFlops, Stage, count, stages_of
+from fastdit.measure.flops import (
+    RunFlops,
+    Stage,
+    count,
+    stages_of,
+)
 
 TERA = 1e12
 

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from fastdit.measure.images import PSNR_CEILING, frechet_distance, psnr, relative_sharpness, sharpness, ssim
+from fastdit.measure.images import (
+    PSNR_CEILING,
+    frechet_distance,
+    psnr,
+    relative_sharpness,
+    sharpness,
+    ssim,
+)
 
 
 def picture(seed: int = 0) -> Image.Image:

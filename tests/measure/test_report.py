@@ -8,7 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from fastdit.measure.charts import Point, speed_quality
-from fastdit.measure.report import render_report, summary, timelines, write_report
+from fastdit.measure.report import (
+    render_report,
+    summary,
+    timelines,
+    write_report,
+)
 from fastdit.measure.statistics import Interval
 from tests.measure.samples import make_results
 

@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 
 from fastdit.measure.environment import Environment
-from fastdit.measure.results import SCHEMA_VERSION, Metric, Results, ResultsError
+from fastdit.measure.results import (
+    SCHEMA_VERSION,
+    Metric,
+    Results,
+    ResultsError,
+)
 from fastdit.measure.statistics import Interval
-from fastdit.measure.table import header, markdown, rich_table, rows, verdict
+from fastdit.measure.table import (
+    header,
+    markdown,
+    rich_table,
+    rows,
+    verdict,
+)
 from tests.measure.samples import make_results
 
 

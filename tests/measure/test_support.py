@@ -11,10 +11,17 @@ from typer.testing import CliRunner
 
 from fastdit.cli import app
 from fastdit.errors import FastditWarning
-from fastdit.measure.support import Answer, Support, gist, pipeline_classes, supported, table
-from fastdit.measure.tiny_pipelines import PIPELINES
+from fastdit.measure.support import (
+    Answer,
+    Support,
+    gist,
+    pipeline_classes,
+    supported,
+    table,
+)
 from fastdit.models.family import families
 from fastdit.models.undescribed import BY_PIPELINE, why_not, why_not_whole
+from fastdit.testing.tiny_pipelines import PIPELINES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma, inside diffusers

@@ -9,7 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from fastdit.measure.rival import equal_time_steps
-from fastdit.measure.timing import Order, interleave, medians, time_interleaved
+from fastdit.measure.timing import (
+    Order,
+    interleave,
+    medians,
+    time_interleaved,
+)
 
 
 @pytest.mark.parametrize("order", ["random", "rotating"])

@@ -10,7 +10,14 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import fastdit
-from fastdit import RALU, EasyCache, FirstBlockCache, InvalidConfig, TeaCache, accelerate
+from fastdit import (
+    RALU,
+    EasyCache,
+    FirstBlockCache,
+    InvalidConfig,
+    TeaCache,
+    accelerate,
+)
 from fastdit.mini.judge import load_judge
 from fastdit.mini.pipeline_sd3 import MiniStableDiffusion3Pipeline
 from fastdit.mini.prompts import held_out
@@ -95,7 +102,7 @@ def test_the_judge_finds_what_held_out_prompts_asked_for(mini: Any) -> None:
 
 
 def test_the_model_in_training_is_the_one_that_is_saved() -> None:
-    build = pytest.importorskip("fastdit.mini.train.sd3").build
+    build = pytest.importorskip("training.small.sd3").build
     trained = build()
     torch.nn.init.normal_(trained.proj_out.weight)
     loaded = SD3Transformer2DModel.from_config(trained.config)

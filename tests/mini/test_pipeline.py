@@ -73,7 +73,7 @@ def test_a_seed_gives_the_same_picture_twice(mini: Any) -> None:
 
 
 def test_the_judge_reads_renders_that_it_never_saw() -> None:
-    render = pytest.importorskip("fastdit.mini.train.render")
+    render = pytest.importorskip("training.small.render")
     random = np.random.default_rng(4242)
     prompts = held_out(160, seed=5, background=True)
     judge = load_judge()
@@ -87,7 +87,7 @@ def test_the_judge_reads_renders_that_it_never_saw() -> None:
 
 
 def test_the_judge_refuses_destroyed_pictures_and_wrong_prompts() -> None:
-    render = pytest.importorskip("fastdit.mini.train.render")
+    render = pytest.importorskip("training.small.render")
     random = np.random.default_rng(77)
     prompts = held_out(48, seed=6, background=True)
     pixels = torch.from_numpy(np.stack([render.draw(render.random_picture(parse(p), random), 128) for p in prompts]))

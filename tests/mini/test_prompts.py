@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, PLACES, RELATIONS, Scene, held_out, parse, training, vocabulary
+from fastdit.mini.prompts import (
+    BACKGROUNDS,
+    OBJECTS,
+    PLACES,
+    RELATIONS,
+    Scene,
+    held_out,
+    parse,
+    training,
+    vocabulary,
+)
 
 singles = st.builds(
     Scene,

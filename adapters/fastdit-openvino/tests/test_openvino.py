@@ -14,12 +14,23 @@ import torch
 from torch import nn
 
 import fastdit_openvino
-from fastdit import Interval, InvalidConfig, Stack, UnsupportedModel, accelerate
-from fastdit.engines.arguments import canonical, mapped
-from fastdit.engines.engine import PieceCall
-from fastdit.engines.registry import Registry
+from fastdit import (
+    Interval,
+    InvalidConfig,
+    Stack,
+    UnsupportedModel,
+    accelerate,
+)
+from fastdit.engine.arguments import canonical, mapped
+from fastdit.engine.base import PieceCall
+from fastdit.engine.registry import Registry
 from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning
-from fastdit.testing import EngineContract, flux_transformer, generate, tiny_flux
+from fastdit.testing.contract import (
+    EngineContract,
+    flux_transformer,
+    generate,
+    tiny_flux,
+)
 from fastdit_openvino import OpenVINO
 
 

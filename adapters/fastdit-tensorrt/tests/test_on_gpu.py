@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastdit import UnsupportedModel, accelerate
-from fastdit.engines.registry import Registry
-from fastdit.testing import EngineContract, generate
+from fastdit.engine.registry import Registry
+from fastdit.testing.contract import EngineContract, generate
 from fastdit_tensorrt import TensorRT, _torch_tensorrt
 
 

@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 import fastdit_tensorrt
-from fastdit import InvalidConfig, Stack, UnsupportedModel, accelerate
-from fastdit.engines.engine import PieceCall
-from fastdit.engines.staged import exported
+from fastdit import (
+    InvalidConfig,
+    Stack,
+    UnsupportedModel,
+    accelerate,
+)
+from fastdit.engine.base import PieceCall
+from fastdit.engine.staged import exported
 from fastdit.errors import EngineBuildFailed, EngineWarning
-from fastdit.testing import generate, tiny_flux
+from fastdit.testing.contract import generate, tiny_flux
 from fastdit_tensorrt import TensorRT, inputs_of
 from fastdit_tensorrt.cache import SealedEngines
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastdit import Stack, UnsupportedModel, accelerate
-from fastdit.attention.kernel import AttentionCall
-from fastdit.testing import AcceleratorContract, generate, tiny_flux
+from fastdit.blocks.attention import AttentionCall
+from fastdit.testing.contract import AcceleratorContract, generate, tiny_flux
 from fastdit_xformers import XFormers, bias_of
 
 needs_gpu = pytest.mark.skipif(

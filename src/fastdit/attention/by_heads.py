@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernel import AttentionCall
+from fastdit.blocks.attention import AttentionCall
 
 #: How large the scores are that are worked on at a time, in bytes, and how many rows of a head at least.
 _BYTES, _ROWS = 2**22, 32

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdit.accelerator import Change, Effects, register
+from fastdit.accelerator import Change, Effects
+from fastdit.attention.base import Attend, AttentionKernel
+from fastdit.blocks.attention import AttentionCall
+from fastdit.config import register
 from fastdit.errors import InvalidConfig
-
-from .kernel import Attend, AttentionCall, AttentionKernel
 
 if TYPE_CHECKING:
     from diffusers.models.attention_dispatch import AttentionBackendName

@@ -23,17 +23,22 @@ import numpy.typing as npt
 import torch
 
 from fastdit.acceleration import accelerate
-from fastdit.accelerator import is_count
-from fastdit.caching.coefficients import Coefficients
-from fastdit.caching.curves import MagnitudeCurve
-from fastdit.caching.magcache import curve_of
-from fastdit.caching.published import source_of
-from fastdit.caching.step_cache import Memory, Site, StepCache, difference
+from fastdit.config import is_count
 from fastdit.errors import FastditWarning, InvalidConfig, UnsupportedModel
 from fastdit.models.signals import SIGNAL_KINDS, signal_for
+from fastdit.step_cache.base import (
+    Memory,
+    Site,
+    StepCache,
+    difference,
+)
+from fastdit.step_cache.coefficients import Coefficients
+from fastdit.step_cache.curves import MagnitudeCurve
+from fastdit.step_cache.gates.magcache import curve_of
+from fastdit.step_cache.published import source_of
 
 if TYPE_CHECKING:
-    from .experiment import Progress
+    from fastdit.measure.experiment import Progress
 
 _DEGREE = 4
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .statistics import Interval
+from fastdit.measure.statistics import Interval
 
 WIDTH, HEIGHT = 920, 470
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 28, 24, 56

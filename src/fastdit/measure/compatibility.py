@@ -12,27 +12,31 @@ import torch
 
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
-from fastdit.caching.clusca import ClusCa
-from fastdit.caching.curves import MagnitudeCurve
-from fastdit.caching.duca import DuCa
-from fastdit.caching.easycache import EasyCache
-from fastdit.caching.first_block_cache import FirstBlockCache
-from fastdit.caching.forecast import DMD, FoCa, Forecaster, PublishedTaylor, Reuse, Taylor
-from fastdit.caching.magcache import MagCache
-from fastdit.caching.seacache import SeaCache
-from fastdit.caching.step_cache import StepCache
-from fastdit.caching.step_mask import Interval, StepMask
-from fastdit.caching.teacache import TeaCache
-from fastdit.caching.toca import ToCa
 from fastdit.errors import FastditError, FastditWarning
-from fastdit.spatial.bottleneck import BottleneckSampling
-from fastdit.spatial.just_in_time import JustInTime
-from fastdit.spatial.lift import PixelLift
-from fastdit.spatial.progressive import ProgressiveResolution
-from fastdit.spatial.ralu import RALU
-from fastdit.spatial.text_attention import TextAttention
+from fastdit.schedule.bottleneck_sampling import BottleneckSampling
+from fastdit.schedule.just_in_time import JustInTime
+from fastdit.schedule.lifts.pixel import PixelLift
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
+from fastdit.schedule.ralu import RALU
+from fastdit.schedule.selectors.text_attention import TextAttention
 from fastdit.stack import Stack
-from fastdit.testing import counted_calls, generate, tiny_flux
+from fastdit.step_cache.base import StepCache
+from fastdit.step_cache.curves import MagnitudeCurve
+from fastdit.step_cache.forecasters.base import Forecaster
+from fastdit.step_cache.forecasters.dmd import DMD
+from fastdit.step_cache.forecasters.foca import FoCa
+from fastdit.step_cache.forecasters.reuse import Reuse
+from fastdit.step_cache.forecasters.taylor import PublishedTaylor, Taylor
+from fastdit.step_cache.gates.easycache import EasyCache
+from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.magcache import MagCache
+from fastdit.step_cache.gates.seacache import SeaCache
+from fastdit.step_cache.gates.step_mask import Interval, StepMask
+from fastdit.step_cache.gates.teacache import TeaCache
+from fastdit.testing.contract import counted_calls, generate, tiny_flux
+from fastdit.token_cache.clusca import ClusCa
+from fastdit.token_cache.duca import DuCa
+from fastdit.token_cache.toca import ToCa
 
 STEPS = 18
 

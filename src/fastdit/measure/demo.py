@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdit.caching.forecast import Taylor
-from fastdit.caching.teacache import TeaCache
+from fastdit.measure.experiment import (
+    Configuration,
+    Experiment,
+    Progress,
+    plain,
+)
+from fastdit.measure.report import write_report
+from fastdit.measure.results import Results
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out
-from fastdit.spatial.ralu import RALU
+from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
-
-from .experiment import Configuration, Experiment, Progress, plain
-from .report import write_report
-from .results import Results
+from fastdit.step_cache.forecasters.taylor import Taylor
+from fastdit.step_cache.gates.teacache import TeaCache
 
 FULL_STEPS = 50  # the baseline of the RALU paper
 SHORT_STEPS = 28  # what FLUX is commonly run with

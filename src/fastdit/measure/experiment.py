@@ -17,14 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Break
+from fastdit.measure.environment import Environment
+from fastdit.measure.images import psnr, sharpness, ssim
+from fastdit.measure.results import ConfigurationResult, Metric, Results
+from fastdit.measure.rival import equal_time_steps
+from fastdit.measure.statistics import mean
+from fastdit.measure.timing import Task, interleave
 from fastdit.stack import Stack
-
-from .environment import Environment
-from .images import psnr, sharpness, ssim
-from .results import ConfigurationResult, Metric, Results
-from .rival import equal_time_steps
-from .statistics import mean
-from .timing import Task, interleave
 
 #: Hears what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -260,7 +259,7 @@ class Experiment:
 
 
 def _executed_flops(module: torch.nn.Module, call: Callable[[], Any]) -> int:
-    """The FLOPs that `module` really runs in `call`, in the measure of `fastdit.flops.count`."""
+    """The FLOPs that `module` really runs in `call`, in the measure of `fastdit.meter.count`."""
 
     def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         flops: int = sdpa_flop_count(query, key, value)

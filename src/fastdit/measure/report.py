@@ -11,10 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .charts import Point, speed_quality
-from .results import ConfigurationResult, Results
-from .statistics import CONFIDENCE
-from .table import header, rows, verdict
+from fastdit.measure.charts import Point, speed_quality
+from fastdit.measure.results import ConfigurationResult, Results
+from fastdit.measure.statistics import CONFIDENCE
+from fastdit.measure.table import header, rows, verdict
 
 #: What a step can be, in the legend's order.
 ACTIONS = ("computed", "partial", "reused", "forecast")

@@ -10,9 +10,8 @@ from statistics import fmean, median
 from typing import Any
 
 from fastdit.errors import FastditError
-
-from .environment import Environment
-from .statistics import Interval, mean_difference, ratio_of_medians
+from fastdit.measure.environment import Environment
+from fastdit.measure.statistics import Interval, mean_difference, ratio_of_medians
 
 SCHEMA_VERSION = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .timing import Task, medians, time_interleaved
+from fastdit.measure.timing import Task, medians, time_interleaved
 
 _PROBE = (2, 8)  # two step counts far enough apart to tell a step's time from what every run costs
 

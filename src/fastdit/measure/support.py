@@ -20,18 +20,18 @@ import torch
 from torch import nn
 
 from fastdit.acceleration import accelerate
-from fastdit.accelerator import Accelerator, Schedule
-from fastdit.caching.first_block_cache import FirstBlockCache
-from fastdit.caching.policy import SkipPolicy
-from fastdit.caching.toca import ToCa
+from fastdit.accelerator import Accelerator
 from fastdit.errors import FastditError, FastditWarning, UnsupportedModel
 from fastdit.models.family import Family, families
 from fastdit.models.undescribed import annotated, why_not, why_not_whole
-from fastdit.spatial.lift import PixelLift
-from fastdit.spatial.ralu import RALU
-
-from .tiny_pipelines import PIPELINES, TOKEN_PIXELS, flow_matching
-from .tiny_transformers import TRANSFORMERS
+from fastdit.schedule.base import Schedule
+from fastdit.schedule.lifts.pixel import PixelLift
+from fastdit.schedule.ralu import RALU
+from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.policy import SkipPolicy
+from fastdit.testing.tiny_pipelines import PIPELINES, TOKEN_PIXELS, flow_matching
+from fastdit.testing.tiny_transformers import TRANSFORMERS
+from fastdit.token_cache.toca import ToCa
 
 STEPS = 6
 _MIXED = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .results import ConfigurationResult, Results
-from .statistics import Interval
+from fastdit.measure.results import ConfigurationResult, Results
+from fastdit.measure.statistics import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table

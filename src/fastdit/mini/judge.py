@@ -17,7 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, PLACES, SIZES, Scene, parse
+from fastdit.mini.prompts import (
+    BACKGROUNDS,
+    OBJECTS,
+    PLACES,
+    SIZES,
+    Scene,
+    parse,
+)
 
 INPUT = 128
 _WIDTHS = (48, 96, 128)

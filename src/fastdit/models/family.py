@@ -106,15 +106,28 @@ class Family(Protocol):
 
 def families() -> tuple[Family, ...]:
     """List the described families."""
-    from .flux import BRIA, CHROMA, FLUX, FLUX_FILL, LONGCAT_IMAGE, OVIS_IMAGE
-    from .flux2 import FLUX2
-    from .hidream import HIDREAM
-    from .lumina2 import LUMINA2
-    from .placed import COGVIEW4, HUNYUAN_IMAGE
-    from .qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-    from .sd3 import SD3
-    from .whole_frames import AURA_FLOW, HUNYUAN_VIDEO, PRX, SANA, WAN
-    from .z_image import Z_IMAGE
+    from fastdit.models.flux import (
+        BRIA,
+        CHROMA,
+        FLUX,
+        FLUX_FILL,
+        LONGCAT_IMAGE,
+        OVIS_IMAGE,
+    )
+    from fastdit.models.flux2 import FLUX2
+    from fastdit.models.hidream import HIDREAM
+    from fastdit.models.lumina2 import LUMINA2
+    from fastdit.models.placed import COGVIEW4, HUNYUAN_IMAGE
+    from fastdit.models.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
+    from fastdit.models.sd3 import SD3
+    from fastdit.models.whole_frames import (
+        AURA_FLOW,
+        HUNYUAN_VIDEO,
+        PRX,
+        SANA,
+        WAN,
+    )
+    from fastdit.models.z_image import Z_IMAGE
 
     flux = (FLUX, FLUX_FILL, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
     qwen = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .family import PICTURE_ADAPTERS
-from .packed import PackedFamily
+from fastdit.models.family import PICTURE_ADAPTERS
+from fastdit.models.packed import PackedFamily
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .packed import PackedFamily
+from fastdit.models.packed import PackedFamily
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from fastdit.layout import TokenLayout, gather_tokens
 
 if TYPE_CHECKING:
-    from .family import Family
+    from fastdit.models.family import Family
 
 
 def followed(family: Family, latents: torch.Tensor, layout: TokenLayout, *, noise: bool = False) -> torch.Tensor:

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastdit.layout import TokenLayout, assembled, patches
-
-from .family import decoded, encoded, refused_arguments
+from fastdit.models.family import decoded, encoded, refused_arguments
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
-
-from .frames import FrameFamily
-from .rotary import guided
+from fastdit.models.frames import FrameFamily
+from fastdit.models.rotary import guided
 
 
 @dataclasses.dataclass(frozen=True)

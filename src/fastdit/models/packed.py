@@ -15,11 +15,15 @@ import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout, assembled, patches
-from fastdit.structure import refilled, tensors_of
-
-from .family import PICTURE_ADAPTERS, decoded, encoded, refused_arguments
-from .following import followed
-from .rotary import PerImagePositions, guided
+from fastdit.models.family import (
+    PICTURE_ADAPTERS,
+    decoded,
+    encoded,
+    refused_arguments,
+)
+from fastdit.models.following import followed
+from fastdit.models.rotary import PerImagePositions, guided
+from fastdit.nested import refilled, tensors_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
-
-from .packed import PackedFamily
-from .rotary import guided, rotary, shared
+from fastdit.models.packed import PackedFamily
+from fastdit.models.rotary import guided, rotary, shared
 
 #: The area in pixels that editing pipelines choose where no size is asked for, and what its sides are multiples of.
 _AREA, _MULTIPLE = 1024 * 1024, 32

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.structure import PerImage
+from fastdit.nested import PerImage
 
 
 class PerImageTable(PerImage):

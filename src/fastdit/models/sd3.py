@@ -16,11 +16,10 @@ import torch
 
 from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout
+from fastdit.models.family import refused_arguments
+from fastdit.models.frames import FrameFamily
+from fastdit.models.rotary import guided
 from fastdit.structure import structural_twin
-
-from .family import refused_arguments
-from .frames import FrameFamily
-from .rotary import guided
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastdit.errors import InvalidConfig
-from fastdit.structure import ArgumentNames
+from fastdit.nested import ArgumentNames
 
 Signal = Callable[[Any, torch.Tensor, tuple[Any, ...], Mapping[str, Any]], torch.Tensor]
 _Named = Callable[[Any, torch.Tensor, Mapping[str, Any]], Any]

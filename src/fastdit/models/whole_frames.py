@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastdit.layout import TokenLayout
-
-from .frames import FrameFamily
+from fastdit.models.frames import FrameFamily
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
-
-from .frames import FrameFamily
-from .rotary import guided, rotary
+from fastdit.models.frames import FrameFamily
+from fastdit.models.rotary import guided, rotary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdit.errors import IncompatibleStack
-from fastdit.models.state import sequence_group
+from fastdit.twins.foreign_state import sequence_group
 
 
 def through_hooks(module: nn.Module, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:

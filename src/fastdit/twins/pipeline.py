@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 
 from fastdit.models.following import Following
+from fastdit.nested import map_tensors
 from fastdit.run import Run
-from fastdit.structure import map_tensors, same_object_twin
-
-from .making import overriding, twin_class
+from fastdit.structure import same_object_twin
+from fastdit.twins.making import overriding, twin_class
 
 #: Attributes about the shared weights' placement and adapters: one truth for the pipeline and its twin.
 _SHARED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "num_fused_loras", "_merged_adapters")

@@ -9,8 +9,7 @@ import torch
 
 from fastdit.errors import UnsupportedModel
 from fastdit.run import Run
-
-from .making import overriding, twin_class
+from fastdit.twins.making import overriding, twin_class
 
 
 def scheduler_twin(scheduler: Any, run: Run) -> Any:

@@ -22,13 +22,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.accelerator import register
-from fastdit.engines.arguments import tensors_in
-from fastdit.engines.engine import Execute, PieceCall
-from fastdit.engines.flat import decoded, encoded, prove
-from fastdit.engines.staged import Shapes, StagedEngine, exported, stage_of
-from fastdit.errors import EngineBuildFailed, EngineMismatch, InvalidConfig, UnsupportedModel
-from fastdit.structure import refilled, tensors_of
+from fastdit.config import register
+from fastdit.engine.arguments import tensors_in
+from fastdit.engine.base import Execute, PieceCall
+from fastdit.engine.flat import decoded, encoded, prove
+from fastdit.engine.staged import (
+    Shapes,
+    StagedEngine,
+    exported,
+    stage_of,
+)
+from fastdit.errors import (
+    EngineBuildFailed,
+    EngineMismatch,
+    InvalidConfig,
+    UnsupportedModel,
+)
+from fastdit.nested import refilled, tensors_of
 
 __all__ = ["OpenVINO"]
 

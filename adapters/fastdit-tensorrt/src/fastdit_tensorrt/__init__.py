@@ -21,14 +21,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.accelerator import register
-from fastdit.engines.arguments import tensors_in
-from fastdit.engines.engine import Execute, PieceCall
-from fastdit.engines.flat import decoded, encoded, prove
-from fastdit.engines.registry import cache_home
-from fastdit.engines.staged import Shapes, StagedEngine, exported, stage_of
+from fastdit.config import register
+from fastdit.engine.arguments import tensors_in
+from fastdit.engine.base import Execute, PieceCall
+from fastdit.engine.flat import decoded, encoded, prove
+from fastdit.engine.registry import cache_home
+from fastdit.engine.staged import (
+    Shapes,
+    StagedEngine,
+    exported,
+    stage_of,
+)
 from fastdit.errors import EngineBuildFailed, EngineMismatch, UnsupportedModel
-from fastdit.structure import refilled, tensors_of
+from fastdit.nested import refilled, tensors_of
 
 from .cache import sealed_cache
 

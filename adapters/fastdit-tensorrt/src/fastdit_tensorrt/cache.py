@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdit.engines.registry import Registry
+from fastdit.engine.registry import Registry
 
 _FILE = "engine.bin"
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fastdit.accelerator import register
-from fastdit.attention.kernel import Attend, AttentionCall, AttentionKernel
+from fastdit.attention.base import Attend, AttentionKernel
+from fastdit.blocks.attention import AttentionCall
+from fastdit.config import register
 
 __all__ = ["XFormers", "bias_of"]
 

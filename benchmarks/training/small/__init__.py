@@ -1,0 +1,1 @@
+"""The recipe of the embedded pipeline and its judge; `python -m training.small --help`."""

@@ -1,0 +1,1 @@
+"""How a forward calls its blocks: what was observed of it, and who answers."""

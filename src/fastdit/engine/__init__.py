@@ -1,0 +1,1 @@
+"""The engine level: how blocks execute for the shape of one stage."""

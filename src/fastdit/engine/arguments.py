@@ -1,0 +1,125 @@
+"""What a call's arguments look like to an engine: their outline, and the one memory layout in which it takes them.
+
+A compiled piece of a model is right for one outline: the shape, dtype and device of every tensor, and every plain
+value. Tensors reach it in canonical strides. A dimension of size 1 may have any stride and still count as contiguous,
+and a slice of a joined sequence has an odd one there, for which a compiler would build a second engine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fastdit.errors import EngineMismatch
+from fastdit.nested import PerImage
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class TensorOutline(NamedTuple):
+    """What an engine must know of a tensor whose strides are canonical."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} on {self.device}"
+
+
+def outline_of(value: Any, where: str = "arguments") -> Hashable:
+    """Give the outline of nested arguments; equal ones may go to one engine.
+
+    Raises `EngineMismatch` for a value of which nothing is known, since an engine could not tell it from another.
+    """
+    if isinstance(value, torch.Tensor):
+        return TensorOutline(tuple(value.shape), value.dtype, value.device)
+    if isinstance(value, _PLAIN):
+        return type(value).__name__, value
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, tuple(outline_of(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, Mapping):
+        return "dict", tuple((key, outline_of(item, f"{where}[{key!r}]")) for key, item in value.items())
+    if isinstance(value, PerImage):
+        return type(value).__name__, outline_of(vars(value), where)
+    raise EngineMismatch(
+        f"{where} is a {type(value).__name__}, and an engine takes tensors, numbers, texts and what is nested of them; "
+        "leave that argument out, or leave the engine out"
+    )
+
+
+def outline_text(outline: Hashable) -> str:
+    """Write an outline down, the same for equal ones, in this process and the next."""
+    if isinstance(outline, TensorOutline):
+        return str(outline)
+    if isinstance(outline, tuple):
+        return f"({', '.join(outline_text(item) for item in outline)})"
+    return repr(outline)
+
+
+def differences(expected: Hashable, found: Hashable, where: str = "") -> Iterator[str]:
+    """Say where two outlines differ."""
+    if expected == found:
+        return
+    if not _nested(expected) or not _nested(found) or len(expected) != len(found):  # type: ignore[arg-type]
+        yield f"{where or 'the arguments'}: {outline_text(found)} instead of {outline_text(expected)}"
+        return
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):  # type: ignore[call-overload]
+        keyed = _nested(one) and _nested(other) and isinstance(one[0], str) and one[0] == other[0]
+        yield from differences(one, other, f"{where}.{one[0]}" if keyed else where or f"argument {index}")
+
+
+def _nested(outline: Hashable) -> bool:
+    return isinstance(outline, tuple) and not isinstance(outline, TensorOutline)
+
+
+def mapped(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply `function` to every tensor in nested arguments, those that hold something of each image among them."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        items = [mapped(item, function) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, Mapping):
+        return {key: mapped(item, function) for key, item in value.items()}
+    if isinstance(value, PerImage):
+        twin = copy.copy(value)
+        twin.__dict__.update(mapped(vars(value), function))
+        return twin
+    return value
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """List the tensors in nested arguments, in the order of `mapped`."""
+    found: list[torch.Tensor] = []
+    mapped(value, found.append)
+    return found
+
+
+def canonical_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the strides of a row-major tensor of this shape, in elements."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def canonical(tensor: torch.Tensor) -> torch.Tensor:
+    """Give a tensor in canonical strides: itself, a view of it where it counts as contiguous, else a copy."""
+    strides = canonical_strides(tuple(tensor.shape))
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.stride() == strides:
+        return tensor
+    if tensor.is_contiguous():
+        return tensor.as_strided(tensor.shape, strides)
+    return tensor.contiguous()
+
+
+def is_canonical(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's strides are those that engines are built for."""
+    return tensor.stride() == canonical_strides(tuple(tensor.shape))

@@ -1,1 +1,0 @@
-"""The recipe of the embedded pipeline and its judge; `python -m fastdit.mini.train --help`."""

@@ -1,0 +1,72 @@
+"""What of a pipeline there is to accelerate: its transformers, their block lists, and its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from fastdit.accelerator import Accelerator
+from fastdit.errors import UnsupportedModel
+from fastdit.models.family import Family, family_of
+from fastdit.models.undescribed import why_not
+
+#: What a bare module is called, as if it were a pipeline's.
+BARE = "transformer"
+
+#: The names under which pipelines have their transformers.
+DENOISERS = (BARE, "transformer_2")
+
+
+def denoisers_of(base: Any) -> dict[str, nn.Module]:
+    """Find the transformers of a pipeline, or the bare module itself. Raises `UnsupportedModel` if there are none."""
+    if isinstance(base, nn.Module):
+        return {BARE: base}
+    if not isinstance(base, pipeline_type()):
+        raise UnsupportedModel(
+            f"accelerate takes a diffusers pipeline or a torch module, got {type(base).__name__}; pass the pipeline "
+            "object itself"
+        )
+    found = {name: getattr(base, name, None) for name in DENOISERS}
+    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not modules:
+        components = ", ".join(cast(Any, base).components)
+        raise UnsupportedModel(
+            f"{type(base).__name__} has no transformer (its components are {components}); fastdit accelerates "
+            "diffusion transformers"
+        )
+    return modules
+
+
+def require_family(base: Any, accelerator: Accelerator) -> Family:
+    """Give the description of a pipeline's family. Raises `UnsupportedModel`, with the reason, if there is none."""
+    family = None if isinstance(base, nn.Module) else family_of(base)
+    if family is None:
+        raise UnsupportedModel(
+            f"{accelerator.describe()} must know how tokens lie, and can't in {type(base).__name__}: {_why_not(base)}; "
+            "use it with a pipeline that `fastdit matrix` lists, describe the family in fastdit.models, or keep to "
+            "accelerators that need no description of the tokens"
+        )
+    return family
+
+
+def _why_not(base: Any) -> str:
+    return "a bare module has no description of its pipeline" if isinstance(base, nn.Module) else why_not(type(base))
+
+
+def require_block_lists(transformers: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
+    """Raise `UnsupportedModel` if a transformer has no block lists among its children."""
+    for name, module in transformers.items():
+        if not any(isinstance(child, nn.ModuleList) and len(child) for child in module.children()):
+            raise UnsupportedModel(
+                f"{accelerator.describe()} skips blocks, and {name} ({type(module).__name__}) has no nn.ModuleList of "
+                "blocks among its children; use accelerators that need no blocks"
+            )
+
+
+def pipeline_type() -> type:
+    """Give the class of all pipelines, whose import waits until it is needed."""
+    from diffusers import DiffusionPipeline
+
+    return cast(type, DiffusionPipeline)

@@ -1,0 +1,94 @@
+"""Just-in-time sampling: a full-size picture of which few tokens are computed at first (JiT, arXiv 2603.10744).
+
+Nothing is enlarged. Early stages run on sparse anchors at their places in the full frame; where the estimate of the
+clean picture varies most, further tokens join them, and the last stage has all. Differences from the paper: what lies
+between the anchors is interpolated where it is needed, at a switch and for a run that is interrupted, instead of being
+moved along at every step, for a token that joins is set anew; all tokens of a switch join at once, where the paper lets
+them in over three small steps; noise levels are spaced by a timestep shift, where the paper's follow a beta
+distribution of (1.4, 0.42).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
+
+from fastdit.accelerator import Break, Change, Need
+from fastdit.config import is_count, is_number, register
+from fastdit.errors import InvalidConfig
+from fastdit.models.family import Family
+from fastdit.schedule.anchors import AnchorRun
+from fastdit.schedule.base import Schedule, ScheduleRun
+from fastdit.schedule.matching import stage_sigmas
+from fastdit.schedule.selectors.base import Selector
+from fastdit.schedule.selectors.latent_variance import LatentVariance
+from fastdit.schedule.staged import rising, shared_steps
+from fastdit.step import SchedulePlan, StagePlan
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class JustInTime(Schedule):
+    """Stages on more and more of the full frame's tokens. The default costs about a quarter of 50 steps.
+
+    `steps` counts the steps of each stage, `shares` gives the part of the tokens that each but the last computes,
+    `ends` the times (0 = noise, 1 = data) at which these end. `shift` is the timestep shift that spaces the steps: left
+    alone, all together as in plain sampling, and with `ends` those of each stage between its own two times. The default
+    has the mean noise level of the paper's distribution, so that switches come early, while there is little to lose.
+    `selector` scores the tokens by the clean estimate; those with the highest scores join.
+
+    The first anchors are spread evenly and are the same for every image; after that every image has its own. Works
+    where tokens can be placed one by one, and on grids of any size. Raises `InvalidConfig` for values out of range.
+    """
+
+    steps: tuple[int, ...] = (7, 6, 5)
+    _: dataclasses.KW_ONLY
+    shares: tuple[float, ...] = (0.35, 0.62)
+    ends: tuple[float, ...] | None = None
+    selector: Selector = dataclasses.field(default_factory=LatentVariance)
+    shift: float = 6.0
+
+    changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
+    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
+    breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "shares", "ends"):
+            if isinstance(value := getattr(self, field), list):
+                object.__setattr__(self, field, tuple(value))
+        steps = self.steps
+        if not isinstance(steps, tuple) or len(steps) < 2 or not all(is_count(count, 1) for count in steps):
+            raise InvalidConfig(f"JustInTime needs two or more step counts of at least 1, got {steps!r}")
+        sparse = len(steps) - 1
+        if not rising(self.shares, sparse):
+            raise InvalidConfig(f"shares are {sparse} rising parts of the tokens between 0 and 1, got {self.shares!r}")
+        if self.ends is not None and not rising(self.ends, sparse):
+            raise InvalidConfig(f"ends are {sparse} rising times between 0 and 1, got {self.ends!r}")
+        if not isinstance(self.selector, Selector) or self.selector.sees is not None:
+            raise InvalidConfig(
+                "selector is one that looks at the clean estimate alone, such as LatentVariance() or Edges(), got "
+                f"{self.selector!r}"
+            )
+        if not is_number(self.shift) or self.shift <= 0.0:
+            raise InvalidConfig(f"shift must be positive, got {self.shift!r}")
+
+    def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
+        """Lay out the stages. Raises `InvalidConfig` for fewer steps than stages."""
+        steps, notes = shared_steps("JustInTime", self.steps, num_inference_steps)
+        cells = rows * columns
+        anchors = [max(1, round(share * cells)) for share in self.shares]
+        if self.ends is None:
+            sigmas = stage_sigmas(0.0, 1.0, self.shift, sum(steps))
+            bounds = [0, *accumulate(steps)]
+            spans = [sigmas[first : last + 1] for first, last in pairwise(bounds)]
+        else:
+            times = pairwise([0.0, *self.ends, 1.0])
+            spans = [stage_sigmas(*time, self.shift, count) for time, count in zip(times, steps, strict=True)]
+        layouts = ["sparse"] * len(anchors) + ["fine"]
+        stages = zip(layouts, [*anchors, cells], steps, spans, strict=True)
+        return SchedulePlan(tuple(StagePlan(i, *stage) for i, stage in enumerate(stages)), rows, columns, notes)
+
+    def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
+        """Make the state of one run, which draws nothing."""
+        return AnchorRun(plan, family, pipeline, self.selector)

@@ -1,0 +1,33 @@
+"""LatentLift: the clean latents themselves, resized."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional
+
+from fastdit.config import register
+from fastdit.errors import InvalidConfig
+from fastdit.schedule.lifts.base import CleanLift, Switch
+
+_RESIZES = ("nearest", "bilinear", "bicubic")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LatentLift(CleanLift):
+    """Resizes the clean latents themselves: "nearest", "bilinear" or "bicubic".
+
+    An enlarged latent is no latent of an enlarged picture, which the steps that follow must mend.
+    """
+
+    resize: str = "nearest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize not in _RESIZES:
+            raise InvalidConfig(f"resize is one of {', '.join(_RESIZES)}, got {self.resize!r}")
+
+    def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
+        return functional.interpolate(frames, scale_factor=2, mode=self.resize)

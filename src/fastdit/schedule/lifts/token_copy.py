@@ -1,0 +1,46 @@
+"""RALU's own lift: noisy tokens are copied to their four children, and correlated noise makes them independent again.
+
+See `renoise` for the algebra. The paper (arXiv 2507.08422) calls it a nearest-neighbour upsampling; its
+code copies whole tokens, the 2 x 2 latent pixels of one tiled four times, as here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from fastdit.config import register
+from fastdit.errors import InvalidConfig
+from fastdit.schedule import matching
+from fastdit.schedule.lifts import renoise
+from fastdit.schedule.lifts.base import Lift, Switch
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class TokenCopy(Lift):
+    """Copies noisy tokens and re-noises them to an earlier time, at least so early that Z = 1/sqrt(c) is 2."""
+
+    def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
+        for end, start in zip(ends, starts, strict=True):
+            if matching.restart_factor(end, start) < 2.0 - 1e-9:
+                raise InvalidConfig(
+                    f"TokenCopy can go back from the time {end} to {end / (2.0 - end):.3f} at the latest, where the "
+                    f"noise's covariance still exists, and not to {start}; start earlier, or lift the clean estimate"
+                )
+
+    def __call__(self, switch: Switch) -> torch.Tensor:
+        restart = matching.restart_factor(switch.end, switch.start)
+        before, after = switch.before, switch.after
+        if after.mixed:
+            assert after.refined is not None
+            copied, _ = before.refine(switch.latents, after.refined)
+            groups = slice(copied.shape[1] - 4 * after.refined.shape[1], None)
+        else:
+            copied = before.complete(switch.latents)
+            groups = slice(0, None if before.kept is None else 4 * before.kept.shape[1])
+        noise = switch.draw(copied.shape, copied.device)
+        tokens = renoise.renoise(copied.float(), noise, groups, switch.end, restart, exact=switch.exact)
+        return tokens if after.mixed else before.to_raster(tokens)

@@ -1,0 +1,1 @@
+"""Which tokens the next stage refines, one way a file."""

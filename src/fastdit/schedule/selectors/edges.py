@@ -1,0 +1,53 @@
+"""Which coarse tokens show edges: Canny on the decoded preview, counted a token (the paper's selection)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+import torch
+
+from fastdit.config import register
+from fastdit.schedule.selectors.base import Scene, Selector
+
+_LUMA = (0.299, 0.587, 0.114)
+_LOW, _HIGH = 100, 200
+
+
+def edge_scores(pixels: torch.Tensor, rows: int, columns: int, *, paper: bool) -> torch.Tensor:
+    """Count the edge pixels of each of `rows` x `columns` cells.
+
+    `pixels` [B, 3, H, W] lie in [-1, 1]; the result is float32 [B, rows * columns] on the CPU. The published code
+    clips them to [0, 1] without mapping, which blackens everything darker than mid-grey and hides its edges; `paper`
+    repeats that, otherwise the range is mapped.
+    """
+    shades = grey(pixels)
+    if not paper:
+        shades = (shades + 1.0) / 2.0
+    images = (shades.clamp(0.0, 1.0) * 255.0).to(torch.uint8).cpu().numpy()
+    edges = np.stack([cv2.Canny(np.ascontiguousarray(image), _LOW, _HIGH) for image in images])
+    batch, height, width = edges.shape
+    cells = edges.reshape(batch, rows, height // rows, columns, width // columns)
+    return torch.from_numpy(cells.astype(np.float32).sum(axis=(2, 4)).reshape(batch, rows * columns))
+
+
+def grey(pixels: torch.Tensor) -> torch.Tensor:
+    """Weigh the colours of pixels [B, 3, H, W] to shades of grey [B, H, W], float32, in the pixels' range."""
+    weights = torch.tensor(_LUMA, device=pixels.device)[:, None, None]
+    return (pixels.float() * weights).sum(dim=1)
+
+
+def top_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Pick the `count` best tokens of each image, ascending; equal scores go to the earlier token. [B, count]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :count].sort(dim=1).values
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Edges(Selector):
+    """Counts the edge pixels that Canny's method finds in the decoded estimate (the paper's). Runs on the CPU."""
+
+    def scores(self, scene: Scene) -> torch.Tensor:
+        return edge_scores(scene.decoded(), scene.rows, scene.columns, paper=not scene.exact)

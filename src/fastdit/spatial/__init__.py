@@ -1,1 +1,0 @@
-"""Schedules: which noise levels a run visits and on which token layout."""

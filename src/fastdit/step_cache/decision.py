@@ -1,0 +1,161 @@
+"""How a step is decided, whatever the gate: forced steps, doubt, one read from the device, and what is remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastdit.errors import FastditWarning
+from fastdit.layout import gather_tokens
+from fastdit.run import Run
+from fastdit.step import StepContext
+from fastdit.step_cache.base import (
+    Memory,
+    Site,
+    StepCache,
+    Verdict,
+)
+from fastdit.step_cache.forecasters.base import History
+
+Shapes = tuple[torch.Size, ...]
+
+
+@dataclasses.dataclass
+class GroupState:
+    """What is kept for one group of images that are decided together: the whole batch, or one image of it."""
+
+    memory: Memory
+    histories: dict[int, History] = dataclasses.field(default_factory=dict)
+    shapes: Shapes | None = None
+    consecutive: int = 0
+    skipped: int = 0
+
+
+@dataclasses.dataclass
+class BranchState:
+    """All that a step cache keeps for one denoiser, branch and stage: its groups, by the part that they decide."""
+
+    parts: dict[int, list[GroupState]] = dataclasses.field(default_factory=dict)
+    #: By segment, which of its features belongs to the latents' stream.
+    streams: dict[int, int] = dataclasses.field(default_factory=dict)
+    #: A forward's output without its tensors, for caches that skip whole forwards.
+    shell: Any = None
+    #: The last step at which the branch was called.
+    step: int | None = None
+
+    def enter(self, step: int) -> str | None:
+        """Note a call at a step; say so where the branch was left out before it, and what is kept is old."""
+        before, self.step = self.step, step
+        return "left out before" if before is not None and step > before + 1 else None
+
+    def groups(self, part: int, count: int, make: Callable[[], Memory]) -> list[GroupState]:
+        """Get the groups of a part, fresh where their number changed."""
+        if len(self.parts.get(part, ())) != count:
+            self.parts[part] = [GroupState(make()) for _ in range(count)]
+        return self.parts[part]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """List every tensor that is kept."""
+        groups = [group for part in self.parts.values() for group in part]
+        kept = [tensor for group in groups for history in group.histories.values() for tensor in history.tensors()]
+        return kept + [value for group in groups for value in vars(group.memory).values() if torch.is_tensor(value)]
+
+    def lift(self, sources: torch.Tensor, tokens: int) -> None:
+        """Bring histories and signals to another token layout; what has no tokens in it stays, other signals go."""
+        for groups in self.parts.values():
+            for index, group in enumerate(groups):
+                own = sources if len(groups) == 1 or len(sources) == 1 else sources[index : index + 1]
+
+                def lifted(values: torch.Tensor, own: torch.Tensor = own) -> torch.Tensor:
+                    return gather_tokens(values, own.to(values.device).repeat(values.shape[0] // len(own), 1))
+
+                for number, history in group.histories.items():
+                    history.lift(self.streams[number], lifted)
+                for name, value in vars(group.memory).items():
+                    if torch.is_tensor(value) and value.dim() > 0:
+                        fits = value.dim() == 3 and value.shape[1] == tokens
+                        setattr(group.memory, name, lifted(value) if fits else None)
+                group.shapes = None
+                group.consecutive = group.skipped = 0
+
+
+class Decider:
+    """Takes the decisions of one forward for a cache."""
+
+    def __init__(
+        self, cache: StepCache, run: Run, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda changes: changes
+    ) -> None:
+        self._cache, self._run, self._reduce = cache, run, reduce
+
+    def decide(
+        self, groups: Sequence[GroupState], site: Site, shapes: Shapes, segment: int, forced: str | None = None
+    ) -> list[Verdict]:
+        """Decide for each group at the start of a segment.
+
+        `shapes` are those of a group's streams; `forced` computes whatever the gate says.
+        """
+        cache, context = self._cache, site.context
+        rows = [slice(None)] if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
+        signal = cache.signal(site)
+        own = [self._forced(group, context, shapes, segment) for group in groups]
+        reasons = [forced or reason for reason in own]
+        changes: list[torch.Tensor | None] = [None] * len(groups)
+        for index, group in enumerate(groups):
+            if reasons[index] is None and signal is not None:
+                changes[index] = cache.change(group.memory, signal[rows[index]])
+                if changes[index] is None:
+                    reasons[index] = "no history"
+        read = iter(self._read([change for change in changes if change is not None]))
+        verdicts = []
+        for index, group in enumerate(groups):
+            change = 0.0 if changes[index] is None else next(read)
+            verdict = self._verdict(group, reasons[index], change, context)
+            if signal is not None:
+                cache.remember(group.memory, signal[rows[index]], verdict.compute)
+            if verdict.compute:
+                group.memory.restart()
+            group.consecutive = 0 if verdict.compute else group.consecutive + 1
+            group.skipped += not verdict.compute
+            verdicts.append(verdict)
+        return verdicts
+
+    def _forced(self, group: GroupState, context: StepContext, shapes: Shapes, segment: int) -> str | None:
+        """Say why a group must be computed. A group of other shapes is emptied."""
+        if group.shapes is not None and group.shapes != shapes:
+            group.memory, group.histories, group.shapes = self._cache.memory(), {}, None
+            group.consecutive = group.skipped = 0
+            return "another shape"
+        if reason := self._cache.policy.forced(context, group.consecutive, group.skipped):
+            return reason
+        if self._cache.neutral:
+            return "neutral"
+        if segment in group.histories and group.histories[segment].filled:
+            return None
+        return "first step of a stage" if context.stage_step == 0 else "no history"
+
+    def _read(self, changes: list[torch.Tensor]) -> list[float]:
+        """Read all changes at once: the one host-device synchronisation of a decision."""
+        if not changes:
+            return []
+        pairs: list[list[float]] = self._reduce(torch.stack(changes)).tolist()
+        return [amount / scale if scale else math.nan for amount, scale in pairs]
+
+    def _verdict(self, group: GroupState, forced: str | None, change: float, context: StepContext) -> Verdict:
+        if forced is not None:
+            return Verdict(True, forced)
+        if math.isfinite(change):
+            return self._cache.decide(group.memory, change, context)
+        self._run.doubts += 1
+        if self._run.doubts == 1:
+            warnings.warn(
+                f"{type(self._cache).__name__}: the signal of step {context.step} ({context.branch}) gives no finite "
+                "number; the step is computed. Look for NaN or inf in the latents or in the weights",
+                FastditWarning,
+                stacklevel=2,
+            )
+        return Verdict(True, "doubt: change is not finite")

@@ -1,0 +1,1 @@
+"""What stands in for a skipped step, one forecaster a file."""

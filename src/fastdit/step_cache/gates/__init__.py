@@ -1,0 +1,1 @@
+"""When to compute, one gate a file."""

@@ -1,0 +1,56 @@
+"""Some images of a batch, run through a block by themselves; and the proof that a block allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastdit.blocks.observation import BlockPort, Port, outputs_of
+from fastdit.errors import UnsupportedModel
+from fastdit.nested import select_rows
+
+_ROWS = (
+    "per_image needs blocks that treat the images of a batch one by one, and {port} gives an image by itself something "
+    "else than in its batch; leave per_image out"
+)
+
+
+def on_rows(
+    block: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    index: torch.Tensor,
+    batch: int,
+    carried: Mapping[Port, torch.Tensor],
+) -> Any:
+    """Call a block on some images of a batch; `carried` holds arguments that are of those images already."""
+    arguments: dict[Port, Any] = dict(enumerate(args))
+    arguments.update(kwargs)
+    chosen = {
+        port: carried[port] if port in carried else select_rows(value, index, batch)
+        for port, value in arguments.items()
+    }
+    return block(*(chosen[place] for place in range(len(args))), **{key: chosen[key] for key in kwargs})
+
+
+def prove_rows(port: BlockPort, batch: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Show once that a block gives an image by itself what it gives it in a batch. Raises `UnsupportedModel`."""
+    whole = outputs_of(port, block(*args, **kwargs))
+    first = torch.tensor([0], device=next(iter(whole.values())).device)
+    try:
+        alone = outputs_of(port, on_rows(block, args, kwargs, first, batch, {}))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}") + f" ({error})") from error
+    for out in port.outputs:
+        if out is not None and not _alike(alone[out], whole[out][:1]):
+            raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}"))
+
+
+def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two results differ by rounding only: kernels may add in another order for another batch."""
+    if first.shape != second.shape:
+        return False
+    distance = (first - second).abs().max()
+    return bool(distance <= 64 * torch.finfo(first.dtype).eps * second.abs().max())

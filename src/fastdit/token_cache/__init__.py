@@ -1,0 +1,1 @@
+"""The token-cache level: which tokens are recomputed inside a step that runs."""

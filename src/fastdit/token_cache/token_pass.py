@@ -1,0 +1,303 @@
+"""One forward under a token cache: it answers every block call, and runs blocks whole, in part or not at all.
+
+A block that runs is its class's own forward on a structural twin whose children are stood in for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdit.errors import FastditWarning, IncompatibleStack, UnsupportedModel
+from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.models.roles import Role, TokenRoles, token_roles
+from fastdit.nested import map_tensors
+from fastdit.record import Outcome
+from fastdit.run import Run
+from fastdit.step import StepContext
+from fastdit.structure import structural_twin
+from fastdit.token_cache.attention_scores import watching
+from fastdit.token_cache.base import (
+    COMPUTED,
+    PARTIAL,
+    REUSED,
+    Choice,
+    TokenCache,
+    undescribed,
+)
+from fastdit.token_cache.memory import BlockMemory, TokenState
+
+
+class TokenPass:
+    """One forward under a token cache: answers the block calls of a structural twin.
+
+    `end` says what the forward did.
+    """
+
+    def __init__(self, cache: TokenCache, run: Run) -> None:
+        self._cache, self._run = cache, run
+
+    def begin(self, context: StepContext, state: TokenState, layout: TokenLayout | None = None) -> None:
+        """Start a forward. `layout` is where its image tokens lie, where that is known."""
+        if not state.settled:
+            state.drop()
+        state.settled = False
+        self._context, self._state, self._layout = context, state, layout
+        self._image: torch.Tensor | None = None
+        self._called: set[tuple[str, int]] = set()
+        self._tally: list[tuple[int, int]] = []
+        self._actions: set[str] = set()
+        self._saved: dict[str, float] = {}
+        self._reason = "no block was called"
+        self._tokens: int | None = None
+
+    def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one block call: run it in full or on the chosen tokens, or give its input and kept residual."""
+        if not issubclass(type(block), nn.Module):
+            return block(*args, **kwargs)  # something that stands in for a block has no children to run
+        roles = token_roles(block)
+        if roles is None:
+            raise UnsupportedModel(undescribed(self._cache, f"{name}.{index}", block))
+        if (name, index) in self._called:
+            raise IncompatibleStack(
+                f"{name}.{index} is called more than once in a forward, so what is kept of it would be of another "
+                f"call; leave {type(self._cache).__name__} out of the stack"
+            )
+        self._called.add((name, index))
+        _refuse_own_behaviour(block, f"{name}.{index}")
+        values = _signature(type(block).forward).bind(None, *args, **kwargs).arguments
+        image = values[roles.image]
+        self._tokens = image.shape[1] if self._tokens is None else self._tokens
+        memory = self._memory((name, index), roles, image, tuple(values[stream].shape for stream in roles.returns))
+        action, reason = self._decide(memory)
+        chosen = None
+        if action == PARTIAL:
+            grid = self._grid(image.shape[1])
+            chosen = self._cache.choose(Choice(self._state, memory, self._context, image.device, grid))
+            if chosen is None:
+                action, reason = COMPUTED, "no scores"
+        if action == REUSED:
+            self._saved[f"{name}.{index}"] = 1.0
+            output = _with_residual(roles, values, memory)
+        else:
+            text = values[roles.text].shape[1] if roles.joined and roles.text is not None else 0
+            visit = _Visit(self._cache, self._state, roles, memory, chosen, text, f"{name}.{index}")
+            output = visit.twin(block)(*args, **kwargs)
+            self._saved.update(visit.saved)
+            self._refresh(roles, memory, values, output, chosen)
+        ran = 0 if action == REUSED else image.shape[1] if chosen is None else chosen.shape[1]
+        self._tally.append((ran, image.shape[1]))
+        self._actions.add(action)
+        self._reason = reason
+        self._image = _stream(roles, output, roles.image)
+        return output
+
+    def end(self) -> Outcome:
+        """Close the forward, whose results count from now on, and say what was done."""
+        action = PARTIAL if len(self._actions) > 1 else next(iter(self._actions), COMPUTED)
+        if action == PARTIAL:
+            ran, tokens = (sum(counts) for counts in zip(*self._tally, strict=True))
+            self._reason = f"{ran / tokens:.1%} of the tokens, {self._reason}"
+        blocks = self._state.blocks.values()
+        if self._image is not None and all(memory.full_step == self._context.step for memory in blocks):
+            self._cache.learn(self._state, self._image)
+        self._image = None
+        self._state.settled = True
+        return Outcome(action, self._reason, self._saved, self._tokens)
+
+    def _memory(
+        self, key: tuple[str, int], roles: TokenRoles, image: torch.Tensor, streams: tuple[torch.Size, ...]
+    ) -> BlockMemory:
+        """Get what is kept of a block, nothing where streams of other shapes come in."""
+        blocks, shape = self._state.blocks, (image.shape[0], image.shape[1])
+        if key not in blocks:
+            blocks[key] = BlockMemory(len(blocks), roles, shape, streams)
+        elif blocks[key].streams != streams:
+            blocks[key] = BlockMemory(blocks[key].place, roles, shape, streams)
+            self._state.generator = self._state.centroids = self._state.clusters = None
+        return blocks[key]
+
+    def _decide(self, memory: BlockMemory) -> tuple[str, str]:
+        context = self._context
+        if context.forced is not None:
+            return COMPUTED, context.forced
+        if context.step < self._cache.first:
+            return COMPUTED, "first steps"
+        if memory.full_step < 0:
+            return COMPUTED, "first step of a stage" if context.stage_step == 0 else "no history"
+        since = context.step - memory.full_step
+        plural = "s" if since > 1 else ""
+        return self._cache.phase(context, since), f"{since} step{plural} after a full one"
+
+    def _refresh(
+        self, roles: TokenRoles, memory: BlockMemory, values: Mapping[str, Any], output: Any, chosen: Any
+    ) -> None:
+        """Note what a block that ran has refreshed."""
+        step = self._context.step
+        if chosen is None:
+            memory.full_step = step
+            memory.refreshed = torch.full(memory.shape, step, device=values[roles.image].device)
+        else:
+            assert memory.refreshed is not None
+            memory.refreshed = memory.refreshed.scatter(1, chosen, step)
+        if self._cache.reuses_blocks:
+            streams = [_stream(roles, output, stream) for stream in roles.returns]
+            memory.residual = tuple(
+                None if out is None else out - values[stream]
+                for out, stream in zip(streams, roles.returns, strict=True)
+            )
+
+    def _grid(self, tokens: int) -> tuple[int, int] | None:
+        """Give the rows and columns of the image tokens; None where they form no plain grid that is known."""
+        if not self._cache.wants_grid:
+            return None
+        layout = self._layout
+        if layout is not None and layout.uniform and layout.tokens == tokens:
+            scale = 2 if layout.coarse else 1
+            return layout.rows // scale, layout.columns // scale
+        side = math.isqrt(tokens)
+        if layout is None and side * side == tokens:
+            return side, side
+        if self._context.stage not in self._run.stages_without_grid:
+            self._run.stages_without_grid.add(self._context.stage)
+            self._warn_of_no_grid(tokens)
+        return None
+
+    def _warn_of_no_grid(self, tokens: int) -> None:
+        warnings.warn(
+            f"{self._cache.describe()}: the {tokens} image tokens of stage {self._context.stage} form no plain grid, "
+            "so no spatial bonus is given in it; set spatial_bonus=0 if that is meant",
+            FastditWarning,
+            stacklevel=2,
+        )
+
+
+class _Visit:
+    """One run of one block: stands between the block's forward and its children.
+
+    `chosen` holds the image tokens to recompute, None for all of them; `text` counts the tokens of the text that come
+    before the image's in what the children see.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        state: TokenState,
+        roles: TokenRoles,
+        memory: BlockMemory,
+        chosen: torch.Tensor | None,
+        text: int,
+        path: str,
+    ) -> None:
+        self._cache, self._state, self._roles, self._memory = cache, state, roles, memory
+        self._chosen, self._text, self._path = chosen, text, path
+        self._called: set[str] = set()
+        self.saved: dict[str, float] = {}
+
+    def twin(self, block: nn.Module) -> nn.Module:
+        """Give the block's structural twin whose children answer through this visit."""
+        children = {
+            name: _ChildTwin(self, name, role, child)
+            for name, role in self._roles.roles.items()
+            if (child := block._modules.get(name)) is not None
+        }
+        return structural_twin(block, children)
+
+    def answer(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer the call of one child."""
+        if name in self._called:
+            raise IncompatibleStack(
+                f"{self._path} calls its {name} more than once, as feed-forward chunking does, so its tokens can't be "
+                "told apart; switch the chunking off, or leave the token cache out"
+            )
+        self._called.add(name)
+        if self._chosen is None:
+            return self._in_full(name, role, child, args, kwargs)
+        return self._in_part(name, role, child, args, kwargs)
+
+    def _in_full(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        roles, score = self._roles, self._cache.watches
+        watched = score is not None and name == score.child(roles)
+        if score is None or not watched:
+            output = child(*args, **kwargs)
+        else:
+            with watching(score, self._memory.shape[1], roles) as seen:
+                output = child(*args, **kwargs)
+            self._memory.score = score.result(seen, output, self._memory.shape[1], self._text, f"{self._path}.{name}")
+        if role is not Role.ENTRY:
+            self._memory.kept[name] = output
+        return output
+
+    def _in_part(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept: Any = self._memory.kept.get(name)
+        path = f"{self._path}.{name}"
+        if role is Role.KEPT:
+            self.saved[path] = 1.0
+            return kept
+        if role is Role.KEPT_CHOSEN:
+            self.saved[path] = 1.0
+            return map_tensors(kept, self._gathered)
+        assert self._chosen is not None
+        self.saved[path] = 1.0 - self._chosen.shape[1] / (self._text + self._memory.shape[1])
+        hidden, *others = args
+        fresh = child(hidden if role is Role.EXIT else self._gathered(hidden), *others, **kwargs)
+        if role is Role.ENTRY:
+            return fresh
+        image = kept[:, self._text :]
+        merged = self._cache.merge(image, fresh, self._chosen, self._state)
+        if self._text:
+            merged = torch.cat([kept[:, : self._text], merged], dim=1)
+        self._memory.kept[name] = merged
+        return merged
+
+    def _gathered(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self._chosen is not None
+        return gather_tokens(tokens, self._chosen + self._text)
+
+
+class _ChildTwin(nn.Module):
+    """Stands in for a child of a block and lets the visit answer."""
+
+    def __init__(self, visit: _Visit, name: str, role: Role, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+        self.__dict__["_answer"] = lambda args, kwargs: visit.answer(name, role, child, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_answer"](args, kwargs)
+
+
+@lru_cache(maxsize=64)
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _stream(roles: TokenRoles, output: Any, stream: str) -> Any:
+    """Take one stream (named as the argument by which it came) out of a block's result; None where it ends."""
+    return output if isinstance(output, torch.Tensor) else output[roles.returns.index(stream)]
+
+
+def _with_residual(roles: TokenRoles, values: Mapping[str, Any], memory: BlockMemory) -> Any:
+    """Give what a block would return, from its input and its kept residual."""
+    streams = tuple(
+        None if residual is None else values[stream] + residual
+        for residual, stream in zip(memory.residual, roles.returns, strict=True)
+    )
+    return streams if len(streams) > 1 else streams[0]
+
+
+def _refuse_own_behaviour(block: nn.Module, where: str) -> None:
+    """Raise where something sits on the block object that a structural twin would leave out."""
+    if "forward" in block.__dict__ or block.__dict__.get("_compiled_call_impl") is not None:
+        raise IncompatibleStack(
+            f"{where} ({type(block).__name__}) has a forward of its own (an offloading hook, or compilation), and a "
+            "token cache runs the parts of a block by themselves; offload whole models or leaves instead of blocks, "
+            "don't compile the blocks, or leave the token cache out"
+        )

@@ -1,0 +1,224 @@
+"""What is kept of engines: whole or not at all, read as it was written or built again, one builder at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdit.engine import registry as registry_module
+from fastdit.engine.registry import Registry
+from fastdit.errors import EngineWarning, InvalidConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str
+
+    @property
+    def digest(self) -> str:
+        return self.name.encode().hex().rjust(32, "0")
+
+    def to_json(self) -> dict[str, str]:
+        return {"engine": "Test", "piece": self.name}
+
+
+KEY = Key("block")
+
+
+def made(folder: Path, size: int = 300) -> Path:
+    (folder / "deep").mkdir(parents=True)
+    (folder / "package.bin").write_bytes(bytes(i % 251 for i in range(size)))
+    (folder / "deep" / "facts.json").write_text('{"a": 1}')
+    return folder
+
+
+def kept(directory: Path, key: Key = KEY, **options: Any) -> Registry:
+    registry = Registry(directory, **options)
+    source = made(directory.parent / f"made-{key.name}-{time.monotonic_ns()}")
+    with registry.locked(key):
+        assert registry.keep(key, source)
+    return registry
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_kept_comes_back_as_it_was(tmp_path: Path) -> None:
+    registry = kept(tmp_path / "engines")
+    (tmp_path / "out").mkdir()
+    with registry.locked(KEY):
+        assert registry.read(KEY, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(made(tmp_path / "again"))
+    assert [entry.key for entry in registry.entries()] == [KEY.to_json()]
+
+
+def test_an_unknown_key_is_not_found_and_nothing_is_said(tmp_path: Path) -> None:
+    assert not kept(tmp_path / "engines").read(Key("other"), tmp_path)
+
+
+@given(data=st.data())
+def test_a_changed_byte_or_a_cut_anywhere_is_noticed_and_healed(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("x") / "engines"
+    registry = kept(directory)
+    files = sorted(path for path in (directory / KEY.digest).rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(files))
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[place:]
+    path.write_bytes(content)
+    out = directory.parent / "out"
+    out.mkdir()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = registry.read(KEY, out)
+    if found:  # a change of the manifest's layout, which means the same
+        assert path.name == "manifest.json" and "package.bin" in contents(out)
+        assert contents(out) == contents(made(directory.parent / "again"))
+    else:
+        assert [type(one.message) for one in said] == [EngineWarning] and not any(out.iterdir())
+        assert not (directory / KEY.digest).exists()
+        kept(directory)
+        assert registry.read(KEY, out)
+
+
+@pytest.mark.parametrize("tampering", ["a file is added", "a file is missing", "another key's entry", "another's seal"])
+def test_an_entry_that_fastdit_did_not_write_so_is_refused(
+    tmp_path: Path, tampering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "engines"
+    if tampering == "another's seal":
+        with pytest.MonkeyPatch.context() as other:
+            other.setenv("FASTDIT_CACHE", str(tmp_path / "other user"))
+            kept(directory)
+    registry = kept(directory, Key("other") if tampering == "another key's entry" else KEY)
+    if tampering == "another's seal":
+        monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "third user"))
+    elif tampering == "another key's entry":
+        shutil.move(directory / Key("other").digest, directory / KEY.digest)
+    elif tampering == "a file is added":
+        (directory / KEY.digest / "evil.so").write_bytes(b"code")
+    else:
+        (directory / KEY.digest / "package.bin").unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.warns(EngineWarning, match="removed and built again"):
+        assert not registry.read(KEY, tmp_path / "out")
+
+
+def test_the_entries_used_longest_ago_make_room(tmp_path: Path) -> None:
+    registry = kept(tmp_path / "engines", Key("a"))
+    size = registry.entries()[0].size
+    registry = Registry(tmp_path / "engines", limit_bytes=2 * size + size // 2)
+    for name in ("b", "c"):
+        os.utime(tmp_path / "engines" / Key("a").digest / "manifest.json", (1, 1))
+        kept(tmp_path / "engines", Key(name), limit_bytes=registry.limit_bytes)
+    assert {entry.key["piece"] for entry in registry.entries()} == {"b", "c"}
+
+
+def test_clearing_removes_engines_and_nothing_else(tmp_path: Path) -> None:
+    registry = kept(tmp_path / "engines")
+    mine = tmp_path / "engines" / "holiday" / "photo.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"dear")
+    assert registry.clear() == 1 and registry.entries() == []
+    assert mine.read_bytes() == b"dear"
+
+
+def test_a_directory_that_can_t_be_made_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidConfig, match="can't be kept in"), Registry(tmp_path / "file" / "x").locked(KEY):
+        pass
+
+
+def test_a_damaged_secret_is_made_anew_and_old_entries_are_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "home"))
+    registry = kept(tmp_path / "engines")
+    secret = tmp_path / "home" / "seal"
+    assert secret.stat().st_mode & 0o077 == 0
+    secret.write_bytes(b"short")
+    (tmp_path / "out").mkdir()
+    with pytest.warns(EngineWarning, match="seal"):
+        assert not registry.read(KEY, tmp_path / "out")
+    kept(tmp_path / "engines")
+    assert registry.read(KEY, tmp_path / "out")
+
+
+def _build(directory: Path, log: Path, seconds: float) -> None:
+    registry = Registry(directory)
+    out = Path(str(log) + f".{os.getpid()}")
+    out.mkdir()
+    with registry.locked(KEY):
+        if not registry.read(KEY, out):
+            with log.open("a") as file:
+                file.write("building\n")
+            time.sleep(seconds)
+            registry.keep(KEY, made(out / "made"))
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    arguments = (tmp_path / "engines", tmp_path / "log", 0.3)
+    processes = [context.Process(target=_build, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "log").read_text() == "building\n"
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_read_and_blocks_nobody(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_build, args=(tmp_path / "engines", tmp_path / "log", 60.0))
+    process.start()
+    while not (tmp_path / "log").exists():
+        time.sleep(0.01)
+    partial = tmp_path / "engines" / f".{KEY.digest}.dead.partial"
+    partial.mkdir()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    registry = kept(tmp_path / "engines")
+    assert not partial.exists() and len(registry.entries()) == 1
+
+
+def _keep_on_a_full_disk(directory: Path) -> None:
+    source = made(directory.parent / "large", size=200_000)
+    Registry(directory)  # the secret fits
+    registry_module._secret()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with Registry(directory).locked(KEY):
+            assert not Registry(directory).keep(KEY, source)
+    assert [type(one.message) for one in said] == [EngineWarning]
+    os._exit(7)
+
+
+def test_a_disk_without_room_is_said_and_leaves_no_half_entry(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_keep_on_a_full_disk, args=(tmp_path / "engines",))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == [f".{KEY.digest}.lock"]
+    assert len(kept(tmp_path / "engines").entries()) == 1
