@@ -18,9 +18,15 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum; the updates are scaled to AdamW's typical size, so both share a learning rate."""
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.bfloat16,
     ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -42,16 +48,16 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(buffer, group["momentum"]).reshape(shape))
         scale = 0.2 * max(shape) ** 0.5
-        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates), dtype=self._dtype), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The orthogonal factor of each matrix [B, M, N], roughly, by Newton-Schulz iterations in bfloat16."""
+def orthogonalize(matrices: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The orthogonal factor of each matrix [B, M, N], roughly, by Newton-Schulz iterations in `dtype`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
@@ -61,16 +67,26 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class MuonWithAdamW:
-    """Muon on the given hidden matrices of a module, AdamW on all its other parameters."""
+    """Muon on the given hidden matrices of a module, AdamW on all its other parameters.
 
-    def __init__(self, module: nn.Module, hidden: set[str], lr: float, betas: tuple[float, float] = (0.9, 0.98)):
+    `dtype` is what Muon's matrix products are done in: bfloat16 is enough for it, but not quick on every processor.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        hidden: set[str],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if missing := hidden - named.keys():
             raise ValueError(f"no such parameters: {sorted(missing)}")
         others = [parameter for name, parameter in named.items() if name not in hidden]
         self.lr = lr
         self.optimizers = (
-            Muon([named[name] for name in sorted(hidden)], lr=lr),
+            Muon([named[name] for name in sorted(hidden)], lr=lr, dtype=dtype),
             torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=0.01),
         )
 

@@ -1,0 +1,113 @@
+"""What every stage shares: a time to spend, a log, and checkpoints from which another day goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+#: The working directory: checkpoints with optimisers, the log, and the pipeline's parts as they are now.
+DIRECTORY = Path("fastdit-large")
+_SAVE_SECONDS = 300.0
+
+
+class Run:
+    """One stage, trained for some minutes more each time; what a step sees depends on its number alone.
+
+    The learning rate warms up once and is constant from then on, so that no end has to be known; the call that is to be
+    the last gives `cooldown`, the minutes at its end in which the rate falls.
+    """
+
+    def __init__(self, name: str, directory: Path, minutes: float, *, cooldown: float = 0.0, steps: int | None = None):
+        self.name = name
+        self.directory = directory
+        self.step = 0
+        self.samples = 0
+        self._seconds = minutes * 60
+        self._cooldown = cooldown * 60
+        self._last_step = steps
+        self._earlier = 0.0
+        self._started = self._saved = time.monotonic()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of training so far, those of earlier calls included."""
+        return (self._earlier + self._spent) / 60
+
+    @property
+    def over(self) -> bool:
+        """Whether this call's time, or its number of steps, is spent."""
+        return self._spent >= self._seconds or (self._last_step is not None and self.step >= self._last_step)
+
+    @property
+    def wants_saving(self) -> bool:
+        """Whether the last checkpoint is some minutes old."""
+        return time.monotonic() - self._saved > _SAVE_SECONDS
+
+    def rate_factor(self, warmup_steps: int) -> float:
+        """Give the learning rate's factor at this step."""
+        left = self._seconds - self._spent
+        cooling = max(0.02, left / self._cooldown) if self._cooldown and left < self._cooldown else 1.0
+        return min((self.step + 1) / warmup_steps, cooling)
+
+    def random(self, stream: int = 0, step: int | None = None) -> np.random.Generator:
+        """Give the generator of a step (this one's if none is given), whatever was drawn before."""
+        return np.random.default_rng((stream, self.step if step is None else step))
+
+    def seed(self) -> None:
+        """Set torch's global generator to this step's."""
+        torch.manual_seed(int(self.random(stream=99).integers(2**62)))
+
+    def log(self, **figures: Any) -> None:
+        """Write one line of JSON to the log file and to the terminal."""
+        rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
+        where = {"stage": self.name, "step": self.step, "samples": self.samples, "minutes": round(self.minutes, 2)}
+        line = json.dumps({**where, **rounded})
+        print(line, flush=True)
+        with (self.directory / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def save(self, **state: Any) -> None:
+        """Write the checkpoint in one move, so that a reader never sees half a file."""
+        partial = self._checkpoint.with_suffix(".partial")
+        numbers = {"step": self.step, "samples": self.samples, "elapsed": self.minutes * 60}
+        torch.save({**numbers, **state}, partial)
+        os.replace(partial, self._checkpoint)
+        self._saved = time.monotonic()
+
+    def resume(self, device: torch.device) -> dict[str, Any] | None:
+        """Give the last checkpoint's state, if there is one, and go on from its step."""
+        if not self._checkpoint.exists():
+            return None
+        state: dict[str, Any] = torch.load(self._checkpoint, weights_only=True, map_location=device)
+        self.step, self.samples, self._earlier = state.pop("step"), state.pop("samples"), state.pop("elapsed")
+        self._started = self._saved = time.monotonic()
+        return state
+
+    @property
+    def _spent(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.directory / f"{self.name}.pt"
+
+
+@cache
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Give bfloat16 where matrix products are quicker in it, which is not so on every processor; else float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(384, 384, dtype=dtype, device=device)
+        for _ in range(2):
+            started = time.perf_counter()
+            (matrix @ matrix).sum().item()
+            seconds[dtype] = time.perf_counter() - started
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
