@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 # The references and helpers of one room are used in another.
 sys.path.extend(str(Path(__file__).parent / room) for room in ("schedule", "step_cache", "token_cache", "core"))
@@ -24,6 +27,44 @@ settings.register_profile(
     "fastdit", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fastdit")
+
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked `exhaustive`, too")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the exhaustive tests out unless they are asked for."""
+    if config.getoption("--exhaustive"):
+        return
+    exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
+    if exhaustive:
+        config.hook.pytest_deselected(items=exhaustive)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    config.stash[_LEFT_OUT] = len(exhaustive)
+    if hasattr(config, "workeroutput"):  # a worker of xdist
+        config.workeroutput["left_out"] = len(exhaustive)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    """Each worker collects all tests, so any of them knows how many were left out."""
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left_out := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} tests marked exhaustive were left out; --exhaustive runs them, too")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core when everything is run, none when some tests are named: a start costs ten seconds."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8) * whole
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +90,15 @@ def seeded() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_stays() -> Iterator[None]:
+    """After a test that compiled, drop what the compiler keeps for the whole process: graphs, guards, limits."""
+    yield
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    if compiler is not None and compiler.FRAME_COUNTER:  # counts from the last reset
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     """For tests with a loop of their own; the pipelines switch gradients off themselves."""
@@ -57,10 +107,10 @@ def no_grad() -> Iterator[None]:
 
 
 @pytest.fixture
-def generators() -> Callable[..., Any]:
+def generators() -> Callable[..., object]:
     """Fresh generators: `generators(3)` is one, `generators(3, 4)` a list of two."""
 
-    def make(*seeds: int) -> Any:
+    def make(*seeds: int) -> object:
         made = [torch.Generator().manual_seed(seed) for seed in seeds]
         return made[0] if len(made) == 1 else made
 
