@@ -16,13 +16,14 @@ from PIL.Image import Image, fromarray
 
 from fastdit.measure.environment import Environment
 from fastdit.measure.experiment import Configuration, Experiment
-from fastdit.measure.images import frechet_distance
 from fastdit.measure.results import Metric, Results
-from fastdit.measure.statistics import influences, jackknife, mean
+from fastdit.measure.statistics import mean
 from fastdit.measure.timing import time_interleaved
 from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
+from frechet import frechet_distance, influences, jackknife
+from merging import with_seconds
 from training.small.render import draw, random_picture
 
 #: Renders that pictures are compared with by their Frechet distance.
@@ -127,7 +128,7 @@ def clock(
     experiment = Experiment(pipeline_of(mini, dtype), results.prompts, batch=results.images_per_round)
     tasks = {entry.name: experiment.task(entry) for entry in configurations}
     timed = time_interleaved(tasks, rounds=rounds, progress=lambda done, total: _say("timing", done, total))
-    return dataclasses.replace(results.with_seconds(timed), environment=Environment.capture())
+    return dataclasses.replace(with_seconds(results, timed), environment=Environment.capture())
 
 
 def pipeline_of(mini: Architecture, dtype: torch.dtype | None = None) -> Any:

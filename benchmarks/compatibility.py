@@ -7,8 +7,8 @@ from pathlib import Path
 
 import typer
 
+from combinations import Combination, combinations, tried
 from common import save
-from fastdit.measure.compatibility import Combination, combinations, tried
 
 _HEAD = """# What goes together
 

@@ -12,10 +12,10 @@ from common import save
 from fastdit.acceleration import accelerate
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
-from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
+from synthetic import FluxSize, random_call, random_flux
 
 BAR = 0.9
 MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)

@@ -30,9 +30,9 @@ from fastdit.engine.base import Engine
 from fastdit.engine.compile import Compile
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
-from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.schedule.ralu import RALU
+from synthetic import FluxSize, random_call, random_flux
 
 MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)
 SPEED_BAR, ERROR_BAR, START_BAR = 1.25, 1.2, 3.0

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import save
-from fastdit.measure.flops import RunFlops, Stage, stages_of
+from counting import RunFlops, Stage, stages_of
 from fastdit.schedule.ralu import RALU
 from fastdit.schedule.recipe import PAPER
 
@@ -19,7 +19,7 @@ RESULTS = Path("benchmarks/results")
 
 
 def main(
-    model: Annotated[str, typer.Option(help="An architecture of fastdit.measure.architectures.")] = "flux-dev",
+    model: Annotated[str, typer.Option(help="An architecture of benchmarks/architectures.py.")] = "flux-dev",
     pixels: int = 1024,
     text_tokens: Annotated[int | None, typer.Option(help="Tokens of the T5 encoder; the model's own.")] = None,
     plain_steps: Annotated[int | None, typer.Option(help="Steps of the plain run; the model's own.")] = None,

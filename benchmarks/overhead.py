@@ -20,7 +20,6 @@ from fastdit.accelerator import Accelerator
 from fastdit.errors import NeverFired
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import mean, median_of_ratios
-from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.mini import load_mini
 from fastdit.step_cache.coefficients import Coefficients
@@ -29,6 +28,7 @@ from fastdit.step_cache.gates.easycache import EasyCache
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.gates.seacache import SeaCache
 from fastdit.step_cache.gates.teacache import TeaCache
+from synthetic import FluxSize, random_call, random_flux
 
 BAR = 1.01
 MODEL = FluxSize(double_blocks=2, single_blocks=4, heads=4, head_width=64)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdit.measure.architectures import ARCHITECTURES, CLIP_TOKENS, Architecture
+from architectures import ARCHITECTURES, CLIP_TOKENS, Architecture
 
 
 @dataclass(frozen=True)

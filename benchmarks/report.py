@@ -11,7 +11,7 @@ from typing import Any
 import fastdit
 from fastdit.measure.environment import Environment
 from fastdit.measure.results import Results
-from fastdit.measure.table import markdown
+from fastdit.measure.table import header, rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +25,13 @@ def machine(data: Mapping[str, Any]) -> str:
 
 def interval(data: Mapping[str, float], digits: int) -> str:
     return f"{data['estimate']:.{digits}f} [{data['low']:.{digits}f}, {data['high']:.{digits}f}]"
+
+
+def markdown(results: Results) -> str:
+    """The table of a measurement."""
+    names = header(results)
+    lines = [names, ("---", *("---:",) * (len(names) - 1)), *(row.cells for row in rows(results))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def overhead(data: Mapping[str, Any]) -> list[str]:

@@ -20,8 +20,8 @@ from fastdit import (
 )
 from fastdit.engine import packed
 from fastdit.engine.packed import packed_linear
-from fastdit.measure.synthetic import FluxSize, random_call, random_flux
 from fastdit.testing.contract import EngineContract, generate
+from synthetic import FluxSize, random_call, random_flux
 
 LAID_OUT, OPERATOR = "mkldnn::_reorder_linear_weight", "fastdit::packed_linear"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,14 @@ def make_results(directory: Path | None = None, rounds: int = 12) -> Results:
         configurations=tuple(configurations),
         created="2026-01-01T00:00:00+00:00",
     )
+
+
+def with_metric(results: Results, metric: str, values: dict[str, Metric]) -> Results:
+    """These results with one more metric of the named rows."""
+    rows = tuple(
+        dataclasses.replace(entry, metrics={**entry.metrics, metric: values[entry.name]})
+        if entry.name in values
+        else entry
+        for entry in results.configurations
+    )
+    return dataclasses.replace(results, configurations=rows)

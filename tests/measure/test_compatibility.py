@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from combinations import Names, combinations, tried
 from fastdit import Stack
-from fastdit.measure.compatibility import Names, combinations, tried
 
 #: The forecasters are covered one by one by the contract; here the plain and an extrapolating one stand for them.
 ROWS = list(combinations(("Reuse", "Taylor")))

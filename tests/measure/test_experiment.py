@@ -14,7 +14,7 @@ from PIL.Image import Image
 from fastdit import RALU, FirstBlockCache, Stack
 from fastdit.measure.experiment import Configuration, Experiment, plain
 from fastdit.measure.results import Results
-from fastdit.measure.synthetic import random_call, random_flux
+from synthetic import random_call, random_flux
 
 Measured = tuple[Results, dict[str, list[Image]], Path]
 

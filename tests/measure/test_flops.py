@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastdit import RALU
-from fastdit.measure.flops import (
+from counting import (
     RunFlops,
     Stage,
     count,
     stages_of,
 )
+from fastdit import RALU
 
 TERA = 1e12
 

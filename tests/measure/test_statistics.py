@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from fastdit.measure.statistics import (
     Interval,
-    influences,
-    jackknife,
     mean,
     mean_difference,
     median_of_ratios,
@@ -55,31 +53,6 @@ def test_pairing_narrows_the_interval_of_a_difference() -> None:
     first, second = hard + 1 + random.normal(0, 0.1, 40), hard + random.normal(0, 0.1, 40)
     interval = mean_difference(list(first), list(second))
     assert interval.low > 0.9 and interval.high < 1.1
-
-
-def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
-    values = np.random.default_rng(3).normal(0, 1, 200)
-    interval = jackknife(lambda rows: float(values[rows].mean()), 200, groups=200)
-    assert interval.spread == pytest.approx(1.96 * values.std(ddof=1) / math.sqrt(200), rel=0.01)
-
-
-def test_influences_have_the_statistic_for_mean_and_pair_up() -> None:
-    random = np.random.default_rng(4)
-    hard = random.normal(0, 5, 60)
-    first, second = hard + 1 + random.normal(0, 0.1, 60), hard + random.normal(0, 0.1, 60)
-
-    def spread_of(values: np.ndarray) -> tuple[float, ...]:
-        return influences(lambda rows: float(values[rows].var(ddof=1)), 60, groups=30)
-
-    assert np.mean(spread_of(first)) == pytest.approx(first.var(ddof=1))
-    alone = mean(spread_of(first)).spread
-    assert mean_difference(spread_of(first), spread_of(second)).spread < alone / 5
-
-
-@pytest.mark.parametrize("groups", [1, 11])
-def test_a_jackknife_of_one_group_or_of_more_than_rows_is_refused(groups: int) -> None:
-    with pytest.raises(ValueError, match="between 2 groups and one a row"):
-        influences(lambda rows: 0.0, 10, groups=groups)
 
 
 def test_an_interval_prints_its_estimate_and_its_ends() -> None:

@@ -10,25 +10,18 @@ import pytest
 
 from fastdit.measure.rival import equal_time_steps
 from fastdit.measure.timing import (
-    Order,
     interleave,
     medians,
     time_interleaved,
 )
 
 
-@pytest.mark.parametrize("order", ["random", "rotating"])
-def test_every_task_runs_once_a_round_with_the_rounds_number(order: Order) -> None:
+def test_every_task_runs_once_a_round_with_the_rounds_number() -> None:
     calls: list[tuple[str, int]] = []
     tasks = {name: lambda number, name=name: calls.append((name, number)) for name in "abc"}
-    samples = list(interleave(tasks, rounds=4, warmup=1, order=order))
+    samples = list(interleave(tasks, rounds=4, warmup=1))
     assert Counter(calls[3:]) == Counter((name, number) for name in "abc" for number in range(4))
     assert [(sample.task, sample.round) for sample in samples] == calls[3:]
-
-
-def test_a_rotating_order_gives_every_task_every_place() -> None:
-    samples = list(interleave({name: lambda _: None for name in "abc"}, rounds=3, order="rotating"))
-    assert [sample.task for sample in samples] == list("abcbcacab")
 
 
 def test_a_random_order_repeats_for_its_seed_only() -> None:

@@ -14,16 +14,12 @@ import numpy.typing as npt
 import torch
 from PIL.Image import Image, fromarray
 
-from fastdit.measure.images import frechet_distance, sharpness
-from fastdit.measure.statistics import (
-    Interval,
-    jackknife,
-    mean,
-    mean_difference,
-)
+from fastdit.measure.images import sharpness
+from fastdit.measure.statistics import Interval, mean, mean_difference
 from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import Judge, load_judge
 from fastdit.mini.prompts import held_out, parse
+from frechet import frechet_distance, jackknife
 from training.small.render import draw, random_picture
 from training.small.stage import MINI
 

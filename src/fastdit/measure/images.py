@@ -1,4 +1,4 @@
-"""What pictures are worth: likeness to a reference (PSNR, SSIM), sharpness, and the distance of two distributions."""
+"""What pictures are worth: likeness to a reference (PSNR, SSIM), and sharpness."""
 
 from __future__ import annotations
 
@@ -43,43 +43,6 @@ def ssim(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
 def sharpness(images: Sequence[Image]) -> list[float]:
     """Mean absolute Laplacian of each image's luma (0 to 255): blur lowers it, and so does missing texture."""
     return [float(np.abs(cv2.Laplacian(_luma(image), cv2.CV_64F)).mean()) for image in images]
-
-
-def relative_sharpness(images: Sequence[Image], references: Sequence[Image]) -> list[float]:
-    """Each image's sharpness over the mean sharpness of all references: 1 is as sharp as they are, on average."""
-    reference = float(np.mean(sharpness(references)))
-    if reference == 0:
-        raise ValueError("the reference images are flat: nothing can be sharper or less sharp than they are")
-    return [value / reference for value in sharpness(images)]
-
-
-def frechet_distance(first: npt.ArrayLike, second: npt.ArrayLike, *, regularisation: float = 0.0) -> float:
-    """Frechet distance of two feature sets of shape (samples, features), each taken for a Gaussian.
-
-    `regularisation` is added to both covariances' diagonals, relative to their mean variance; it steadies the distance
-    of sets with fewer samples than features, whose covariances are singular. Too few samples raise the distance
-    whatever is done, so compare only distances of equally many samples.
-    """
-    (mean_1, covariance_1), (mean_2, covariance_2) = _gaussian(first), _gaussian(second)
-    if mean_1.shape != mean_2.shape:
-        raise ValueError(f"feature sets must be of one width; got {mean_1.size} and {mean_2.size}")
-    ridge = regularisation * (np.trace(covariance_1) + np.trace(covariance_2)) / (2 * mean_1.size)
-    covariance_1 = covariance_1 + ridge * np.eye(mean_1.size)
-    covariance_2 = covariance_2 + ridge * np.eye(mean_1.size)
-    # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), and the latter is symmetric: its eigenvalues are real and, but for
-    # rounding, not negative. The usual sqrtm(A @ B) turns complex on singular covariances.
-    values, vectors = np.linalg.eigh(covariance_1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ covariance_2 @ root).clip(min=0)).sum()
-    distance = ((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1) + np.trace(covariance_2) - 2 * overlap
-    return max(0.0, float(distance))
-
-
-def _gaussian(features: npt.ArrayLike) -> tuple[Array, Array]:
-    array = np.asarray(features, dtype=np.float64)
-    if array.ndim != 2 or array.shape[0] < 2 or not np.isfinite(array).all():
-        raise ValueError(f"a feature set is a finite (samples >= 2, features) array; got shape {array.shape}")
-    return array.mean(axis=0), np.atleast_2d(np.cov(array, rowvar=False))
 
 
 def _luma(image: Image) -> npt.NDArray[np.uint8]:

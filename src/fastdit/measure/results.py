@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -16,9 +16,6 @@ from fastdit.measure.statistics import Interval, mean_difference, ratio_of_media
 SCHEMA_VERSION = 1
 
 _EQUAL_TIME = 0.03  # medians of the same work differ by this much from run to run on a busy machine
-
-#: Metrics that compare a picture with the baseline's.
-_LIKENESS = ("psnr", "ssim")
 
 
 class ResultsError(FastditError, ValueError):
@@ -62,11 +59,6 @@ class ConfigurationResult:
     @property
     def median_seconds(self) -> float:
         return median(self.seconds)
-
-    def without_likeness(self) -> ConfigurationResult:
-        """The same without what compares its pictures with the baseline's, pixel by pixel."""
-        kept = {name: metric for name, metric in self.metrics.items() if name not in _LIKENESS}
-        return replace(self, metrics=kept)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConfigurationResult:
@@ -124,36 +116,6 @@ class Results:
         """How many times fewer denoiser FLOPs than the baseline, on average over the rounds."""
         return fmean(self[self.baseline].flops) / fmean(self[name].flops)
 
-    def with_seconds(self, seconds: Mapping[str, Sequence[float]]) -> Results:
-        """The configurations of `seconds`, in its order, timed anew: it holds one value a round, in rounds' order."""
-        configurations = tuple(replace(self[name], seconds=tuple(values)) for name, values in seconds.items())
-        return replace(self, configurations=configurations)
-
-    def with_pictures_of(self, other: Results) -> Results:
-        """These results with another measurement's scores of the same prompts, by name; rows that are new come last.
-
-        The seconds of rows that were here stay, and new rows have those of as many rounds. Likeness to another baseline
-        is left out. Raises `ResultsError` for other prompts.
-        """
-        if other.prompts != self.prompts:
-            raise ResultsError("pictures can only join those of the same prompts and seed; make all anew")
-        alike = other.baseline == self.baseline
-        made = {entry.name: entry if alike else entry.without_likeness() for entry in other.configurations}
-        rows = [
-            replace(made.pop(entry.name), seconds=entry.seconds) if entry.name in made else entry
-            for entry in self.configurations
-        ]
-        rounds = len(self[self.baseline].seconds)
-        fresh = [replace(entry, seconds=entry.seconds[:rounds]) for entry in made.values()]
-        return replace(self, configurations=(*rows, *fresh))
-
-    def with_baseline(self, name: str) -> Results:
-        """These results beside another configuration's; likeness to the pictures of the one before is left out."""
-        if name == self.baseline:
-            return self
-        rows = tuple(entry.without_likeness() for entry in self.configurations)
-        return replace(self, baseline=name, configurations=rows)
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""
         data = asdict(self)
@@ -197,11 +159,6 @@ class Results:
     @classmethod
     def load(cls, path: Path) -> Results:
         return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-
-
-def metric_names(configurations: Sequence[ConfigurationResult]) -> list[str]:
-    """Every metric that any configuration has, in the order of first appearance."""
-    return list(dict.fromkeys(name for configuration in configurations for name in configuration.metrics))
 
 
 def _check_keys(cls: type[Any], data: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Intervals for what was measured: seeded percentile bootstraps, and a jackknife where resampling would bias.
+"""Intervals for what was measured: seeded percentile bootstraps.
 
 Everything is paired: a resample draws rounds (or prompts), never the samples of one configuration by themselves.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -70,34 +69,6 @@ def mean_difference(
     """The mean of `first - second`, paired by position: far narrower than the difference of two separate means."""
     ahead, behind = _paired(first, second)
     return mean(list(ahead - behind), confidence=confidence, seed=seed)
-
-
-def jackknife(
-    statistic: Callable[[npt.NDArray[np.intp]], float], count: int, *, groups: int = 20, confidence: float = CONFIDENCE
-) -> Interval:
-    """Interval of a statistic of the rows it is given, from leaving out one of `groups` groups at a time.
-
-    For statistics that repeated rows bias, such as a Frechet distance: no resample ever holds a row twice.
-    """
-    values = influences(statistic, count, groups=groups)
-    estimate = float(np.mean(values))
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * float(np.std(values, ddof=1)) / groups**0.5
-    return Interval(estimate, estimate - reach, estimate + reach, confidence)
-
-
-def influences(
-    statistic: Callable[[npt.NDArray[np.intp]], float], count: int, *, groups: int = 20
-) -> tuple[float, ...]:
-    """Give one value a group of rows: their mean is the statistic, their standard error the jackknife's.
-
-    Two statistics of the same rows can so be compared in pairs, as samples of single rows can.
-    """
-    if not 2 <= groups <= count:
-        raise ValueError(f"a jackknife needs between 2 groups and one a row; got {groups} groups of {count} rows")
-    rows = np.arange(count)
-    left_out = np.array([statistic(rows[rows % groups != group]) for group in range(groups)])
-    values = statistic(rows) + (groups - 1) * (left_out.mean() - left_out)
-    return tuple(values.tolist())
 
 
 def _bootstrap(

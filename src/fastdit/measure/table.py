@@ -60,13 +60,6 @@ def rich_table(results: Results, *, narrow: bool = False) -> Table:
     return table
 
 
-def markdown(results: Results) -> str:
-    """The table for a README."""
-    names = header(results)
-    lines = [names, ("---", *("---:",) * (len(names) - 1)), *(row.cells for row in rows(results))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def verdict(advantage: Interval | None) -> Verdict:
     """What a paired difference says: a win or a loss only where its whole interval lies on that side of zero."""
     if advantage is None:

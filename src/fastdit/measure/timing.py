@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 #: What is timed. It is called with the number of its round, which may choose its input.
 Task = Callable[[int], Any]
-
-Order = Literal["random", "rotating"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,13 @@ def interleave(
     *,
     rounds: int,
     warmup: int = 1,
-    order: Order = "random",
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Sample]:
     """Yield a sample for every task of every round, as each is measured; warm-up rounds are run but not yielded.
 
-    Work that the caller does between two samples is not timed. A random order (the default) also keeps one task from
-    always following the same other one, whose leftovers in the caches it would inherit; a rotating one gives every
-    task every place in a round equally often.
+    Work that the caller does between two samples is not timed. The order within a round is random, so that no task
+    always follows the same other one, whose leftovers in the caches it would inherit.
     """
     if not tasks or rounds < 1 or warmup < 0:
         raise ValueError(f"timing needs tasks, rounds >= 1 and warmup >= 0; got {list(tasks)}, {rounds} and {warmup}")
@@ -50,13 +46,10 @@ def interleave(
     shuffler = random.Random(seed)
     names = list(tasks)
     for number in range(rounds):
-        if order == "random":
-            shuffler.shuffle(names)
+        shuffler.shuffle(names)
         for name in names:
             seconds, output = timed(tasks[name], number, device)
             yield Sample(name, number, seconds, output)
-        if order == "rotating":
-            names.append(names.pop(0))
 
 
 def time_interleaved(
@@ -64,14 +57,13 @@ def time_interleaved(
     *,
     rounds: int,
     warmup: int = 1,
-    order: Order = "random",
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """The seconds of every task in every round, paired by round; `progress` hears (samples taken, all samples)."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    samples = interleave(tasks, rounds=rounds, warmup=warmup, order=order, seed=seed, device=device)
+    samples = interleave(tasks, rounds=rounds, warmup=warmup, seed=seed, device=device)
     for taken, sample in enumerate(samples, start=1):
         seconds[sample.task].append(sample.seconds)
         if progress is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit.measure.architectures import ARCHITECTURES, CLIP_TOKENS, Architecture
+from architectures import ARCHITECTURES, CLIP_TOKENS, Architecture
 from fastdit.step import SchedulePlan
 
 _LINEAR_OPERATORS = frozenset({"aten.mm", "aten.addmm", "aten.convolution"})
