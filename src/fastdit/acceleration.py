@@ -19,7 +19,7 @@ from fastdit.config import is_count
 from fastdit.engine.warmup import WarmUp, progress_bar
 from fastdit.engine.workshop import Workshop
 from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
-from fastdit.layout import TokenLayout
+from fastdit.layout import FineLayout
 from fastdit.models.components import (
     BARE,
     DENOISERS,
@@ -251,7 +251,7 @@ class Acceleration:
         run.follow = follow
         if self._family is not None:
             size = self._family.size(self.base, arguments)
-            run.grid = TokenLayout(*self._family.grid(self.base, *size), coarse=False)
+            run.grid = FineLayout(*self._family.grid(self.base, *size))
         return run
 
     def _lifting(self) -> dict[str, Any]:

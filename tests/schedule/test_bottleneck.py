@@ -20,7 +20,8 @@ from fastdit import (
     TokenCopy,
     accelerate,
 )
-from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.layout import CoarseLayout, FineLayout
+from fastdit.models.patches import assembled, patches
 
 SIDE = 8
 SHORT = BottleneckSampling((1, 2, 2), lift=LatentLift())
@@ -57,7 +58,7 @@ def test_what_a_cache_carries_follows_to_the_coarse_grid_and_back() -> None:
     fast = accelerate(pipe, [BottleneckSampling((2, 4, 3), lift=LatentLift()), cache])
     assert torch.isfinite(tiny.run(fast, call)).all()
     assert fast.fastdit.last_run.skipped > 3
-    fine, coarse = TokenLayout(4, 4, coarse=False), TokenLayout(4, 4, coarse=True)
+    fine, coarse = FineLayout(4, 4), CoarseLayout(4, 4)
     assert fine.sources(coarse).tolist() == [[0, 2, 8, 10]]
     assert coarse.sources(fine).tolist() == [[0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]]
 

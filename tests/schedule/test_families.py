@@ -20,7 +20,7 @@ from fastdit import (
     UnsupportedModel,
     accelerate,
 )
-from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout, gather_tokens
 from fastdit.models.family import Family, families, family_of
 from fastdit.models.flux import LONGCAT_IMAGE
 from fastdit.models.rotary import PerImageTable, rotary
@@ -145,7 +145,7 @@ def forwards(pipe: Any, call: dict[str, Any]) -> tuple[Family, dict[str, Any], T
     args, kwargs = tiny.recorded_calls(pipe, call)[0]
     bound = inspect.signature(type(pipe.transformer).forward).bind(None, *args, **kwargs)
     arguments = dict(list(named_arguments(bound).items())[1:])
-    return family, arguments, TokenLayout(8, 12, coarse=False)
+    return family, arguments, FineLayout(8, 12)
 
 
 def output_tokens(family: Family, pipe: Any, arguments: dict[str, Any], children: Any, layout: TokenLayout) -> Any:
@@ -172,10 +172,10 @@ def test_tokens_of_one_resolution_in_any_order_give_the_plain_forward(case: Any,
     raster = family.tokens(noise)
     order, empty = permuted(images, 24), torch.empty(images, 0, dtype=torch.long)
     if kind == "fine":
-        plain, layout = fine, TokenLayout(8, 12, True, empty, order, "fine")
+        plain, layout = fine, MixedLayout(8, 12, empty, order, "fine")
         places = layout.to_raster(torch.arange(96)[None, :, None].expand(images, -1, -1)).squeeze(2).argsort(dim=1)
     else:
-        plain, layout = TokenLayout(8, 12, coarse=True), TokenLayout(8, 12, True, order, empty)
+        plain, layout = CoarseLayout(8, 12), MixedLayout(8, 12, order, empty)
         raster, places = raster[:, :24], order
     places = places.repeat(len(raster) // images, 1)
     straight = family.latents(raster, plain)
@@ -198,7 +198,7 @@ def test_the_tokens_of_a_picture_that_qwen_image_edits_stay_in_place() -> None:
     }
     assert torch.equal(family.latents_of(edited, fine), arguments["hidden_states"])
     raster, order = arguments["hidden_states"], permuted(2, 24)
-    layout = TokenLayout(8, 12, True, torch.empty(2, 0, dtype=torch.long), order, "fine")
+    layout = MixedLayout(8, 12, torch.empty(2, 0, dtype=torch.long), order, "fine")
     places = layout.to_raster(torch.arange(96)[None, :, None].expand(2, -1, -1)).squeeze(2).argsort(dim=1)
     strip = gather_tokens(raster, places)
     placed = family.place(edited, fine, strip, layout)
@@ -221,10 +221,10 @@ def test_the_picture_that_is_edited_decides_the_size_that_was_not_asked_for(name
 
 
 def test_ids_that_count_from_elsewhere_are_counted_on_from_there() -> None:
-    fine = TokenLayout(4, 4, coarse=False)
+    fine = FineLayout(4, 4)
     ids = torch.tensor([[1, 7 + row, 9 + column] for row in range(4) for column in range(4)])
     given = {"hidden_states": torch.zeros(1, 16, 2), "img_ids": ids, "txt_ids": torch.zeros(3, 3)}
-    mixed = TokenLayout(4, 4, True, torch.tensor([[0, 1, 3]]), torch.tensor([[2]]), "fine")
+    mixed = MixedLayout(4, 4, torch.tensor([[0, 1, 3]]), torch.tensor([[2]]), "fine")
     placed = LONGCAT_IMAGE.place(given, fine, torch.zeros(1, 7, 2), mixed)
     kept = [[1, 7.5, 9.5], [1, 7.5, 11.5], [1, 9.5, 11.5]]
     assert placed["img_ids"].tolist() == [*kept, [1, 9, 9], [1, 9, 10], [1, 10, 9], [1, 10, 10]]
@@ -239,7 +239,7 @@ def test_places_between_cogview_s_tokens_are_those_of_a_picture_twice_as_large()
     latents = family.latents_of(arguments, fine)
     outputs = []
     for frame in ("coarse", "fine"):
-        layout = TokenLayout(8, 12, True, empty, order, frame)
+        layout = MixedLayout(8, 12, empty, order, frame)
         strip = family.latents(family.tokens(latents), layout)
         children = family.child_overrides(pipe.transformer, layout, strip)
         outputs.append(output_tokens(family, pipe, family.place(arguments, fine, strip, layout), children, layout))

@@ -28,15 +28,12 @@ from fastdit import (
     VelocityVariance,
     accelerate,
 )
-from fastdit.layout import (
-    TokenLayout,
-    assembled,
-    gather_tokens,
-    patches,
-)
+from fastdit.layout import FineLayout, TokenLayout, gather_tokens
 from fastdit.models.flux import FLUX
+from fastdit.models.patches import assembled, patches
 from fastdit.schedule.anchors import (
     AnchorRun,
+    SparseLayout,
     evenly_spread,
     interpolated,
     with_anchors,
@@ -133,7 +130,7 @@ def test_anchors_keep_their_latents_bit_for_bit_at_every_switch() -> None:
         latents = (latents + 0.1 * torch.randn(latents.shape)).bfloat16()
         after_latents, after = run.transition(stage, latents, torch.randn(latents.shape))
         grid = torch.zeros(2, 64, 16, dtype=torch.bfloat16)
-        whole = after_latents if after.anchors is None else with_anchors(after, grid, after_latents)
+        whole = after_latents if isinstance(after, FineLayout) else with_anchors(after, grid, after_latents)
         assert torch.equal(gather_tokens(whole, before.anchors), latents)
         latents, before = after_latents, after
     assert before.kind == "fine" and latents.shape == (2, 64, 16)
@@ -161,7 +158,7 @@ def test_the_first_anchors_and_what_is_between_them_are_as_written_out(
     count = data.draw(st.integers(1, rows * columns))
     anchors = evenly_spread(rows, columns, count)
     assert anchors[0].tolist() == first_anchors(rows, columns, count)
-    layout = TokenLayout(rows, columns, coarse=False, anchors=anchors)
+    layout = SparseLayout(rows, columns, anchors)
     tokens = tiny.randn(batch, count, 4, seed=2)
     whole = interpolated(layout, tokens)
     assert torch.equal(gather_tokens(whole, anchors.expand(batch, -1)), tokens)
@@ -173,9 +170,9 @@ def test_the_first_anchors_and_what_is_between_them_are_as_written_out(
 @pytest.mark.parametrize("side", [8, 16, 31, 64])
 def test_no_token_is_further_than_two_cells_from_the_first_anchors(side: int) -> None:
     anchors = evenly_spread(side, side, round(0.35 * side * side))
-    layout = TokenLayout(side, side, coarse=False, anchors=anchors)
+    layout = SparseLayout(side, side, anchors)
     places = layout.positions(torch.device("cpu"))[0]
-    cells = TokenLayout(side, side, coarse=False).positions(torch.device("cpu"))[0]
+    cells = FineLayout(side, side).positions(torch.device("cpu"))[0]
     assert (places[layout.nearest[0]] - cells).abs().amax() <= 2
 
 

@@ -6,18 +6,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdit.layout import TokenLayout
+from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout, gather_tokens
+from fastdit.schedule.anchors import SparseLayout
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
 
 
 @st.composite
-def refinements(draw: st.DrawFn) -> tuple[TokenLayout, torch.Tensor]:
+def refinements(draw: st.DrawFn) -> tuple[CoarseLayout, torch.Tensor]:
     """A coarse layout of any shape, and for each image of a batch a choice of tokens of one common count."""
     rows, columns, batch = draw(SIZES)
     count = draw(st.integers(0, rows * columns))
     chosen = [draw(st.permutations(range(rows * columns)))[:count] for _ in range(batch)]
-    return TokenLayout(2 * rows, 2 * columns, coarse=True), torch.tensor(chosen, dtype=torch.long).reshape(batch, count)
+    return CoarseLayout(2 * rows, 2 * columns), torch.tensor(chosen, dtype=torch.long).reshape(batch, count)
+
+
+def split(coarse: CoarseLayout, latents: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, MixedLayout]:
+    """Split the chosen tokens of a coarse stage: each is copied to its four children."""
+    mixed = coarse.refined_at(chosen)
+    return gather_tokens(latents, coarse.sources(mixed)), mixed
 
 
 def marked(layout: TokenLayout, batch: int) -> torch.Tensor:
@@ -28,10 +35,10 @@ def marked(layout: TokenLayout, batch: int) -> torch.Tensor:
 
 
 @given(refinements())
-def test_a_refined_token_becomes_four_children_at_half_offsets(case: tuple[TokenLayout, torch.Tensor]) -> None:
+def test_a_refined_token_becomes_four_children_at_half_offsets(case: tuple[CoarseLayout, torch.Tensor]) -> None:
     coarse, chosen = case
     batch = chosen.shape[0]
-    latents, layout = coarse.refine(marked(coarse, batch), chosen)
+    latents, layout = split(coarse, marked(coarse, batch), chosen)
     positions = layout.positions(torch.device("cpu")).expand(batch, -1, -1)
     assert latents.shape[1] == layout.tokens == positions.shape[1] == coarse.tokens + 3 * chosen.shape[1]
     assert torch.equal(latents[:, :, 0], torch.arange(float(batch))[:, None].expand(-1, layout.tokens))
@@ -44,10 +51,10 @@ def test_a_refined_token_becomes_four_children_at_half_offsets(case: tuple[Token
 
 
 @given(refinements())
-def test_kept_tokens_come_first_and_both_groups_are_in_raster_order(case: tuple[TokenLayout, torch.Tensor]) -> None:
+def test_kept_tokens_come_first_and_both_groups_are_in_raster_order(case: tuple[CoarseLayout, torch.Tensor]) -> None:
     coarse, chosen = case
     batch, columns = chosen.shape[0], coarse.columns // 2
-    _, layout = coarse.refine(marked(coarse, batch), chosen)
+    layout = coarse.refined_at(chosen)
     places = layout.positions(torch.device("cpu")).expand(batch, -1, -1).floor()
     number = (places[..., 0] * columns + places[..., 1]).long()
     kept = coarse.tokens - chosen.shape[1]
@@ -59,12 +66,12 @@ def test_kept_tokens_come_first_and_both_groups_are_in_raster_order(case: tuple[
 
 @given(refinements())
 def test_completing_a_mixed_layout_gives_every_cell_of_the_fine_grid_once(
-    case: tuple[TokenLayout, torch.Tensor],
+    case: tuple[CoarseLayout, torch.Tensor],
 ) -> None:
     coarse, chosen = case
     batch = chosen.shape[0]
-    _, layout = coarse.refine(marked(coarse, batch), chosen)
-    fine = TokenLayout(coarse.rows, coarse.columns, coarse=False)
+    layout = coarse.refined_at(chosen)
+    fine = FineLayout(coarse.rows, coarse.columns)
     # A kept token carries its coarse position, a child its own: after completion the two differ by the offset only.
     complete = layout.to_raster(layout.complete(marked(layout, batch)))
     cells = fine.positions(torch.device("cpu"))
@@ -79,12 +86,12 @@ def test_completing_a_mixed_layout_gives_every_cell_of_the_fine_grid_once(
 
 @given(refinements())
 def test_refining_and_completing_is_nearest_neighbour_upsampling_of_tokens(
-    case: tuple[TokenLayout, torch.Tensor],
+    case: tuple[CoarseLayout, torch.Tensor],
 ) -> None:
     coarse, chosen = case
     batch, rows, columns = chosen.shape[0], coarse.rows // 2, coarse.columns // 2
     values = tiny_noise(batch, rows * columns, 5)
-    latents, layout = coarse.refine(values, chosen)
+    latents, layout = split(coarse, values, chosen)
     found = layout.to_raster(layout.complete(latents))
     grid = values.reshape(batch, rows, columns, 5).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     assert torch.equal(found, grid.reshape(batch, -1, 5))
@@ -93,25 +100,24 @@ def test_refining_and_completing_is_nearest_neighbour_upsampling_of_tokens(
 @given(SIZES)
 def test_uniform_layouts_count_their_tokens_and_keep_raster_order(size: tuple[int, int, int]) -> None:
     rows, columns, batch = size
-    coarse = TokenLayout(2 * rows, 2 * columns, coarse=True)
-    fine = TokenLayout(2 * rows, 2 * columns, coarse=False)
+    coarse = CoarseLayout(2 * rows, 2 * columns)
+    fine = FineLayout(2 * rows, 2 * columns)
     assert (coarse.tokens, fine.tokens) == (rows * columns, 4 * rows * columns)
     values = tiny_noise(batch, fine.tokens, 3)
     assert torch.equal(fine.to_raster(fine.complete(values)), values)
 
 
 @st.composite
-def sparse_layouts(draw: st.DrawFn) -> TokenLayout:
+def sparse_layouts(draw: st.DrawFn) -> SparseLayout:
     """A sparse layout of any shape, with a choice of cells of one common count for each image of a batch."""
     rows, columns, batch = draw(SIZES)
     count = draw(st.integers(1, rows * columns))
     chosen = [sorted(draw(st.permutations(range(rows * columns)))[:count]) for _ in range(batch)]
-    return TokenLayout(rows, columns, coarse=False, anchors=torch.tensor(chosen))
+    return SparseLayout(rows, columns, torch.tensor(chosen))
 
 
 @given(sparse_layouts())
-def test_a_sparse_layout_has_its_anchors_at_their_cells_and_gives_each_image_its_own(layout: TokenLayout) -> None:
-    assert layout.anchors is not None
+def test_a_sparse_layout_has_its_anchors_at_their_cells_and_gives_each_image_its_own(layout: SparseLayout) -> None:
     batch = len(layout.anchors)
     assert (layout.kind, layout.images, layout.tokens) == ("sparse", batch, layout.anchors.shape[1])
     assert not layout.whole and not layout.uniform and layout.extent == (layout.rows, layout.columns)
@@ -122,11 +128,10 @@ def test_a_sparse_layout_has_its_anchors_at_their_cells_and_gives_each_image_its
 
 
 @given(sparse_layouts())
-def test_completing_a_sparse_layout_gives_every_cell_its_nearest_anchor_s(layout: TokenLayout) -> None:
-    assert layout.anchors is not None
+def test_completing_a_sparse_layout_gives_every_cell_its_nearest_anchor_s(layout: SparseLayout) -> None:
     values = tiny_noise(len(layout.anchors), layout.tokens, 3)
     complete = layout.to_raster(layout.complete(values))
-    sources = layout.sources(TokenLayout(layout.rows, layout.columns, coarse=False))
+    sources = layout.sources(FineLayout(layout.rows, layout.columns))
     assert torch.equal(complete, values.gather(1, sources[..., None].expand(-1, -1, 3)))
     for image, anchors in enumerate(layout.anchors.tolist()):
         for cell in range(layout.rows * layout.columns):
@@ -137,16 +142,15 @@ def test_completing_a_sparse_layout_gives_every_cell_its_nearest_anchor_s(layout
 
 @given(sparse_layouts(), st.data())
 def test_tokens_of_further_anchors_are_copies_of_the_nearest_and_those_that_stay_are_their_own(
-    layout: TokenLayout, data: st.DataObject
+    layout: SparseLayout, data: st.DataObject
 ) -> None:
-    assert layout.anchors is not None
     cells = layout.rows * layout.columns
     more = data.draw(st.integers(layout.tokens, cells))
     rows = [
         sorted(anchors + [cell for cell in range(cells) if cell not in anchors][: more - layout.tokens])
         for anchors in layout.anchors.tolist()
     ]
-    following = TokenLayout(layout.rows, layout.columns, coarse=False, anchors=torch.tensor(rows))
+    following = SparseLayout(layout.rows, layout.columns, torch.tensor(rows))
     sources = layout.sources(following)
     assert sources.shape == (len(rows), more)
     for image, anchors in enumerate(layout.anchors.tolist()):

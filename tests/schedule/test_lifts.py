@@ -20,8 +20,9 @@ from fastdit import (
     TokenCopy,
     accelerate,
 )
-from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.layout import CoarseLayout, FineLayout, TokenLayout
 from fastdit.models.flux import FLUX
+from fastdit.models.patches import assembled, patches
 from fastdit.schedule.lifts.base import Lift, Switch
 
 SIDE = 8
@@ -96,9 +97,9 @@ def switched(lift: Lift, before: TokenLayout, after: TokenLayout, clean: Tensor,
 @pytest.mark.parametrize("stages", [("coarse", "fine"), ("coarse", "mixed"), ("mixed", "fine")], ids="-".join)
 def test_the_latents_after_a_switch_follow_the_flow_given_the_clean_ones(stages: tuple[str, str], noise: str) -> None:
     batch, start = 4000, 0.3
-    coarse = TokenLayout(4, 4, coarse=True)
+    coarse = CoarseLayout(4, 4)
     split = torch.tensor([[0, 3]]).expand(batch, -1)
-    layouts = {"coarse": coarse, "mixed": coarse.refined_at(split), "fine": TokenLayout(4, 4, coarse=False)}
+    layouts = {"coarse": coarse, "mixed": coarse.refined_at(split), "fine": FineLayout(4, 4)}
     before, after = (layouts[name] for name in stages)
     clean = torch.full((batch, before.tokens, 4), 0.8)
     found = switched(LatentLift(noise=noise), before, after, clean, start)
@@ -110,7 +111,7 @@ def test_the_latents_after_a_switch_follow_the_flow_given_the_clean_ones(stages:
 
 
 def test_the_noise_of_hadamard_children_pools_to_that_of_their_parents() -> None:
-    coarse, fine = TokenLayout(4, 4, coarse=True), TokenLayout(4, 4, coarse=False)
+    coarse, fine = CoarseLayout(4, 4), FineLayout(4, 4)
     zero = torch.zeros(3, coarse.tokens, 8)
     found, shared = (switched(LatentLift(noise=noise), coarse, fine, zero, 0.3) for noise in ("hadamard", "shared"))
     parents = (FLUX.pack(functional.avg_pool2d(FLUX.unpack(noise, 4, 4), 2) * 2) for noise in (found, shared))
@@ -130,7 +131,7 @@ def test_shared_noise_is_that_of_the_same_place_and_needs_no_generator() -> None
 def test_a_corrected_lift_moves_the_worst_places_half_the_way_or_more_to_the_pixels(share: float) -> None:
     pipe, _ = tiny.flux(size=128)
     vae, small = pipe.vae, tiny.randn(2, 4, SIDE, SIDE, seed=7)
-    switch = Switch(FLUX, pipe, *2 * [TokenLayout(SIDE, SIDE, coarse=True)], *3 * [small], 0.6, 0.2, torch.zeros)
+    switch = Switch(FLUX, pipe, *2 * [CoarseLayout(SIDE, SIDE)], *3 * [small], 0.6, 0.2, torch.zeros)
     with torch.no_grad():
         found = CorrectedLift(share=share).lifted(switch, small)
         pixels = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
@@ -148,8 +149,8 @@ def test_a_corrected_lift_moves_the_worst_places_half_the_way_or_more_to_the_pix
 
 
 def test_what_a_mixed_stage_has_refined_is_not_lifted_again() -> None:
-    coarse = TokenLayout(4, 4, coarse=True)
-    mixed, fine = coarse.refined_at(torch.tensor([[1]])), TokenLayout(4, 4, coarse=False)
+    coarse = CoarseLayout(4, 4)
+    mixed, fine = coarse.refined_at(torch.tensor([[1]])), FineLayout(4, 4)
     clean = tiny.randn(1, mixed.tokens, 4, seed=3)
     found = switched(LatentLift(), mixed, fine, clean, 1.0 - 1e-6)
     cells = mixed.cells(torch.tensor([[1]]))[0]

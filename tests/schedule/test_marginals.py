@@ -20,7 +20,7 @@ from fastdit import (
     ProgressiveResolution,
     TokenCopy,
 )
-from fastdit.layout import TokenLayout
+from fastdit.layout import CoarseLayout, FineLayout, TokenLayout, gather_tokens
 from fastdit.models.flux import FLUX
 from fastdit.schedule.lifts.base import Switch
 from fastdit.schedule.recipe import PAPER, PRESETS
@@ -43,9 +43,9 @@ def pipe() -> Any:
 
 
 def layouts(names: tuple[str, str], batch: int) -> tuple[TokenLayout, TokenLayout]:
-    coarse = TokenLayout(SIDE, SIDE, coarse=True)
+    coarse = CoarseLayout(SIDE, SIDE)
     split = torch.tensor([[0, 3, 9]]).expand(batch, -1)
-    every = {"coarse": coarse, "mixed": coarse.refined_at(split), "fine": TokenLayout(SIDE, SIDE, coarse=False)}
+    every = {"coarse": coarse, "mixed": coarse.refined_at(split), "fine": FineLayout(SIDE, SIDE)}
     return every[names[0]], every[names[1]]
 
 
@@ -78,5 +78,5 @@ def test_after_every_switch_of_every_preset_the_latents_follow_the_flow(pipe: An
     among = torch.einsum("btc,bsc->ts", rest, rest) / (batch * CHANNELS)
     torch.testing.assert_close(among, torch.eye(after.tokens), rtol=0, atol=6.5 * (2.0 / (batch * CHANNELS)) ** 0.5)
     if isinstance(lift, TokenCopy):
-        copied = before.refine(clean, after.refined)[0] if after.mixed else before.to_raster(before.complete(clean))
+        copied = gather_tokens(clean, before.sources(after))
         torch.testing.assert_close(mean, start * copied[:1], rtol=0, atol=1e-5)

@@ -26,7 +26,7 @@ from fastdit import (
     UnsupportedModel,
     accelerate,
 )
-from fastdit.layout import TokenLayout
+from fastdit.layout import CoarseLayout
 from fastdit.models.sd3 import SD3
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
@@ -312,7 +312,7 @@ def test_a_controlnet_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="StableDiffusion3ControlNetPipeline"):
         accelerate(controlled, [SHORT])
     with pytest.raises(InvalidConfig, match="block_controlnet_hidden_states"):
-        layout = TokenLayout(8, 8, coarse=True)
+        layout = CoarseLayout(8, 8)
         arguments = {
             "hidden_states": torch.zeros(1, 4, 8, 8),
             "block_controlnet_hidden_states": [torch.zeros(1, 16, 32)],

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from reference_sd3 import crop_corner, in_fine_frame, position_embedding
 
 import tiny
-from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout
+from fastdit.models.patches import assembled, patches
 from fastdit.models.sd3 import SD3, position_rows
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -62,10 +63,10 @@ def test_a_strip_of_the_whole_frame_in_any_order_equals_the_model_s_own_embeddin
     none = torch.empty(2, 0, dtype=torch.long)
     # All coarse tokens kept, in the coarse frame, or all refined, in the fine one: whole places in a mixed layout.
     if frame == "coarse":
-        layout = TokenLayout(2 * rows, 2 * columns, True, order, none, "coarse")
+        layout = MixedLayout(2 * rows, 2 * columns, order, none, "coarse")
         numbers = order
     else:
-        layout = TokenLayout(2 * rows, 2 * columns, True, none, order, "fine")
+        layout = MixedLayout(2 * rows, 2 * columns, none, order, "fine")
         top = 2 * (order // columns)[..., None] + torch.tensor([0, 0, 1, 1])
         left = 2 * (order % columns)[..., None] + torch.tensor([0, 1, 0, 1])
         numbers = (top * 2 * columns + left).flatten(1)
@@ -87,8 +88,8 @@ def test_places_between_two_tokens_have_the_sine_and_cosine_of_the_place(size: t
     coarse = size[0] * size[1] // 4
     refined = torch.arange(0, coarse, 2)[None]
     kept = torch.arange(1, coarse, 2)[None]
-    layout = TokenLayout(*size, True, kept, refined, frame)
-    half = TokenLayout(*size, True, kept, refined).positions(CPU)[0].tolist()
+    layout = MixedLayout(*size, kept, refined, frame)
+    half = MixedLayout(*size, kept, refined).positions(CPU)[0].tolist()
     places = half if frame == "coarse" else in_fine_frame(half, coarse)
     assert layout.positions(CPU)[0].tolist() == [list(place) for place in places]
     extent = (size[0] // 2, size[1] // 2) if frame == "coarse" else size
@@ -100,8 +101,8 @@ def test_places_between_two_tokens_have_the_sine_and_cosine_of_the_place(size: t
 
 def test_whole_places_are_the_table_s_own_rows_in_half_precision_too() -> None:
     embed = embedding(dtype=torch.bfloat16)
-    layout = TokenLayout(8, 10, True, torch.empty(1, 0, dtype=torch.long), torch.arange(20)[None], "fine")
-    found = TokenLayout(8, 10, coarse=True).complete(torch.arange(20.0)[None, :, None]).shape
+    layout = MixedLayout(8, 10, torch.empty(1, 0, dtype=torch.long), torch.arange(20)[None], "fine")
+    found = CoarseLayout(8, 10).complete(torch.arange(20.0)[None, :, None]).shape
     assert found == (1, 80, 1)
     rows = layout.to_raster(position_rows(embed, layout, CPU))
     assert torch.equal(rows, embed.cropped_pos_embed(16, 20))
@@ -110,15 +111,13 @@ def test_whole_places_are_the_table_s_own_rows_in_half_precision_too() -> None:
 def test_the_user_s_embedding_is_neither_written_to_nor_copied() -> None:
     embed = embedding()
     before = dict(embed.__dict__), dict(embed._buffers)
-    layout = TokenLayout(4, 4, True, torch.tensor([[0, 1, 2]]), torch.tensor([[3]]))
+    layout = MixedLayout(4, 4, torch.tensor([[0, 1, 2]]), torch.tensor([[3]]))
     child = SD3.child_overrides(transformer_with(embed), layout, torch.zeros(1, 4, 2, 14))["pos_embed"]
     assert child.proj is embed.proj
     assert type(child) is PatchEmbed
     assert (dict(embed.__dict__), dict(embed._buffers)) == before
 
 
-@pytest.mark.parametrize(
-    "layout", [TokenLayout(4, 6, coarse=False), TokenLayout(4, 6, coarse=True)], ids=["fine", "coarse"]
-)
+@pytest.mark.parametrize("layout", [FineLayout(4, 6), CoarseLayout(4, 6)], ids=["fine", "coarse"])
 def test_a_stage_that_is_a_picture_of_its_own_size_keeps_the_model_s_own_embedding(layout: TokenLayout) -> None:
     assert SD3.child_overrides(transformer_with(embedding()), layout, torch.zeros(1, 4, 8, 12)) == {}

@@ -21,8 +21,8 @@ from fastdit import (
     VelocityVariance,
     accelerate,
 )
-from fastdit.layout import patches
 from fastdit.models.flux import FLUX
+from fastdit.models.patches import patches
 from fastdit.schedule.selectors.base import Scene, Selector
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -202,14 +202,15 @@ def test_a_carried_history_lets_the_first_step_of_a_stage_be_skipped(forecast: A
 
 def test_a_residual_that_is_the_same_everywhere_is_carried_exactly() -> None:
     """Lifting copies tokens, so what does not depend on the token must come out as if nothing had happened."""
-    from fastdit.layout import TokenLayout
+    from fastdit.layout import CoarseLayout, FineLayout
 
-    coarse = TokenLayout(8, 8, coarse=True)
+    coarse = CoarseLayout(8, 8)
     values = torch.arange(16.0)[None, :, None]
     refined = torch.tensor([[1, 6, 15]])
-    latents, mixed = coarse.refine(values, refined)
+    mixed = coarse.refined_at(refined)
+    latents = torch.cat([values[:, mixed.kept[0]], values[:, refined[0]].repeat_interleave(4, dim=1)], dim=1)
     torch.testing.assert_close(values[:, coarse.sources(mixed)[0]], latents)
-    fine = TokenLayout(8, 8, coarse=False)
+    fine = FineLayout(8, 8)
     expected = mixed.to_raster(mixed.complete(latents))
     torch.testing.assert_close(latents[:, mixed.sources(fine)[0]], expected)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.layout import TokenLayout
 
 if TYPE_CHECKING:
     from fastdit.models.family import Family
@@ -21,17 +21,13 @@ def followed(family: Family, latents: torch.Tensor, layout: TokenLayout, *, nois
     """Bring latents of the full grid, in the pipeline's shape, to a layout."""
     if layout.kind == "fine":
         return latents
-    tokens = family.tokens(latents)
-    if layout.anchors is not None:
-        return family.latents(gather_tokens(tokens, layout.anchors), layout)
-    frames = family.unpack(tokens, layout.rows, layout.columns).float()
-    # The sum of four unit normals over two is a unit normal.
-    pooled = family.halved(frames) * (2.0 if noise else 1.0)
-    coarse = family.pack(pooled.to(latents.dtype))
-    if layout.kept is None or layout.refined is None:
-        return family.latents(coarse, layout)
-    children = gather_tokens(tokens, layout.cells(layout.refined))
-    return family.latents(torch.cat([gather_tokens(coarse, layout.kept), children], dim=1), layout)
+    coarse = tokens = family.tokens(latents)
+    if layout.coarse:
+        frames = family.unpack(tokens, layout.rows, layout.columns).float()
+        # The sum of four unit normals over two is a unit normal.
+        pooled = family.halved(frames) * (2.0 if noise else 1.0)
+        coarse = family.pack(pooled.to(latents.dtype))
+    return family.latents(layout.of_grids(coarse, tokens), layout)
 
 
 class Following:

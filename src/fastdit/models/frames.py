@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.layout import TokenLayout
 from fastdit.models.family import decoded, encoded, refused_arguments
+from fastdit.models.patches import assembled, patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,7 @@ class FrameFamily:
         return patches(latents, self.patch)
 
     def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        scale = 2 if layout.coarse else 1
-        rows, columns = (layout.rows // scale, layout.columns // scale) if layout.uniform else (1, layout.tokens)
-        return assembled(tokens, rows, columns, self.patch)
+        return assembled(tokens, *(layout.grid or (1, layout.tokens)), self.patch)
 
     def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         return assembled(latents, rows, columns, self.patch)

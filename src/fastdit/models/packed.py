@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastdit.layout import TokenLayout, assembled, patches
+from fastdit.layout import TokenLayout
 from fastdit.models.family import (
     PICTURE_ADAPTERS,
     decoded,
@@ -22,6 +22,7 @@ from fastdit.models.family import (
     refused_arguments,
 )
 from fastdit.models.following import followed
+from fastdit.models.patches import assembled, patches
 from fastdit.models.rotary import PerImagePositions, guided
 from fastdit.nested import refilled, tensors_of
 

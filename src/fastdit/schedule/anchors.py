@@ -10,13 +10,15 @@ x0 the anchors' clean estimate interpolated to its place, z the noise that the r
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.nn import functional
 
-from fastdit.layout import TokenLayout, gather_tokens, raster
+from fastdit.layout import FineLayout, TokenLayout, gather_tokens
 from fastdit.models.family import Family
 from fastdit.schedule.base import ScheduleRun
 from fastdit.schedule.selectors.base import Scene, Selector
@@ -28,6 +30,52 @@ from fastdit.step import SchedulePlan
 _PLASTIC = 1.3247179572447460
 
 
+@dataclasses.dataclass(frozen=True)
+class SparseLayout(TokenLayout):
+    """Chosen fine tokens alone, the anchors: their raster indices [1 or B, K], ascending.
+
+    What lies between them is not computed; where a whole grid is asked for, every cell has its nearest anchor's.
+    """
+
+    anchors: torch.Tensor
+
+    kind: ClassVar[str] = "sparse"
+
+    @property
+    def tokens(self) -> int:
+        return self.anchors.shape[1]
+
+    @property
+    def images(self) -> int:
+        return len(self.anchors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchors.device
+
+    def of_images(self, index: torch.Tensor) -> SparseLayout:
+        return dataclasses.replace(self, anchors=self.anchors[index.to(self.device) % self.images])
+
+    def first_cells(self, device: torch.device) -> torch.Tensor:
+        return self.anchors.to(device)
+
+    def of_grids(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        return gather_tokens(fine, self.anchors)
+
+    def complete(self, latents: torch.Tensor) -> torch.Tensor:
+        return gather_tokens(latents, self.nearest)
+
+    @cached_property
+    def nearest(self) -> torch.Tensor:
+        """Say for each cell of the fine grid which anchor is nearest, the earlier of two, [1 or B, rows * columns]."""
+        row, column = (self.anchors // self.columns)[:, None], (self.anchors % self.columns)[:, None]
+        number = torch.arange(self.tokens, device=self.device)
+        across = (torch.arange(self.columns, device=self.device)[:, None] - column) ** 2
+        # A row of cells at a time, so that memory stays far below that of attention. Ties go to the smaller number.
+        ranked = (((across + (row - own) ** 2) * self.tokens + number).amin(dim=2) for own in range(self.rows))
+        return torch.cat(list(ranked), dim=1) % self.tokens
+
+
 class AnchorRun(ScheduleRun):
     """One run: the anchors that it stands on, and the noise that it began with.
 
@@ -37,8 +85,8 @@ class AnchorRun(ScheduleRun):
 
     def __init__(self, plan: SchedulePlan, family: Family, pipeline: Any, selector: Selector) -> None:
         self._plan, self._family, self._pipeline, self._selector = plan, family, pipeline, selector
-        self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
-        self._layout = self._fine
+        self._fine = FineLayout(plan.rows, plan.columns)
+        self._layout: TokenLayout = self._fine
         self._field: torch.Tensor | None = None
         self._begun: TokenLayout | None = None
 
@@ -62,6 +110,7 @@ class AnchorRun(ScheduleRun):
     def transition(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         assert self._field is not None
         before, sigmas = self._layout, self._plan.stages[stage + 1].sigmas
+        assert isinstance(before, SparseLayout)
         tokens, clean = self._family.tokens(latents), interpolated(before, self._family.tokens(denoised))
         sigma = cast(tuple[float, ...], sigmas)[0]
         begun = (1.0 - sigma) * clean + sigma * self._field.float()
@@ -75,24 +124,22 @@ class AnchorRun(ScheduleRun):
     def _first(self, device: torch.device) -> TokenLayout:
         rows, columns = self._plan.rows, self._plan.columns
         anchors = evenly_spread(rows, columns, cast(int, self._plan.stages[0].tokens)).to(device)
-        return TokenLayout(rows, columns, coarse=False, anchors=anchors)
+        return SparseLayout(rows, columns, anchors)
 
     def _grown(self, before: TokenLayout, stage: int, clean: torch.Tensor) -> TokenLayout:
         """Give the layout of a stage, whose anchors are those of an earlier one and more of every image's own."""
         following = self._plan.stages[stage]
         if following.layout == "fine":
             return self._fine
-        assert before.anchors is not None
+        assert isinstance(before, SparseLayout)
         scene = Scene(self._family, self._pipeline, before.rows, before.columns, clean)
         scores = self._selector.scores(scene).to(clean.device)
         scores = scores.scatter(1, before.anchors.expand(len(scores), -1), math.inf)
-        return TokenLayout(before.rows, before.columns, False, anchors=top_tokens(scores, cast(int, following.tokens)))
+        return SparseLayout(before.rows, before.columns, top_tokens(scores, cast(int, following.tokens)))
 
     def _at_anchors(self, tokens: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """Give what of a whole grid's tokens the present layout has, in the pipeline's shape."""
-        anchors = self._layout.anchors
-        own = tokens if anchors is None else gather_tokens(tokens, anchors)
-        return self._family.latents(own, self._layout), self._layout
+        return self._family.latents(self._layout.of_grids(tokens, tokens), self._layout), self._layout
 
 
 def evenly_spread(rows: int, columns: int, count: int) -> torch.Tensor:
@@ -101,9 +148,8 @@ def evenly_spread(rows: int, columns: int, count: int) -> torch.Tensor:
     The cell (r, c) has the number r / p + c / p^2 modulo 1, p the plastic ratio, and those with the lowest are chosen.
     So what is chosen of more cells holds what is chosen of fewer.
     """
-    places = raster(rows, columns, torch.device("cpu")).double()
-    numbers = (places[:, 0] / _PLASTIC + places[:, 1] / _PLASTIC**2) % 1.0
-    return top_tokens(-numbers[None], count)
+    places = FineLayout(rows, columns).positions(torch.device("cpu")).double()
+    return top_tokens(-((places[..., 0] / _PLASTIC + places[..., 1] / _PLASTIC**2) % 1.0), count)
 
 
 def interpolated(layout: TokenLayout, tokens: torch.Tensor) -> torch.Tensor:
@@ -112,7 +158,7 @@ def interpolated(layout: TokenLayout, tokens: torch.Tensor) -> torch.Tensor:
     Every cell has its nearest anchor's token, blurred by a Gaussian half as wide as anchors lie apart, sqrt(N / K)
     cells in the mean; the anchors have their own.
     """
-    if layout.anchors is None:
+    if not isinstance(layout, SparseLayout):
         return tokens.float()
     wide = 0.5 * math.sqrt(layout.rows * layout.columns / layout.tokens)
     reach = math.ceil(2.0 * wide)
@@ -125,8 +171,7 @@ def interpolated(layout: TokenLayout, tokens: torch.Tensor) -> torch.Tensor:
     return with_anchors(layout, blurred.view(len(cells), -1, cells.shape[1]).transpose(1, 2), tokens.float())
 
 
-def with_anchors(layout: TokenLayout, grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def with_anchors(layout: SparseLayout, grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Put the tokens [B, K, C] of a sparse layout in their cells of a grid [B, rows * columns, C]."""
-    assert layout.anchors is not None
     anchors = layout.anchors.repeat(len(tokens) // len(layout.anchors), 1)
     return grid.scatter(1, anchors[..., None].expand_as(tokens), tokens)

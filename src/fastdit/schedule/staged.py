@@ -11,7 +11,7 @@ import torch
 from fastdit.blocks.attention import SeenAttention
 from fastdit.config import is_number
 from fastdit.errors import InvalidConfig
-from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout
 from fastdit.models.family import Family
 from fastdit.models.roles import text_comes_first
 from fastdit.schedule import matching
@@ -62,9 +62,9 @@ class StagedRun(ScheduleRun):
         self._generator = generator
         self._exact = exact
         self._rows, self._columns = plan.rows, plan.columns
-        self._coarse = TokenLayout(plan.rows, plan.columns, coarse=True, frame="coarse" if self._by_query else frame)
-        self._fine = TokenLayout(plan.rows, plan.columns, coarse=False)
-        self._layout = self._fine
+        self._coarse = CoarseLayout(plan.rows, plan.columns, "coarse" if self._by_query else frame)
+        self._fine = FineLayout(plan.rows, plan.columns)
+        self._layout: TokenLayout = self._fine
         self._field: torch.Tensor | None = None
         self._begun: torch.Tensor | None = None
 
@@ -96,9 +96,8 @@ class StagedRun(ScheduleRun):
         if self._plan.stages[stage].layout == "mixed":
             if self._begun is None:
                 self._begun = self._select(self._family.pack(own).to(latents.dtype))
-            mixed, self._layout = self._layout.refine(coarse, self._begun)
-            children = gather_tokens(tokens, self._layout.cells(self._begun.sort(dim=1).values))
-            coarse = torch.cat([mixed[:, : mixed.shape[1] - children.shape[1]], children], dim=1)
+            self._layout = self._coarse.refined_at(self._begun)
+            coarse = self._layout.of_grids(coarse, tokens)
         return self._family.latents(coarse, self._layout), self._layout
 
     def forced(self, stage: int, stage_step: int) -> str | None:
@@ -110,12 +109,12 @@ class StagedRun(ScheduleRun):
             appended, first = self._family.appended(arguments, layout), text_comes_first(transformer)
             self._exchanges.append(SeenExchange(layout.tokens, appended, text_first=bool(first)))
             return self._exchanges[-1]
-        if not self._by_query or layout.kept is None or layout.refined is None or not layout.refined.shape[1]:
+        fine = layout.tokens - layout.spread
+        if not self._by_query or not isinstance(layout, MixedLayout) or not fine:
             return None
         if self._turn is None:
-            self._turn = self._family.turn(transformer, layout, layout.kept.device)
-        kept, fine = layout.kept.shape[1], 4 * layout.refined.shape[1]
-        return SeenAttention(QueryFrame(kept, fine, self._family.appended(arguments, layout), self._turn))
+            self._turn = self._family.turn(transformer, layout, layout.device)
+        return SeenAttention(QueryFrame(layout.spread, fine, self._family.appended(arguments, layout), self._turn))
 
     def _shows_attention(self, stage: int, stage_step: int) -> bool:
         """Whether a step is the last coarse one, with a selector that looks at its attention."""
@@ -131,9 +130,9 @@ class StagedRun(ScheduleRun):
         assert self._field is not None
         before, following = self._layout, self._plan.stages[stage + 1]
         tokens, clean = self._family.tokens(latents), self._family.tokens(denoised)
-        after = {"coarse": self._coarse, "fine": self._fine}.get(following.layout)
-        if after is None:
-            after = before.refined_at(self._select(clean))
+        after: TokenLayout = self._fine if following.layout == "fine" else self._coarse
+        if following.layout == "mixed":
+            after = self._coarse.refined_at(self._select(clean))
         switch = Switch(
             self._family,
             self._pipeline,

@@ -159,9 +159,8 @@ class TokenPass:
         if not self._cache.wants_grid:
             return None
         layout = self._layout
-        if layout is not None and layout.uniform and layout.tokens == tokens:
-            scale = 2 if layout.coarse else 1
-            return layout.rows // scale, layout.columns // scale
+        if layout is not None and layout.grid is not None and layout.tokens == tokens:
+            return layout.grid
         side = math.isqrt(tokens)
         if layout is None and side * side == tokens:
             return side, side

@@ -20,7 +20,7 @@ from fastdit.blocks.observation import (
 )
 from fastdit.engine.workshop import EnginePass, Workshop
 from fastdit.errors import IncompatibleStack, NoActiveRun, UnsupportedModel
-from fastdit.layout import TokenLayout
+from fastdit.layout import FineLayout
 from fastdit.meter import FlopMeter
 from fastdit.models.family import Family
 from fastdit.nested import ArgumentNames, tensors_of
@@ -249,7 +249,7 @@ class Denoiser:
         layout = run.layout or run.grid
         patch = getattr(getattr(self.module, "config", None), "patch_size", None)
         if layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
-            layout = TokenLayout(latents.shape[2] // patch, latents.shape[3] // patch, coarse=False)
+            layout = FineLayout(latents.shape[2] // patch, latents.shape[3] // patch)
         passed = TokenPass(self._token_cache, run)
         carry = self._token_cache.stage_change == "carry"
         passed.begin(context, run.state((self.name, context.branch, "tokens"), TokenState, carry=carry), layout)

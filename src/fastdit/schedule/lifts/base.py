@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from fastdit.errors import InvalidConfig
-from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.layout import FineLayout, MixedLayout, TokenLayout
 from fastdit.models.family import Family
 from fastdit.schedule.lifts import hadamard
 
@@ -104,7 +104,7 @@ class CleanLift(Lift):
         else:
             frames = self.lowered(switch, switch.family.unpack(denoised, rows, columns))
             coarse, fine = switch.family.pack(frames.float()), denoised
-        clean = on_layout(after, coarse, fine)
+        clean = after.of_grids(coarse, fine)
         field = self._noise_of(switch)
         return switch.start * clean + (1.0 - switch.start) * field
 
@@ -115,10 +115,10 @@ class CleanLift(Lift):
             return switch.draw((len(switch.latents), tokens, switch.latents.shape[2]), switch.latents.device)
         family, fine = switch.family, switch.field.float()
         coarse = pooled(family, fine, after.rows, after.columns)
-        if self.noise == "hadamard" and (after.mixed or not after.coarse):
+        if self.noise == "hadamard" and isinstance(after, FineLayout | MixedLayout):
             parents = family.unpack(coarse, after.rows // 2, after.columns // 2)
             fine = family.pack(hadamard.children(parents, switch.draw))
-        return on_layout(after, coarse, fine)
+        return after.of_grids(coarse, fine)
 
 
 def pooled(family: Family, noise: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -131,9 +131,9 @@ def coarse_tokens(family: Family, layout: TokenLayout, clean: torch.Tensor) -> t
 
     A refined token is the average of its children: no exact latent, and only its neighbours' seams see it.
     """
-    if layout.kept is None or layout.refined is None:
+    if not isinstance(layout, MixedLayout):
         return clean
-    count = layout.kept.shape[1]
+    count = layout.spread
     whole = clean.new_zeros(len(clean), layout.rows * layout.columns, clean.shape[2])
     cells = layout.cells(layout.refined)[..., None].expand(-1, -1, clean.shape[2])
     frames = family.unpack(whole.scatter(1, cells, clean[:, count:]), layout.rows, layout.columns)
@@ -143,14 +143,7 @@ def coarse_tokens(family: Family, layout: TokenLayout, clean: torch.Tensor) -> t
 
 def with_refined(layout: TokenLayout, clean: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
     """Put what a mixed layout has refined already in its cells of the fine grid, where nothing need be lifted."""
-    if layout.kept is None or layout.refined is None:
+    if not isinstance(layout, MixedLayout):
         return fine
     cells = layout.cells(layout.refined)[..., None].expand(-1, -1, fine.shape[2])
-    return fine.scatter(1, cells, clean[:, layout.kept.shape[1] :])
-
-
-def on_layout(layout: TokenLayout, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-    """Pick a layout's tokens out of both grids' own, each in raster order."""
-    if layout.kept is None or layout.refined is None:
-        return coarse if layout.coarse else fine
-    return torch.cat([gather_tokens(coarse, layout.kept), gather_tokens(fine, layout.cells(layout.refined))], dim=1)
+    return fine.scatter(1, cells, clean[:, layout.spread :])

@@ -13,6 +13,7 @@ import torch
 
 from fastdit.config import register
 from fastdit.errors import InvalidConfig
+from fastdit.layout import MixedLayout, gather_tokens
 from fastdit.schedule import matching
 from fastdit.schedule.lifts import renoise
 from fastdit.schedule.lifts.base import Lift, Switch
@@ -34,13 +35,13 @@ class TokenCopy(Lift):
     def __call__(self, switch: Switch) -> torch.Tensor:
         restart = matching.restart_factor(switch.end, switch.start)
         before, after = switch.before, switch.after
-        if after.mixed:
-            assert after.refined is not None
-            copied, _ = before.refine(switch.latents, after.refined)
-            groups = slice(copied.shape[1] - 4 * after.refined.shape[1], None)
+        refines = isinstance(after, MixedLayout)
+        if refines:
+            copied = gather_tokens(switch.latents, before.sources(after))
+            groups = slice(after.spread, None)
         else:
             copied = before.complete(switch.latents)
-            groups = slice(0, None if before.kept is None else 4 * before.kept.shape[1])
+            groups = slice(0, 4 * before.spread)
         noise = switch.draw(copied.shape, copied.device)
         tokens = renoise.renoise(copied.float(), noise, groups, switch.end, restart, exact=switch.exact)
-        return tokens if after.mixed else before.to_raster(tokens)
+        return tokens if refines else before.to_raster(tokens)

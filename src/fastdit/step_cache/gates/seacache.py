@@ -82,8 +82,7 @@ def frame(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     tokens = tokens[:, : layout.tokens]
     if not layout.uniform:
         tokens = layout.to_raster(layout.complete(tokens))
-    scale = 2 if layout.coarse and layout.uniform else 1
-    return tokens.reshape(len(tokens), layout.rows // scale, layout.columns // scale, -1)
+    return tokens.reshape(len(tokens), *(layout.grid or (layout.rows, layout.columns)), -1)
 
 
 def filtered(frames: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
