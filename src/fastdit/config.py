@@ -1,11 +1,23 @@
-"""Configurations as data: a registry of types that JSON may name, and checks of fields."""
+"""Configurations as data: a registry of types that JSON may name, and fields whose annotation is their check.
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Mine(Config):
+    threshold: AtLeastZero = 0.25
+    mode: Literal["fast", "exact"] = "fast"
+    rounds: Annotated[int, Range(at_least=1, at_most=8)] | None = None
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import sys
+from collections.abc import Iterator, Sized
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from fastdit.errors import InvalidConfig
 
@@ -48,7 +60,9 @@ def encode(value: Any) -> Any:
         name = type(value).__name__
         if name not in _REGISTRY:
             raise InvalidConfig(f"{name} is not a registered configuration; decorate its class with @register")
-        return {"type": name, **{f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        # A field that no caller gives is derived from the others.
+        given = [field.name for field in dataclasses.fields(value) if field.init]
+        return {"type": name, **{field: encode(getattr(value, field)) for field in given}}
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in value]
     return value
@@ -70,7 +84,7 @@ def decode(data: Any, where: str = "stack") -> Any:
             f"{where}: unknown type {name!r}; the allowed types are {known}, and those of adapters once installed"
         )
     cls = _REGISTRY[name]
-    allowed = {f.name for f in dataclasses.fields(cls)}
+    allowed = {field.name for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(fields) - allowed):
         raise InvalidConfig(f"{where}: {name} has no field {', '.join(unknown)}; its fields are {sorted(allowed)}")
     arguments = {key: decode(value, f"{where}.{key}") for key, value in fields.items()}
@@ -78,6 +92,121 @@ def decode(data: Any, where: str = "stack") -> Any:
         return cls(**arguments)
     except TypeError as error:
         raise InvalidConfig(f"{where}: {name} can't be built from {sorted(arguments)}: {error}") from error
+
+
+#: An annotation; Python has no type for all of them.
+_Annotation: TypeAlias = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, or of a sequence's length, for `Annotated`; `above` and `below` are themselves outside.
+
+    >>> str(Range(above=0, at_most=1))
+    '> 0 and <= 1'
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float | Sized) -> bool:
+        """Whether a number or the length of a sequence is within."""
+        number = len(value) if isinstance(value, Sized) else value
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = ((">=", self.at_least), (">", self.above), ("<=", self.at_most), ("<", self.below))
+        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+
+
+Whole = Annotated[int, Range(at_least=0)]
+Count = Annotated[int, Range(at_least=1)]
+AtLeastZero = Annotated[float, Range(at_least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+
+
+class Config:
+    """Base of frozen dataclasses whose fields are checked against their annotations when an object is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(value: Any) -> None:
+    """Raise `InvalidConfig` for the first field of a dataclass that is not as annotated; a list becomes a tuple.
+
+    The annotations of the bases hold as well, so a class that annotates a field anew can narrow it and no more.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Mine(Config):
+    ...     share: Share = 0.5
+    >>> Mine(1.5)
+    Traceback (most recent call last):
+    fastdit.errors.InvalidConfig: Mine's share is a finite number >= 0 and <= 1, got 1.5
+    """
+    for name, annotation in _annotations(type(value)):
+        given = getattr(value, name)
+        if isinstance(given, list):
+            given = tuple(given)
+            object.__setattr__(value, name, given)
+        if not _fits(given, annotation):
+            raise InvalidConfig(f"{type(value).__name__}'s {name} is {_described(annotation)}, got {given!r}")
+
+
+def _annotations(cls: type[Any]) -> Iterator[tuple[str, _Annotation]]:
+    """Give the fields of a dataclass with each of their annotations, read where they were written."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for owner in cls.__mro__:
+        for name, annotation in inspect.get_annotations(owner).items():
+            if name in fields and isinstance(annotation, str):
+                annotation = eval(annotation, vars(sys.modules[owner.__module__]))
+            if name in fields:
+                yield name, annotation
+
+
+def _fits(value: Any, annotation: _Annotation) -> bool:
+    """Whether a value is of an annotated type."""
+    origin: _Annotation = get_origin(annotation)
+    arguments = get_args(annotation)
+    if origin is Annotated:
+        ranges = [range for range in arguments[1:] if isinstance(range, Range)]
+        return _fits(value, arguments[0]) and all(range.holds(value) for range in ranges)
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple and isinstance(value, tuple):
+        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(each) and all(map(_fits, value, each))
+    if annotation in (int, float):
+        return is_number(value) and isinstance(value, int if annotation is int else (int, float))
+    return annotation is Any or isinstance(value, origin or annotation)
+
+
+def _described(annotation: _Annotation) -> str:
+    """Say in words what an annotation allows."""
+    origin: _Annotation = get_origin(annotation)
+    arguments = get_args(annotation)
+    if origin is Annotated:
+        ranges = " and ".join(str(range) for range in arguments[1:] if isinstance(range, Range))
+        length = " of length" if get_origin(arguments[0]) is tuple else ""
+        return _described(arguments[0]) + (f"{length} {ranges}" if ranges else "")
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple:
+        return f"a sequence ({', '.join('...' if each is ... else _described(each) for each in arguments)})"
+    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a text", NoneType: "None"}
+    return words.get(annotation) or f"a {getattr(origin or annotation, '__name__', annotation)}"
 
 
 def is_number(value: Any) -> bool:
