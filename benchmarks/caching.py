@@ -19,9 +19,9 @@ from fastdit.step_cache.forecasters.foca import FoCa
 from fastdit.step_cache.forecasters.taylor import Taylor
 from fastdit.step_cache.gates.easycache import EasyCache
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.interval import Interval
 from fastdit.step_cache.gates.magcache import MagCache
 from fastdit.step_cache.gates.seacache import SeaCache
-from fastdit.step_cache.gates.step_mask import Interval
 from fastdit.step_cache.gates.teacache import TeaCache
 from fastdit.step_cache.policy import SkipPolicy
 from fastdit.token_cache.clusca import ClusCa

@@ -29,9 +29,10 @@ from fastdit.step_cache.forecasters.reuse import Reuse
 from fastdit.step_cache.forecasters.taylor import PublishedTaylor, Taylor
 from fastdit.step_cache.gates.easycache import EasyCache
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.interval import Interval
 from fastdit.step_cache.gates.magcache import MagCache
 from fastdit.step_cache.gates.seacache import SeaCache
-from fastdit.step_cache.gates.step_mask import Interval, StepMask
+from fastdit.step_cache.gates.step_mask import StepMask
 from fastdit.step_cache.gates.teacache import TeaCache
 from fastdit.testing.contract import counted_calls, generate, tiny_flux
 from fastdit.token_cache.clusca import ClusCa

@@ -40,8 +40,8 @@ from fastdit.record import Clock
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
 from fastdit.step_cache.coefficients import Coefficients
-from fastdit.step_cache.compositions import TaylorSeer
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.taylorseer import TaylorSeer
 from fastdit.step_cache.gates.teacache import TeaCache
 from fastdit.token_cache.toca import ToCa
 from published import MODELS, Published

@@ -46,17 +46,20 @@ if TYPE_CHECKING:
     from fastdit.schedule.selectors.velocity_variance import VelocityVariance
     from fastdit.stack import Stack
     from fastdit.step_cache.coefficients import Coefficients
-    from fastdit.step_cache.compositions import FORA, DBCache, TaylorSeer
     from fastdit.step_cache.curves import MagnitudeCurve
     from fastdit.step_cache.forecasters.dmd import DMD
     from fastdit.step_cache.forecasters.foca import FoCa
     from fastdit.step_cache.forecasters.reuse import Reuse
     from fastdit.step_cache.forecasters.taylor import PublishedTaylor, Taylor
+    from fastdit.step_cache.gates.dbcache import DBCache
     from fastdit.step_cache.gates.easycache import EasyCache
     from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+    from fastdit.step_cache.gates.fora import FORA
+    from fastdit.step_cache.gates.interval import Interval
     from fastdit.step_cache.gates.magcache import MagCache
     from fastdit.step_cache.gates.seacache import SeaCache
-    from fastdit.step_cache.gates.step_mask import Interval, StepMask
+    from fastdit.step_cache.gates.step_mask import StepMask
+    from fastdit.step_cache.gates.taylorseer import TaylorSeer
     from fastdit.step_cache.gates.teacache import TeaCache
     from fastdit.step_cache.policy import SkipPolicy
     from fastdit.token_cache.clusca import ClusCa
@@ -88,11 +91,11 @@ _HOMES = {
     "MagCache": "step_cache.gates.magcache",
     "MagnitudeCurve": "step_cache.curves",
     "SeaCache": "step_cache.gates.seacache",
-    "Interval": "step_cache.gates.step_mask",
+    "Interval": "step_cache.gates.interval",
     "StepMask": "step_cache.gates.step_mask",
-    "TaylorSeer": "step_cache.compositions",
-    "DBCache": "step_cache.compositions",
-    "FORA": "step_cache.compositions",
+    "TaylorSeer": "step_cache.gates.taylorseer",
+    "DBCache": "step_cache.gates.dbcache",
+    "FORA": "step_cache.gates.fora",
     "SkipPolicy": "step_cache.policy",
     "ToCa": "token_cache.toca",
     "DuCa": "token_cache.duca",

@@ -14,7 +14,7 @@ from fastdit.config import _REGISTRY
 MODULE = """
 import dataclasses
 from fastdit.accelerator import Level, register
-from fastdit.step_cache.gates.step_mask import Interval
+from fastdit.step_cache.gates.interval import Interval
 
 @register
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fastdit import (
     TeaCache,
     accelerate,
 )
-from fastdit.step_cache import coefficients, published
+from fastdit.step_cache import published
 
 PUBLISHED = (4.98651651e2, -2.83781631e2, 5.58554382e1, -3.82021401, 2.64230861e-1)
 """FLUX.1-dev, by the authors of TeaCache."""
@@ -112,7 +112,7 @@ ENTRIES = published.entries("coefficients.json")
 def test_every_published_set_is_a_polynomial_with_a_publisher() -> None:
     assert len(ENTRIES) == 43
     for name in ENTRIES:
-        found = coefficients.named(name)
+        found = Coefficients.named(name)
         assert len(found.values) in (5, 6)
         assert len(found.provenance) > 20
 
@@ -137,8 +137,8 @@ def test_a_model_has_at_most_one_default_set() -> None:
     ],
 )
 def test_a_model_s_default_is_of_the_signal_that_it_was_fitted_on(model: str, name: str, signal: str) -> None:
-    found = coefficients.for_model(named(tiny.flux_transformer(), model))
-    assert found == coefficients.named(name)
+    found = Coefficients.for_model(named(tiny.flux_transformer(), model))
+    assert found == Coefficients.named(name)
     assert found.signal == signal
 
 
@@ -160,18 +160,18 @@ def test_a_model_s_default_is_of_the_signal_that_it_was_fitted_on(model: str, na
 )
 def test_a_set_that_was_fitted_elsewhere_or_on_what_no_block_receives_is_nobody_s_default(model: str) -> None:
     with pytest.raises(InvalidConfig, match="calibrate_teacache"):
-        coefficients.for_model(named(tiny.flux_transformer(), model))
+        Coefficients.for_model(named(tiny.flux_transformer(), model))
 
 
 @pytest.mark.parametrize(
     "values", [(-450.0, 280.0, -45.0, 3.2, -0.02), (100.0, -1168.9676, 407.797856, -43.215575, 1.55959631, 0.102673255)]
 )
 def test_placeholders_are_not_published(values: tuple[float, ...]) -> None:
-    assert values not in {coefficients.named(name).values for name in ENTRIES}
+    assert values not in {Coefficients.named(name).values for name in ENTRIES}
 
 
 def test_no_two_sets_are_the_same_numbers() -> None:
-    assert len({coefficients.named(name).values for name in ENTRIES}) == len(ENTRIES)
+    assert len({Coefficients.named(name).values for name in ENTRIES}) == len(ENTRIES)
 
 
 def test_a_file_from_before_there_were_signals_is_of_the_modulated_input(tmp_path: Path) -> None:

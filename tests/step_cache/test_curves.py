@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from fastdit import InvalidConfig
 from fastdit.config import decode, encode
-from fastdit.step_cache import curves, published
+from fastdit.step_cache import published
 from fastdit.step_cache.curves import MagnitudeCurve
 
 ENTRIES = published.entries("magnitudes.json")
@@ -48,7 +48,7 @@ def test_resampling_is_numpy_s_nearest_neighbour(ratios: tuple[float, ...], step
 def test_the_published_flux_curve_is_resampled_as_diffusers_resamples_it(steps: int) -> None:
     mag_cache = pytest.importorskip("diffusers.hooks.mag_cache")
     expected = mag_cache.nearest_interp(torch.as_tensor(mag_cache.FLUX_MAG_RATIOS), steps)
-    found = torch.tensor(resampled(curves.named("flux-dev"), steps))
+    found = torch.tensor(resampled(MagnitudeCurve.named("flux-dev"), steps))
     assert torch.equal(found, expected.to(found.dtype))
 
 
@@ -93,7 +93,7 @@ STEPS = {
 def test_the_published_curves_have_an_entry_a_step_and_begin_with_one() -> None:
     assert list(ENTRIES) == list(STEPS)
     for name, steps in STEPS.items():
-        curve = curves.named(name)
+        curve = MagnitudeCurve.named(name)
         branches = [curve.ratios] + ([] if curve.unconditional is None else [curve.unconditional])
         assert len(branches) == (2 if name.startswith(("qwen", "wan")) else 1)
         for ratios in branches:
@@ -113,7 +113,7 @@ def test_the_published_curves_have_an_entry_a_step_and_begin_with_one() -> None:
     ],
 )
 def test_interleaved_curves_are_parted_by_branch(name: str, conditional: Any, unconditional: Any) -> None:
-    curve = curves.named(name)
+    curve = MagnitudeCurve.named(name)
     assert (*curve.ratios[:2], curve.ratios[-1]) == conditional
     if unconditional is None:
         assert curve.unconditional is None
@@ -139,7 +139,7 @@ def transformer(name: str | None) -> Any:
     ],
 )
 def test_a_model_s_curve_is_found_by_the_name_it_was_loaded_under(model: str, name: str) -> None:
-    assert curves.for_model(transformer(model)) == curves.named(name)
+    assert MagnitudeCurve.for_model(transformer(model)) == MagnitudeCurve.named(name)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_model_s_curve_is_found_by_the_name_it_was_loaded_under(model: str, na
 )
 def test_another_model_s_curve_is_never_used_unasked_and_the_error_says_what_to_do(model: str | None) -> None:
     with pytest.raises(InvalidConfig, match=r"FluxTransformer2DModel.*calibrate_magcache.*flux-dev"):
-        curves.for_model(transformer(model))
+        MagnitudeCurve.for_model(transformer(model))
 
 
 def test_a_model_has_at_most_one_default_curve() -> None:
@@ -157,7 +157,7 @@ def test_a_model_has_at_most_one_default_curve() -> None:
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(InvalidConfig, match="qwen-image-edit"):
-        curves.named("sd3")
+        MagnitudeCurve.named("sd3")
 
 
 @pytest.mark.parametrize("unconditional", [None, (1.0, 0.8)])
@@ -193,5 +193,5 @@ def test_a_file_without_a_curve_is_refused(text: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_numbers_that_make_no_curve_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidConfig, match="magnitude curve"):
+    with pytest.raises(InvalidConfig, match=r"MagnitudeCurve|magnitude curve"):
         MagnitudeCurve(**arguments)

@@ -211,9 +211,7 @@ def magcache_schedule(ratios: tuple[float, ...], threshold: float, most: int, re
 def test_magcache_gives_the_published_schedule_on_its_published_curve(
     threshold: float, most: int, retention: float
 ) -> None:
-    from fastdit.step_cache.curves import named
-
-    curve = named("flux-dev")
+    curve = MagnitudeCurve.named("flux-dev")
     steps = len(curve.ratios)
     pipe, call = tiny.flux(steps=steps)
     policy = SkipPolicy(first=1, last=0, max_consecutive=most, window=(retention, 1.0))

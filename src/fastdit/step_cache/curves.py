@@ -1,4 +1,4 @@
-"""MagCache's magnitude curves: how much the block stack's residual grows from one step to the next (2506.09045).
+"""MagnitudeCurve: how much the block stack's residual grows from one step to the next, for MagCache (2506.09045).
 
 The authors publish each curve from the second step on and put 1.0 in front of it, for the first step, which has
 none before it. Here the curves are whole: the first entry is that 1.0, and there are as many entries as steps.
@@ -7,38 +7,42 @@ none before it. Here the curves are whole: the first entry is that 1.0, and ther
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, TypeAlias
 
-from fastdit.config import is_count, is_number, register
+from fastdit.config import Positive, Range, is_count, register
 from fastdit.errors import InvalidConfig
-from fastdit.step_cache import published
+from fastdit.step_cache.published import Measured
 
-_TABLE = "magnitudes.json"
+_Ratios: TypeAlias = Annotated[tuple[Positive, ...], Range(at_least=1)]
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MagnitudeCurve:
+class MagnitudeCurve(Measured):
     """The ratio of each step's mean residual norm to the last step's, over a whole run.
 
-    `unconditional` is the second guidance branch's curve; None where all branches share `ratios`.
+    Args:
+        ratios: one number above 0 a step, the first of them 1.
+        unconditional: the second guidance branch's, as many; None where all branches share `ratios`.
+        provenance: who measured them, on which model and on what.
+
+    Raises:
+        InvalidConfig: for other values.
+
+    >>> MagnitudeCurve((1.0, 1.2, 0.8)).at(step=3, total_steps=5)
+    0.8
     """
 
-    ratios: tuple[float, ...]
-    unconditional: tuple[float, ...] | None = None
+    ratios: _Ratios
+    unconditional: _Ratios | None = None
     provenance: str = "given by the user"
 
+    table: ClassVar = "magnitudes.json"
+    what: ClassVar = "magnitude curves"
+    measured_by: ClassVar = "calibrate_magcache"
+
     def __post_init__(self) -> None:
-        for name in ("ratios", "unconditional"):
-            values = getattr(self, name)
-            if values is None and name == "unconditional":
-                continue
-            if not isinstance(values, (tuple, list)) or not values:
-                raise InvalidConfig(f"a magnitude curve's {name} are one ratio a step, at least one, got {values!r}")
-            if not all(is_number(value) and value > 0.0 for value in values):
-                raise InvalidConfig(f"a magnitude curve's {name} are finite numbers above 0, got {values!r}")
-            object.__setattr__(self, name, tuple(float(value) for value in values))
+        super().__post_init__()
         if self.unconditional is not None and len(self.unconditional) != len(self.ratios):
             raise InvalidConfig(
                 f"both branches of a magnitude curve have one ratio a step, got {len(self.ratios)} and "
@@ -64,35 +68,3 @@ class MagnitudeCurve:
         if total_steps == 1:
             return curve[-1]
         return curve[round(step * ((len(curve) - 1) / (total_steps - 1)))]
-
-    def save(self, path: str | Path) -> None:
-        """Write the curve with its provenance as JSON."""
-        published.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> MagnitudeCurve:
-        """Read what `save` wrote. Raises `InvalidConfig` for anything else."""
-        return cls(**published.load(cls, path, "a magnitude curve", {}))
-
-
-def named(name: str) -> MagnitudeCurve:
-    """Get a published curve by its name. Raises `InvalidConfig` for an unknown one."""
-    entry = published.entry(_TABLE, name, "magnitude curves")
-    return MagnitudeCurve(entry["ratios"], entry["unconditional"], entry["provenance"])
-
-
-def for_model(transformer: Any) -> MagnitudeCurve:
-    """Find the curve that was measured on this very model, by the name it was loaded under.
-
-    Raises `InvalidConfig` where there is none: another model's curve is never used unasked.
-    """
-    source = published.source_of(transformer)
-    name = published.name_for(_TABLE, source)
-    if name is not None:
-        return named(name)
-    raise InvalidConfig(
-        f"there is no magnitude curve for {type(transformer).__name__} loaded as {source or 'an unnamed model'}; "
-        "measure one with fastdit.measure.calibration.calibrate_magcache(pipe, prompts), which gives a MagnitudeCurve, "
-        "or take a published one with fastdit.step_cache.curves.named(...) "
-        f"({', '.join(published.entries(_TABLE))}) if this model is a fine-tune of that one"
-    )

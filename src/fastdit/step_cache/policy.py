@@ -5,43 +5,44 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fastdit.config import is_count, is_number, register
+from fastdit.config import Config, Count, Share, Whole, register
 from fastdit.errors import InvalidConfig
 from fastdit.step import StepContext
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class SkipPolicy:
+class SkipPolicy(Config):
     """Which steps are computed whatever the gate says.
 
-    The first `first` and last `last` steps of a run, steps outside `window` (two shares of the run, 0 to 1), any step
-    after `max_consecutive` skipped ones in a row, and all steps once `max_skipped` were skipped in the stage. The first
-    step of a stage is always computed where there is no history to skip on. Raises `InvalidConfig` for other values.
-
     Steps count the run's forwards of one branch: a scheduler of second order makes two for each of its steps. Where two
-    denoisers share a run, `first` is at the start of the first one's share and `last` at the end of the second one's; a
-    denoiser's own first step is computed for want of a history.
+    transformers share a run, `first` is at the start of the first one's share and `last` at the end of the second
+    one's. A step without a history to skip on, such as the first one of a stage, is computed in any case.
+
+    Args:
+        first: how many steps at the start of a run are computed, from 0.
+        last: how many steps at its end are computed, from 0.
+        max_consecutive: how many steps in a row may be skipped, from 1, or None for any number.
+        max_skipped: how many steps of a stage may be skipped, from 1, or None for any number.
+        window: the part of the run outside of which all steps are computed, as a rising pair of shares from 0 to 1.
+
+    Raises:
+        InvalidConfig: for other values.
+
+    >>> SkipPolicy(first=2, last=1).skippable(10)
+    7
     """
 
-    first: int = 1
-    last: int = 1
-    max_consecutive: int | None = None
-    max_skipped: int | None = None
-    window: tuple[float, float] = (0.0, 1.0)
+    first: Whole = 1
+    last: Whole = 1
+    max_consecutive: Count | None = None
+    max_skipped: Count | None = None
+    window: tuple[Share, Share] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not is_count(self.first) or not is_count(self.last):
-            raise InvalidConfig(f"SkipPolicy counts steps: first and last are whole numbers from 0, got {self}")
-        for name in ("max_consecutive", "max_skipped"):
-            value = getattr(self, name)
-            if value is not None and not is_count(value, 1):
-                raise InvalidConfig(f"{name} must be at least 1 or None, got {value!r}")
-        if not isinstance(self.window, (tuple, list)) or len(self.window) != 2 or not all(map(is_number, self.window)):
-            raise InvalidConfig(f"window is two shares of the run such as (0.2, 0.9), got {self.window!r}")
-        object.__setattr__(self, "window", tuple(float(share) for share in self.window))
-        if not 0.0 <= self.window[0] < self.window[1] <= 1.0:
-            raise InvalidConfig(f"window is a rising pair of shares from 0 to 1, got {self.window!r}")
+        super().__post_init__()
+        if not self.window[0] < self.window[1]:
+            raise InvalidConfig(f"SkipPolicy's window is a rising pair of shares from 0 to 1, got {self.window!r}")
 
     def forced(self, context: StepContext, consecutive: int, skipped: int) -> str | None:
         """Say why a step must be computed after that many skips (in a row; in the stage), or None."""

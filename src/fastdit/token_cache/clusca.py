@@ -1,11 +1,4 @@
-"""ClusCa: recompute one token of each cluster and let it speak for the others (arXiv 2509.10312).
-
-At a full step the image tokens that leave the last block are clustered: K-means in the L1 norm, started from the last
-full step's centroids, at most `iterations` rounds. At a partial step each block runs its feed-forward on one random
-token a cluster and blends what comes out into what is kept of the others:
-
-    kept_i = fresh_i                                       the token that was recomputed
-    kept_i = gamma * fresh(cluster of i) + (1 - gamma) * kept_i        all others
+"""ClusCa: recompute one token of each cluster and let it speak for the others (2509.10312).
 
 The paper puts this on top of a Taylor forecast of the kept outputs; here they are kept as they are.
 """
@@ -17,8 +10,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastdit.config import is_count, is_number, register
-from fastdit.errors import InvalidConfig
+from fastdit.config import Count, Share, check_fields, register
 from fastdit.layout import gather_tokens
 from fastdit.token_cache.base import Choice, TokenCache
 from fastdit.token_cache.memory import TokenState
@@ -27,19 +19,43 @@ from fastdit.token_cache.memory import TokenState
 @register
 @dataclasses.dataclass(frozen=True)
 class ClusCa(TokenCache):
-    """Recompute one image token a cluster between full steps, and pull the others after it by `gamma`."""
+    """Recompute one image token of each cluster between full steps, and pull the others after it.
 
-    clusters: int = 16
-    gamma: float = 0.005
+        kept_i = fresh_i                                              the token that was recomputed
+        kept_i = gamma * fresh(cluster of i) + (1 - gamma) * kept_i   all others
+
+    At a full step the image tokens that leave the last block are clustered: K-means in the L1 norm, started from the
+    last full step's centroids. At a partial step each block runs its feed-forward on one random token a cluster and
+    blends what comes out into what is kept of the others.
+
+    Args:
+        interval: steps from one full step to the next, from 1 (all are full).
+        clusters: how many tokens of an image are recomputed, from 1.
+        gamma: the weight of the fresh value for the others, 0 to 1.
+        first: how many steps at the start of the run are full, from 0.
+        iterations: the most rounds of K-means a full step, from 1.
+        seed: of the draw of tokens, from 0.
+        stage_change: "reset" makes the first step of a stage full, "carry" copies what is kept to the new tokens.
+
+    Raises:
+        InvalidConfig: for other values.
+        UnsupportedModel: for a model whose blocks' parts aren't described.
+
+    Paper: Zheng et al., Compute Only 16 Tokens in One Timestep: Accelerating Diffusion Transformers with Cluster-Driven
+    Feature Caching, arXiv 2509.10312.
+
+    >>> ClusCa(4, clusters=8).neutral
+    False
+    """
+
+    clusters: Count = 16
+    gamma: Share = 0.005
     _: dataclasses.KW_ONLY
-    iterations: int = 10
+    iterations: Count = 10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         super().__post_init__()
-        if not is_count(self.clusters, 1) or not is_count(self.iterations, 1):
-            raise InvalidConfig(f"ClusCa's clusters and iterations are whole numbers from 1, got {self}")
-        if not is_number(self.gamma) or not 0.0 <= self.gamma <= 1.0:
-            raise InvalidConfig(f"ClusCa's gamma is the weight of the fresh value, 0 to 1, got {self.gamma!r}")
 
     def choose(self, choice: Choice) -> torch.Tensor | None:
         """Draw one token of each cluster; where a cluster is empty, the first token of the picture stands in."""

@@ -1,79 +1,80 @@
-"""Choosing tokens by a score: what ToCa and DuCa share.
-
-    score  = base + age_weight * (steps since the token was recomputed) / interval
-    score += spatial_bonus * score   for the best token of each cell x cell patch of the token grid
-    K      = round(N * clamp(ratio * f(layer_slope, l / L) * f(step_slope, t / T), 0, 1)),   f(w, x) = 1 + w - 2 w x
-
-The K best tokens of each image are recomputed; among equals the first in raster order. Every image of a batch has its
-own, all images have K.
-"""
+"""Choosing tokens by a score: what ToCa and DuCa share."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import nn
 
 from fastdit.accelerator import Effects, Need
-from fastdit.config import is_count, is_number
+from fastdit.config import AtLeastZero, Count, Range, Share, check_fields
 from fastdit.errors import InvalidConfig
 from fastdit.step import StepContext
 from fastdit.token_cache.attention_scores import AttentionScore
 from fastdit.token_cache.base import Choice, TokenCache
 
-#: Scores that are not taken of the attention: uniform noise, and nothing (the age alone decides).
-_FREE_SCORES = ("random", "age")
-SCORES: tuple[str, ...] = (*(score.value for score in AttentionScore), *_FREE_SCORES)
+#: The scores: those taken of the attention, and two that are not: uniform noise, and nothing (the age alone decides).
+Score = Literal["output_norm", "value_norm", "attention", "text", "random", "age"]
+SCORES: tuple[str, ...] = get_args(Score)
 
 
 def slope(weight: float, progress: float) -> float:
-    """Fall linearly from 1 + weight at the start to 1 - weight at the end."""
+    """Fall linearly from 1 + weight at the start to 1 - weight at the end.
+
+    >>> slope(0.5, 0.0), slope(0.5, 0.5), slope(0.5, 1.0)
+    (1.5, 1.0, 0.5)
+    """
     return 1.0 + weight - 2.0 * weight * progress
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredTokens(TokenCache):
-    """Base of the token caches that recompute the `ratio` of tokens with the highest score.
+    """Base of the token caches that recompute the tokens with the highest score.
 
-    `score` is one of output_norm, value_norm, attention, text (see `fastdit.token_cache.attention_scores`), random and
-    age. `guidance_halves` says that the batch holds both branches of guidance, one half each, whose images then choose
-    the same tokens by the mean of their scores.
+        score  = base + age_weight * (steps since the token was recomputed) / interval
+        score += spatial_bonus * score   for the best token of each cell x cell patch of the token grid
+        K      = round(N * clamp(ratio * f(layer_slope, l / L) * f(step_slope, t / T), 0, 1))
+        N_t    = round(interval / f(interval_slope, t / T)), at least 1;   f(w, x) = 1 + w - 2 w x
+
+    The K best of each image's N tokens are recomputed; among equals the first in raster order. Every image of a batch
+    has its own, all images have K. l of L is the block, t of T the step; N_t steps lie from one full step to the next.
+
+    Args:
+        interval: steps from one full step to the next, from 1 (all are full).
+        ratio: the share of tokens that is recomputed, 0 to 1 (all of them).
+        score: the base score: output_norm, value_norm, attention or text (`fastdit.token_cache.attention_scores` has
+            the formulas), random (uniform in 0 to 1) or age (0).
+        first: how many steps at the start of the run are full, from 0.
+        age_weight: the weight of the time since a token was recomputed, at least 0.
+        spatial_bonus: what the best token of a patch gains, as a share of its score, at least 0; it spreads the choice
+            over the picture, in stages whose tokens form a plain grid. A stage of mixed resolution goes without it and
+            says so.
+        cell: the side of a patch in tokens, from 1.
+        layer_slope: how much more (above 0) the first blocks recompute than the last.
+        step_slope: how much more the first steps recompute than the last.
+        interval_slope: how much shorter the interval is at the start than at the end, between -1 and 1.
+        guidance_halves: whether the batch holds both branches of guidance, one half each, whose images then choose the
+            same tokens by the mean of their scores.
+        seed: of the random score, from 0.
+        stage_change: "reset" makes the first step of a stage full, "carry" copies what is kept to the new tokens.
     """
 
-    ratio: float = 0.1
-    score: str = "output_norm"
+    ratio: Share = 0.1
+    score: Score = "output_norm"
     _: dataclasses.KW_ONLY
-    age_weight: float = 0.25
-    spatial_bonus: float = 0.0
-    cell: int = 2
+    age_weight: AtLeastZero = 0.25
+    spatial_bonus: AtLeastZero = 0.0
+    cell: Count = 2
     layer_slope: float = 0.0
     step_slope: float = 0.0
-    interval_slope: float = 0.0
+    interval_slope: Annotated[float, Range(above=-1, below=1)] = 0.0
     guidance_halves: bool = False
 
-    scores: ClassVar[tuple[str, ...]] = SCORES
-
     def __post_init__(self) -> None:
+        check_fields(self)
         super().__post_init__()
-        name = type(self).__name__
-        if not is_number(self.ratio) or not 0.0 <= self.ratio <= 1.0:
-            raise InvalidConfig(f"{name}'s ratio is the share of tokens to recompute, 0 to 1, got {self.ratio!r}")
-        if self.score not in self.scores:
-            raise InvalidConfig(f"{name} knows the scores {', '.join(self.scores)}, got {self.score!r}")
-        for field in ("age_weight", "spatial_bonus"):
-            if not is_number(getattr(self, field)) or getattr(self, field) < 0.0:
-                raise InvalidConfig(f"{name}'s {field} is a number of at least 0, got {getattr(self, field)!r}")
-        for field in ("layer_slope", "step_slope", "interval_slope"):
-            if not is_number(getattr(self, field)):
-                raise InvalidConfig(f"{name}'s {field} is a finite number, got {getattr(self, field)!r}")
-        if not abs(self.interval_slope) < 1.0:
-            raise InvalidConfig(f"{name}'s interval_slope lies between -1 and 1, got {self.interval_slope!r}")
-        if not is_count(self.cell, 1):
-            raise InvalidConfig(f"{name}'s cell is the side of a patch in tokens, at least 1, got {self.cell!r}")
-        if not isinstance(self.guidance_halves, bool):
-            raise InvalidConfig(f"{name}'s guidance_halves is True or False, got {self.guidance_halves!r}")
 
     @property
     def effects(self) -> Effects:
@@ -89,7 +90,7 @@ class ScoredTokens(TokenCache):
 
     @property
     def watches(self) -> AttentionScore | None:
-        return None if self.score in _FREE_SCORES else AttentionScore(self.score)
+        return None if self.score in ("random", "age") else AttentionScore(self.score)
 
     @property
     def wants_grid(self) -> bool:
@@ -135,7 +136,7 @@ class ScoredTokens(TokenCache):
 def with_spatial_bonus(scores: torch.Tensor, grid: tuple[int, int], cell: int, bonus: float) -> torch.Tensor:
     """Raise the highest score of each cell x cell patch of the grid by `bonus` times itself; scores are [B, N]."""
     rows, columns = grid
-    frame = scores.view(-1, 1, rows, columns)
-    best = nn.functional.max_pool2d(frame, cell, cell, ceil_mode=True)
+    patches = scores.view(-1, 1, rows, columns)
+    best = nn.functional.max_pool2d(patches, cell, cell, ceil_mode=True)
     best = best.repeat_interleave(cell, 2).repeat_interleave(cell, 3)[:, :, :rows, :columns]
-    return torch.where(frame == best, frame * (1.0 + bonus), frame).view_as(scores)
+    return torch.where(patches == best, patches * (1.0 + bonus), patches).view_as(scores)

@@ -1,10 +1,4 @@
-"""ToCa: recompute, inside each block, only the tokens on which caching would do most harm (arXiv 2410.05317).
-
-Every `interval`-th step is full. At the others each block takes its attention from the cache and runs its feed-forward
-on the K tokens with the highest score: the token's weight in attention, the time since it was last recomputed, and a
-bonus that spreads the choice over the picture (`fastdit.token_cache.scores` has the formulas).
-
-    N_t = round(N / f(interval_slope, t / T))      the gap between full steps, longer or shorter as the run goes on
+"""ToCa: recompute, inside each block, only the tokens on which caching would do most harm (2410.05317).
 
 Differences from the paper: the default score is the norm of the attention's output, for which fused attention can be
 used; `score="attention"` and `score="text"` are the paper's, which need the attention map. The tokens of the text are
@@ -22,10 +16,28 @@ from fastdit.token_cache.scores import ScoredTokens
 @register
 @dataclasses.dataclass(frozen=True)
 class ToCa(ScoredTokens):
-    """Recompute the `ratio` of image tokens with the highest score between full steps, fewer in later blocks.
+    """Recompute between full steps the `ratio` of image tokens with the highest score, fewer in later blocks.
 
-    `spatial_bonus` is given in stages whose tokens form a plain grid; a stage of mixed resolution goes without and
-    says so.
+        full, partial, ..., partial, full        one cycle of `interval` steps
+
+    At a partial step each block takes its attention from the cache and runs its feed-forward on the tokens with the
+    highest score: the token's weight in attention, the time since it was last recomputed, and a bonus that spreads the
+    choice over the picture. `ScoredTokens` has the formulas and all parameters.
+
+    Args:
+        interval: steps from one full step to the next, from 1 (all are full).
+        ratio: the share of tokens that partial steps recompute, 0 to 1.
+        score: what a token is worth: output_norm, value_norm, attention, text, random or age.
+        layer_slope: how much more (above 0) the first blocks recompute than the last.
+
+    Raises:
+        InvalidConfig: for other values.
+        UnsupportedModel: for a model whose blocks' parts aren't described.
+
+    Paper: Zou et al., Accelerating Diffusion Transformers with Token-wise Feature Caching, arXiv 2410.05317.
+
+    >>> ToCa(4, ratio=0.2).describe()
+    "ToCa(interval=4, ratio=0.2, score='output_norm')"
     """
 
     _: dataclasses.KW_ONLY

@@ -1,16 +1,17 @@
 """Forecasters: what stands in for the blocks' residual at a step that is not computed.
 
-A forecaster is configuration; `begin` makes the history of one run's branch, which takes in the features (a list of
-tensors, the residuals of the carried streams) of the computed steps and predicts those of a skipped one.
+A forecaster is configuration; `begin` makes the history of one run's branch, which takes in the features of the
+computed steps (a list of tensors, the residuals of the carried streams) and predicts those of a skipped one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
+
+from fastdit.config import Config
 
 Features = list[torch.Tensor]
 
@@ -52,11 +53,12 @@ class History:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecaster:
-    """Base of the forecasters. `amplifies` says that noise in the features grows in a prediction."""
+class Forecaster(Config):
+    """Base of the forecasters: a frozen dataclass whose `begin` makes the `History` of one branch."""
 
     @property
     def amplifies(self) -> bool:
+        """Whether noise in the features grows in a prediction, as it does in every extrapolation."""
         return True
 
     def begin(self) -> History:
@@ -64,6 +66,6 @@ class Forecaster:
         raise NotImplementedError
 
 
-def is_forecaster(value: Any) -> bool:
+def is_forecaster(value: object) -> bool:
     """Whether a configuration's value is a forecaster."""
     return isinstance(value, Forecaster) and type(value) is not Forecaster

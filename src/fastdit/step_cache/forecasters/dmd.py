@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
 
-from fastdit.config import is_count, register
-from fastdit.errors import InvalidConfig
+from fastdit.config import Range, register
 from fastdit.step_cache.forecasters.base import Features, Forecaster, History
 
 
@@ -49,12 +49,8 @@ class _Modes(History):
         weights = _power_row(self._operator, ahead)
         # Row j of the companion's power writes the snapshot j places on in terms of the window of older ones.
         window = self.kept[:-1][::-1] if len(self.kept) > len(weights) else self.kept[::-1]
-        return [
-            torch.stack([weight * features[i] for weight, features in zip(weights.tolist(), window, strict=True)]).sum(
-                0
-            )
-            for i in range(len(self.kept[0]))
-        ]
+        weighted = [[weight * x for x in features] for weight, features in zip(weights.tolist(), window, strict=True)]
+        return [torch.stack(stream).sum(0) for stream in zip(*weighted, strict=True)]
 
 
 def _power_row(companion: torch.Tensor, power: float) -> torch.Tensor:
@@ -72,17 +68,25 @@ def _power_row(companion: torch.Tensor, power: float) -> torch.Tensor:
 class DMD(Forecaster):
     """Dynamic mode decomposition: the next features as the linear recurrence that the last `snapshots` ones follow.
 
-    Snapshots x_1 .. x_m at equal gaps are fitted by x_(i+1) = A x_i in their own span (a companion matrix, least
-    squares through their Gram matrix); x_(m+k) = A^k x_m, with the modulus of growing modes held at one. Exact for sums
-    of fewer than m decaying exponentials. Three snapshots at least; with fewer it is linear extrapolation. Reads one
-    small matrix from the device at each computed step. Keeps `snapshots` copies of the features.
+        x_(m+k) = A^k x_m,   A the best x_(i+1) = A x_i for the snapshots x_1 .. x_m at equal gaps
+
+    A is fitted in the snapshots' own span (a companion matrix, least squares through their Gram matrix), and the
+    modulus of growing modes is held at one. It is exact for sums of fewer than m decaying exponentials; of fewer than
+    three snapshots it extrapolates linearly. One small matrix is read from the device at each computed step.
+
+    Args:
+        snapshots: m, the number of computed steps that are kept, 3 to 8; each is a copy of the features.
+
+    Raises:
+        InvalidConfig: for other values.
+
+    Paper: Schmid, Dynamic mode decomposition of numerical and experimental data, J. Fluid Mech. 656, 2010.
+
+    >>> len(DMD(3).begin().kept)
+    0
     """
 
-    snapshots: int = 4
-
-    def __post_init__(self) -> None:
-        if not is_count(self.snapshots, 3) or self.snapshots > 8:
-            raise InvalidConfig(f"DMD keeps 3 to 8 snapshots, got {self.snapshots!r}")
+    snapshots: Annotated[int, Range(at_least=3, at_most=8)] = 4
 
     def begin(self) -> History:
         return _Modes(self.snapshots)

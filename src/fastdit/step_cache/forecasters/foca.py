@@ -39,11 +39,19 @@ class _FoCa(History):
 @register
 @dataclasses.dataclass(frozen=True)
 class FoCa(Forecaster):
-    """Forecast-then-calibrate (arXiv 2508.16211): the mean of the computed slope and the newest one, predicted or not.
+    """Forecast, then calibrate: the mean of the computed slope and of the newest one, predicted or not.
 
-    F_(c+k) = F_c + k/2 ((F_c - F_p) / (c - p) + (F_(c+k-1) - F_(c+k-2))), c and p the last two computed steps; it
-    feeds on its own predictions. The published form takes F_c - F_p undivided, which is the same for steps computed one
-    after another; divided by the gap it is exact for linear sequences at any gap. Keeps four copies of the features.
+        F_(c+k) = F_c + k/2 ((F_c - F_p) / (c - p) + (F_(c+k-1) - F_(c+k-2))),   c and p the last two computed steps
+
+    It feeds on its own predictions and keeps four copies of the features. The published form takes F_c - F_p
+    undivided, which is the same for steps computed one after another; divided by the gap it is exact for linear
+    sequences at any gap.
+
+    Paper: Zheng et al., Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers,
+    arXiv 2508.16211.
+
+    >>> FoCa().amplifies
+    True
     """
 
     def begin(self) -> History:

@@ -19,7 +19,11 @@ class _Last(History):
 @register
 @dataclasses.dataclass(frozen=True)
 class Reuse(Forecaster):
-    """The last computed residual again (order 0)."""
+    """The last computed residual again: r(c + k) = r(c), c the last computed step. Keeps one copy.
+
+    >>> Reuse().amplifies
+    False
+    """
 
     @property
     def amplifies(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated, TypeAlias
 
-from fastdit.config import is_count, register
-from fastdit.errors import InvalidConfig
+from fastdit.config import Range, register
 from fastdit.step_cache.forecasters.base import Features, Forecaster, History
 
 
@@ -70,13 +70,12 @@ class _Backward(_Newton):
         return prediction
 
 
+Order: TypeAlias = Annotated[int, Range(at_least=0, at_most=4)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ordered(Forecaster):
-    order: int = 1
-
-    def __post_init__(self) -> None:
-        if not is_count(self.order) or self.order > 4:
-            raise InvalidConfig(f"{type(self).__name__}'s order is a whole number from 0 to 4, got {self.order!r}")
+    order: Order = 1
 
     @property
     def amplifies(self) -> bool:
@@ -86,9 +85,20 @@ class _Ordered(Forecaster):
 @register
 @dataclasses.dataclass(frozen=True)
 class Taylor(_Ordered):
-    """Extrapolation in Newton's form, exact for polynomials up to `order` sampled at any computed steps.
+    """Extrapolation along the polynomial through the last computed steps, in Newton's form.
 
-    Keeps order + 1 copies of the features. With fewer computed steps than that, the degree is lower.
+        r(t) = sum_i r[t_0 .. t_i] (t - t_0) ... (t - t_(i-1)),   t_0 > t_1 > ... the last computed steps
+
+    It is exact for polynomials of degree `order`, whatever the gaps between computed steps.
+
+    Args:
+        order: the degree, 0 (as `Reuse`) to 4; lower while fewer steps are computed. order + 1 copies are kept.
+
+    Raises:
+        InvalidConfig: for other values.
+
+    >>> Taylor(0).amplifies, Taylor(2).amplifies
+    (False, True)
     """
 
     def begin(self) -> History:
@@ -98,10 +108,23 @@ class Taylor(_Ordered):
 @register
 @dataclasses.dataclass(frozen=True)
 class PublishedTaylor(_Ordered):
-    """TaylorSeer's own extrapolation (arXiv 2503.06923): sum_i F^i k^i / i!, F^i the backward differences.
+    """TaylorSeer's own extrapolation: backward differences with the weights of a Taylor series.
 
-    k counts steps since the last computed one. The weights are those of derivatives and the F^i are differences, so
-    the form is exact for linear sequences only, whatever the order; `Taylor` is exact up to its order.
+        r(c + k) = sum_i F^i k^i / i!,   c the last computed step, F^i its i-th backward difference over the last gap
+
+    The weights are those of derivatives and the F^i are differences, so the form is exact for linear sequences only,
+    whatever the order; `Taylor` is exact up to its order.
+
+    Args:
+        order: the highest i, 0 (as `Reuse`) to 4; lower while fewer steps are computed. order + 1 copies are kept.
+
+    Raises:
+        InvalidConfig: for other values.
+
+    Paper: Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, arXiv 2503.06923.
+
+    >>> PublishedTaylor(2)
+    PublishedTaylor(order=2)
     """
 
     def begin(self) -> History:

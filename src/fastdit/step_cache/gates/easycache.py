@@ -1,10 +1,7 @@
-"""EasyCache: skip the whole forward while its output is predicted to move little (arXiv 2507.02860).
+"""EasyCache: skip the whole forward while its output is predicted to move little (2507.02860).
 
-    v = out - in at the last computed step;   k = mean|out - out_prev| / mean|in - in_prev|, at computed steps
-    acc += k mean|in_t - in_(t-1)| / mean|out_(t-1)|;   skip (out_t = in_t + v) where acc < threshold
-
-`in` and `out` are the latents and the model's output. It needs no knowledge of the model at all. Difference from the
-published scripts: each guidance branch decides for itself, where they let the conditional branch decide for both.
+Difference from the published scripts: each guidance branch decides for itself, where they let the conditional branch
+decide for both.
 """
 
 from __future__ import annotations
@@ -14,15 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from fastdit.config import is_number, register
-from fastdit.errors import InvalidConfig
-from fastdit.step import StepContext
-from fastdit.step_cache.base import (
-    Memory,
-    Site,
-    StepCache,
-    Verdict,
-)
+from fastdit.config import AtLeastZero, register
+from fastdit.step_cache.base import Memory, Site
+from fastdit.step_cache.gates.threshold import AccumulatingGate
 from fastdit.step_cache.policy import SkipPolicy
 
 
@@ -37,26 +28,39 @@ class _Rates(Memory):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class EasyCache(StepCache):
-    """Skip forwards until the accumulated predicted change reaches `threshold` (published .025 to .1, 0 = never)."""
+class EasyCache(AccumulatingGate):
+    """Skip whole forwards until the predicted change of their output has added up to `threshold`.
 
-    threshold: float = 0.05
+        v = out - in at the last computed step;   k = mean|out - out_prev| / mean|in - in_prev|, at computed steps
+        acc += k mean|in_t - in_(t-1)| / mean|out_(t-1)|;   skip (out_t = in_t + v) where acc < threshold
+
+    `in` and `out` are the latents and the model's output, so nothing need be known of the model.
+
+    Args:
+        threshold: the sum of relative changes at which a forward is computed, at least 0; 0 never skips. Published
+            values lie between .025 and .1, larger ones skip more.
+        policy: by default the first two steps and the last are computed: two are needed to know k.
+
+    And what every step cache takes: `forecast`, `per_image`, `stage_change`.
+
+    Raises:
+        InvalidConfig: for other values.
+        UnsupportedModel: in a run, where the output has another shape than the latents.
+
+    Paper: Zhou et al., Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching,
+    arXiv 2507.02860.
+
+    >>> EasyCache(0.1).whole_forward
+    True
+    """
+
+    threshold: AtLeastZero = 0.05
     _: dataclasses.KW_ONLY
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(first=2))
-
     scope: str = "forward"
 
     scopes: ClassVar = ("forward",)
     warm_up: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.threshold) or self.threshold < 0.0:
-            raise InvalidConfig(f"EasyCache's threshold is a relative change of at least 0, got {self.threshold!r}")
-
-    @property
-    def neutral(self) -> bool:
-        return self.threshold == 0.0
 
     def memory(self) -> Memory:
         return _Rates()
@@ -70,11 +74,6 @@ class EasyCache(StepCache):
             return None
         predicted = memory.rate * _mean(signal - memory.signal)
         return torch.stack([predicted, _mean(memory.output)])
-
-    def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
-        memory.accumulated += change
-        reason = f"change {change:.4f}, accumulated {memory.accumulated:.4f}"
-        return Verdict(memory.accumulated >= self.threshold, reason)
 
     def remember(self, memory: Memory, signal: torch.Tensor, computed: bool) -> None:
         assert isinstance(memory, _Rates)

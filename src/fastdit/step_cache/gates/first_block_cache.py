@@ -1,10 +1,7 @@
 """FirstBlockCache: run the first block; if it did about the same as at the last computed step, skip the rest.
 
-    f_t = block_0(x_t) - x_t;   skip where mean|f_t - f_c| < threshold * mean|f_c|,  c the last computed step
-
-(ParaAttention's first-block cache; with more leading and trailing blocks, cache-dit's DBCache.) The comparison with
-the last *computed* step is cumulative by nature. It needs no calibration and works on any model whose blocks can be
-observed; a skipped step still costs the leading and the trailing blocks.
+This is the first-block cache of ParaAttention and of diffusers. The comparison with the last *computed* step is
+cumulative by nature. A skipped step still costs the leading and the trailing blocks.
 """
 
 from __future__ import annotations
@@ -14,47 +11,44 @@ from typing import ClassVar
 
 import torch
 
-from fastdit.config import is_count, is_number, register
-from fastdit.errors import InvalidConfig
+from fastdit.config import AtLeastZero, Count, Whole, register
 from fastdit.step import StepContext
-from fastdit.step_cache.base import (
-    Memory,
-    Site,
-    StepCache,
-    Verdict,
-)
+from fastdit.step_cache.base import Memory, Site, Verdict
+from fastdit.step_cache.gates.threshold import ThresholdGate
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class FirstBlockCache(StepCache):
-    """Skip the blocks after the `leading` ones while those change by less than `threshold` (relative, 0 = never).
+class FirstBlockCache(ThresholdGate):
+    """Skip the blocks between the leading and the trailing ones while the leading ones' output changes little.
 
-    The last `trailing` blocks always run. With scope "list" both counts hold for every block list.
+        f_t = (leading blocks)(x_t) - x_t;   skip where mean|f_t - f_c| < threshold * mean|f_c|
+
+    c is the last computed step. It needs no calibration and works on any model whose blocks can be observed.
+
+    Args:
+        threshold: the relative change from which on a step is computed, at least 0; 0 never skips. Usual values lie
+            between .05 and .3, larger ones skip more.
+        leading: how many blocks always run and are compared, from 1.
+        trailing: how many blocks at the end always run, from 0.
+        scope: "stack" takes one decision for all blocks that follow; "list" one at the start of each block list, for
+            which both counts then hold.
+
+    And what every step cache takes: `forecast`, `policy`, `per_image`, `stage_change`.
+
+    Raises:
+        InvalidConfig: for other values, and in a run whose lists have too few blocks.
+
+    >>> FirstBlockCache(0.1, leading=2).leading_blocks
+    2
     """
 
-    threshold: float = 0.1
+    threshold: AtLeastZero = 0.1
     _: dataclasses.KW_ONLY
-    leading: int = 1
-    trailing: int = 0
+    leading: Count = 1
+    trailing: Whole = 0
 
     scopes: ClassVar = ("stack", "list")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.threshold) or self.threshold < 0.0:
-            raise InvalidConfig(
-                f"FirstBlockCache's threshold is a relative change of at least 0, got {self.threshold!r}"
-            )
-        if not is_count(self.leading, 1) or not is_count(self.trailing):
-            raise InvalidConfig(
-                f"leading is a whole number of blocks from 1 and trailing one from 0, got {self.leading!r} and "
-                f"{self.trailing!r}"
-            )
-
-    @property
-    def neutral(self) -> bool:
-        return self.threshold == 0.0
 
     @property
     def leading_blocks(self) -> int:

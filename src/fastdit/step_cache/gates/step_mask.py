@@ -1,10 +1,11 @@
-"""StepMask and Interval: the steps to compute, said beforehand."""
+"""StepMask: the steps to compute, each said beforehand."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from fastdit.config import is_count, register
+from fastdit.config import Range, check_fields, register
 from fastdit.errors import InvalidConfig
 from fastdit.step import StepContext
 from fastdit.step_cache.base import Memory, StepCache, Verdict
@@ -16,18 +17,29 @@ from fastdit.step_cache.policy import SkipPolicy
 class StepMask(StepCache):
     """Compute the steps whose entry in `mask` is true, skip the others.
 
-    The mask has one entry for each step of the run. The first step of every stage is computed whatever it says.
+    Args:
+        mask: one entry, True or False (1 or 0), for each step of the run. The first step of every stage is computed
+            whatever it says.
+        policy: by default no step is forced.
+
+    And what every step cache takes: `forecast`, `per_image`, `scope`, `stage_change`.
+
+    Raises:
+        InvalidConfig: for other values, and in a run of another number of steps.
+
+    >>> StepMask((1, 0, 0, 1)).skippable(4)
+    2
     """
 
-    mask: tuple[bool, ...] = ()
+    mask: Annotated[tuple[bool, ...], Range(at_least=1)] = ()
     _: dataclasses.KW_ONLY
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(first=0, last=0))
 
     def __post_init__(self) -> None:
+        if isinstance(self.mask, (tuple, list)) and all(entry in (0, 1) for entry in self.mask):
+            object.__setattr__(self, "mask", tuple(bool(entry) for entry in self.mask))
+        check_fields(self)
         super().__post_init__()
-        if not isinstance(self.mask, (tuple, list)) or not self.mask or any(entry not in (0, 1) for entry in self.mask):
-            raise InvalidConfig(f"StepMask needs a sequence of booleans, one a step, got {self.mask!r}")
-        object.__setattr__(self, "mask", tuple(bool(entry) for entry in self.mask))
 
     @property
     def neutral(self) -> bool:
@@ -49,28 +61,3 @@ class StepMask(StepCache):
 
     def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
         return Verdict(self.mask[context.step], "mask")
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class Interval(StepCache):
-    """Compute every `interval`-th step after the policy's first ones and skip those between (1 = compute all).
-
-    FORA (arXiv 2407.01425) with `Reuse()`, TaylorSeer (arXiv 2503.06923) with a Taylor forecaster. The count begins
-    anew at every computed step, so a step that is forced moves those after it.
-    """
-
-    interval: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_count(self.interval, 1):
-            raise InvalidConfig(f"Interval's interval is a whole number of steps from 1, got {self.interval!r}")
-
-    @property
-    def neutral(self) -> bool:
-        return self.interval == 1
-
-    def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
-        memory.accumulated += 1.0
-        return Verdict(memory.accumulated >= self.interval, f"interval {self.interval}")
