@@ -13,7 +13,7 @@ from fastdit.config import _REGISTRY
 
 MODULE = """
 import dataclasses
-from fastdit.accelerator import Level, register
+from fastdit.config import register
 from fastdit.step_cache.gates.interval import Interval
 
 @register
