@@ -35,15 +35,15 @@ def frechet_distance(first: npt.ArrayLike, second: npt.ArrayLike, *, regularisat
     return max(0.0, float(distance))
 
 
-def jackknife(statistic: Statistic, count: int, *, groups: int = 20, confidence: float = CONFIDENCE) -> Interval:
+def jackknife(statistic: Statistic, count: int, *, groups: int = 20) -> Interval:
     """Interval of a statistic of the rows it is given, from leaving out one of `groups` groups at a time.
 
     For statistics that repeated rows bias, such as a Frechet distance: no resample ever holds a row twice.
     """
     values = influences(statistic, count, groups=groups)
     estimate = float(np.mean(values))
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * float(np.std(values, ddof=1)) / groups**0.5
-    return Interval(estimate, estimate - reach, estimate + reach, confidence)
+    reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * float(np.std(values, ddof=1)) / groups**0.5
+    return Interval(estimate, estimate - reach, estimate + reach)
 
 
 def influences(statistic: Statistic, count: int, *, groups: int = 20) -> tuple[float, ...]:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import fastdit
+from fastdit.errors import FastditError, InvalidConfig
 
 if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
     from rich.console import Console
+    from rich.progress import TaskID
 
-    from fastdit.measure.experiment import Progress
+    from fastdit.measure.timing import Progress
+    from fastdit.step_cache.coefficients import Coefficients
+    from fastdit.step_cache.curves import MagnitudeCurve
 
 #: Characters that the table needs to hold every cell on one line.
 WIDE = 150
+
+PIXELS = "Pixels; the pipeline's own if left out."
 
 #: Prompts that the embedded pipeline is calibrated on by default.
 MINI_PROMPTS = 16
@@ -68,12 +79,7 @@ def demo(
 
     errors = Console(stderr=True)
     try:
-        from fastdit.measure.demo import (
-            EXTENTS,
-            REPORT,
-            RESULTS,
-            run_demo,
-        )
+        from fastdit.measure.demo import EXTENTS, REPORT, RESULTS, run_demo
         from fastdit.measure.statistics import CONFIDENCE
         from fastdit.measure.table import rich_table
     except ModuleNotFoundError as error:
@@ -98,17 +104,12 @@ def plan(
     stack: Annotated[
         Path | None, typer.Argument(help="A saved stack's directory; without it, RALU 4x and TeaCache are planned.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if left out.")] = None,
+    height: Annotated[int | None, typer.Option(help=PIXELS)] = None,
+    width: Annotated[int | None, typer.Option(help=PIXELS)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; the schedule's own if left out.")] = None,
 ) -> None:
     """Print what a stack would do in a call of the embedded pipeline, without running it."""
-    from fastdit import (
-        RALU,
-        Stack,
-        TeaCache,
-        load_mini,
-    )
+    from fastdit import RALU, Stack, TeaCache, load_mini
 
     chosen = Stack([RALU("4x"), TeaCache()]) if stack is None else Stack.from_pretrained(stack)
     typer.echo(chosen.explain(load_mini(), height, width, steps))
@@ -120,79 +121,120 @@ def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
 ) -> None:
     """Run tiny models of the installed diffusers' pipelines, and print what works with which."""
-    import json
-
     from fastdit.measure.support import pipeline_classes, supported, table
 
     rows = [supported(pipeline) for pipeline in pipeline_classes() if only.lower() in pipeline.__name__.lower()]
     typer.echo(json.dumps([row.to_json() for row in rows], indent=1) if as_json else table(rows))
 
 
-@app.command()
-def calibrate(
-    pipe: Annotated[str, typer.Argument(help="'mini' (the embedded pipeline), or a directory or hub name to load.")],
-    method: Annotated[Method, typer.Option(help="The accelerator whose numbers are measured.")],
-    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Measure what TeaCache or MagCache must know of a model, in runs that skip nothing."""
+
+    pipe: Annotated[str, typer.Argument(help="'mini' (the embedded pipeline), or a directory or hub name to load.")]
+    method: Annotated[Method, typer.Option(help="The accelerator whose numbers are measured.")]
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")]
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None
     steps: Annotated[
         list[int] | None,
         typer.Option(help="The pipeline's own if left out. teacache takes several: --steps 50 --steps 28."),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if left out.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; the pipeline's own if left out.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (a CPU's default), bfloat16 (others') or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
-    signal: Annotated[str | None, typer.Option(help="What TeaCache watches; 'modulated' if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the noise.")] = 0,
-) -> None:
-    """Measure what TeaCache or MagCache must know of a model, in runs that skip nothing."""
+    ] = None
+    height: Annotated[int | None, typer.Option(help=PIXELS)] = None
+    width: Annotated[int | None, typer.Option(help=PIXELS)] = None
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale; the pipeline's own if left out.")] = None
+    dtype: Annotated[str | None, typer.Option(help="float32 (a CPU's default), bfloat16 (others') or float16.")] = None
+    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None
+    signal: Annotated[str | None, typer.Option(help="What TeaCache watches; 'modulated' if left out.")] = None
+    seed: Annotated[int, typer.Option(help="Chooses the noise.")] = 0
+
+    def run(self, progress: Progress) -> tuple[Coefficients | MagnitudeCurve, str]:
+        """Measure; give the numbers, and the line of Python that uses them. Nothing is run before all is checked."""
+        if self.out.is_dir() or not self.out.absolute().parent.is_dir():
+            directory = self.out.absolute().parent
+            reason = "is a directory" if self.out.is_dir() else f"can't be written: there is no directory {directory}"
+            raise InvalidConfig(f"--out {self.out} {reason}; give a file's name in a directory that exists")
+        if self.signal is not None and self.method is not Method.TEACACHE:
+            raise InvalidConfig(f"--signal is TeaCache's, and {self.method.value} watches none; leave it out")
+        texts = read_prompts(self.pipe, self.prompts)
+        from fastdit.measure.calibration import calibrate_magcache, calibrate_teacache
+
+        pipeline = self.load()
+        call = self.call_of(pipeline)
+        counts = self.steps or [_own_steps(pipeline)]
+        if self.method is Method.TEACACHE:
+            signal = self.signal or "modulated"
+            fitted = calibrate_teacache(
+                pipeline, texts, num_inference_steps=counts, signal=signal, progress=progress, **call
+            )
+            return fitted, f'TeaCache(0.25, coefficients=Coefficients.load("{self.out.as_posix()}"))'
+        if len(counts) != 1:
+            raise InvalidConfig(f"a magnitude curve belongs to one step count, got --steps {counts}; give one")
+        curve = calibrate_magcache(pipeline, texts, num_inference_steps=counts[0], progress=progress, **call)
+        return curve, f'MagCache(0.24, curve=MagnitudeCurve.load("{self.out.as_posix()}"))'
+
+    def load(self) -> DiffusionPipeline:
+        """Load the pipeline, quiet and on its device."""
+        import torch
+
+        try:
+            place = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise InvalidConfig(
+                f"--device is a torch device such as cpu or cuda:0, got {self.device!r}: {error}"
+            ) from error
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        kind = self.dtype or ("float32" if place.type == "cpu" else "bfloat16")
+        if kind not in dtypes:
+            raise InvalidConfig(f"--dtype is one of {', '.join(dtypes)}, got {self.dtype!r}")
+        pipeline = (
+            fastdit.load_mini(torch_dtype=dtypes[kind]) if self.pipe == "mini" else _saved(self.pipe, dtypes[kind])
+        )
+        try:
+            pipeline.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise InvalidConfig(f"--device {place} can't be used: {error}; give one that this machine has") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def call_of(self, pipeline: DiffusionPipeline) -> dict[str, object]:
+        """Gather the call's arguments that were given, and its noise. Raises where the pipeline does not take one."""
+        import torch
+
+        options = {"height": self.height, "width": self.width, "guidance_scale": self.guidance}
+        given = {name: value for name, value in options.items() if value is not None}
+        parameters = inspect.signature(type(pipeline).__call__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if unknown := [name for name in given if name not in parameters and not takes_any]:
+            raise InvalidConfig(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}; leave it out")
+        return {**given, "generator": torch.Generator().manual_seed(self.seed)}
+
+
+@app.command()
+@functools.wraps(Calibration, assigned=("__doc__",), updated=())
+def calibrate(**options: object) -> None:
+    # Its parameters are the fields of `Calibration`.
     from rich.console import Console
 
-    from fastdit.errors import FastditError
-
+    build: Callable[..., Calibration] = Calibration
+    calibration = build(**options)
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
-        _refuse_unwritable(out)
-        if signal is not None and method is not Method.TEACACHE:
-            raise FastditError(f"--signal is TeaCache's, and {method.value} watches none; leave it out")
-        texts = _prompts(pipe, prompts)
-        pipeline = _pipeline(pipe, dtype, device)
-        call = _call(pipeline, {"height": height, "width": width, "guidance_scale": guidance}, seed)
-        counts = steps or [_own_steps(pipeline)]
-        result: Any
         with _progress(errors) as progress, warnings.catch_warnings(record=True) as remarks:
             warnings.simplefilter("always", fastdit.FastditWarning)
-            if method is Method.TEACACHE:
-                from fastdit.measure.calibration import calibrate_teacache
-
-                kind = {} if signal is None else {"signal": signal}
-                result = calibrate_teacache(
-                    pipeline, texts, num_inference_steps=counts, progress=progress, **kind, **call
-                )
-                use = f'TeaCache(0.25, coefficients=Coefficients.load("{out.as_posix()}"))'
-            else:
-                from fastdit.measure.calibration import calibrate_magcache
-
-                if len(counts) != 1:
-                    raise FastditError(f"a magnitude curve belongs to one step count, got --steps {counts}; give one")
-                result = calibrate_magcache(pipeline, texts, num_inference_steps=counts[0], progress=progress, **call)
-                use = f'MagCache(0.24, curve=MagnitudeCurve.load("{out.as_posix()}"))'
+            result, use = calibration.run(progress)
         for remark in remarks:
             errors.print(f"{remark.category.__name__}: {remark.message}")
-        result.save(out)
+        result.save(calibration.out)
     except (FastditError, OSError) as error:
         errors.print(f"{type(error).__name__}: {error}")
         raise typer.Exit(1) from error
-    typer.echo(f"{out}: {result.provenance}")
+    typer.echo(f"{calibration.out}: {result.provenance}")
     typer.echo(use)
 
 
 @engines.command("list")
 def list_engines(directory: Kept = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the engines that are kept, the last used first."""
-    from datetime import datetime
-
     from fastdit.engine.registry import Registry
 
     registry = Registry(directory)
@@ -218,21 +260,8 @@ def clear(directory: Kept = None) -> None:
     typer.echo(f"{registry.clear()} engines removed from {registry.directory}")
 
 
-def _refuse_unwritable(out: Path) -> None:
-    """Find out before the long runs whether their result can be written."""
-    from fastdit.errors import InvalidConfig
-
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        reason = (
-            "is a directory" if out.is_dir() else f"can't be written: there is no directory {out.absolute().parent}"
-        )
-        raise InvalidConfig(f"--out {out} {reason}; give a file's name in a directory that exists")
-
-
-def _prompts(pipe: str, file: Path | None) -> list[str]:
+def read_prompts(pipe: str, file: Path | None) -> list[str]:
     """Read the prompts, one a line; without a file the embedded pipeline takes some that it was trained on."""
-    from fastdit.errors import InvalidConfig
-
     if file is None:
         if pipe != "mini":
             raise InvalidConfig(
@@ -242,76 +271,35 @@ def _prompts(pipe: str, file: Path | None) -> list[str]:
 
         return training(MINI_PROMPTS, background=True)
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InvalidConfig(
             f"--prompts {file} is no UTF-8 text: {error}; save it as UTF-8, one prompt a line"
         ) from error
-    found = [line for line in lines if line]
+    found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise InvalidConfig(f"--prompts {file} holds no prompt; write one a line")
     return found
 
 
-def _pipeline(name: str, dtype: str | None, device: str | None) -> Any:
-    """Load the pipeline that a command names, quiet and on its device."""
-    import torch
-
-    from fastdit.errors import InvalidConfig
+def _saved(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a pipeline from a directory or the hub."""
+    from diffusers import DiffusionPipeline
 
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InvalidConfig(f"--device is a torch device such as cpu or cuda:0, got {device!r}: {error}") from error
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    kind = dtype or ("float32" if place.type == "cpu" else "bfloat16")
-    if kind not in dtypes:
-        raise InvalidConfig(f"--dtype is one of {', '.join(dtypes)}, got {dtype!r}")
-    if name == "mini":
-        pipeline: Any = fastdit.load_mini(torch_dtype=dtypes[kind])
-    else:
-        from diffusers import DiffusionPipeline
-
-        try:
-            with warnings.catch_warnings():
-                # Newer releases call it dtype, which the oldest ones that are supported pass over.
-                warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-                pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes[kind])
-        except (OSError, ValueError, AttributeError, ImportError) as error:
-            raise InvalidConfig(
-                f"{name} can't be loaded as a diffusers pipeline: {error}; give 'mini', a directory with a "
-                "model_index.json, or a model's name on the hub"
-            ) from error
-    try:
-        pipeline.to(place)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidConfig(f"--device {place} can't be used: {error}; give one that this machine has") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        with warnings.catch_warnings():
+            # Newer releases call it dtype, which the oldest ones that are supported pass over.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        raise InvalidConfig(
+            f"{name} can't be loaded as a diffusers pipeline: {error}; give 'mini', a directory with a "
+            "model_index.json, or a model's name on the hub"
+        ) from error
 
 
-def _call(pipeline: Any, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Gather the call's arguments that were given, and its noise. Raises where the pipeline does not take one."""
-    import inspect
-
-    import torch
-
-    from fastdit.errors import InvalidConfig
-
-    given = {name: value for name, value in options.items() if value is not None}
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if unknown := [name for name in given if name not in parameters and not takes_any]:
-        raise InvalidConfig(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}; leave it out")
-    return {**given, "generator": torch.Generator().manual_seed(seed)}
-
-
-def _own_steps(pipeline: Any) -> int:
+def _own_steps(pipeline: DiffusionPipeline) -> int:
     """Give the step count that a pipeline's call has by default."""
-    import inspect
-
-    from fastdit.errors import InvalidConfig
-
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
     if parameter is None or not isinstance(parameter.default, int):
         raise InvalidConfig(f"{type(pipeline).__name__} has no step count of its own; give --steps")
@@ -326,7 +314,7 @@ def _progress(console: Console) -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:

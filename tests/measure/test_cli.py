@@ -135,9 +135,9 @@ def test_a_saved_pipeline_is_calibrated_by_its_directory(tmp_path: Path) -> None
 
 
 def test_the_embedded_pipeline_is_calibrated_on_prompts_of_its_training() -> None:
-    from fastdit.cli import MINI_PROMPTS, _prompts
+    from fastdit.cli import MINI_PROMPTS, read_prompts
     from fastdit.mini.prompts import parse
 
-    prompts = _prompts("mini", None)
+    prompts = read_prompts("mini", None)
     assert len(set(prompts)) == MINI_PROMPTS
     assert not any(parse(prompt).held_out for prompt in prompts)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
-from fastdit.measure.charts import Point, speed_quality
+from fastdit.measure.charts import BOTTOM, LEFT, RIGHT, TOP, Point, speed_quality
 from fastdit.measure.report import (
     render_report,
     summary,
@@ -63,8 +64,29 @@ def test_a_timeline_has_a_band_a_stage_and_a_cell_a_step() -> None:
     assert lines["28 steps"].share == 28 / 50
 
 
-def test_the_plot_is_well_formed_even_for_equal_points_with_odd_names() -> None:
+def test_the_plot_is_well_formed_even_for_odd_names(tmp_path: Path) -> None:
+    results = make_results()
+    odd = dataclasses.replace(results.configurations[-1], name="a <b> & c")
+    results = dataclasses.replace(results, configurations=(*results.configurations[:-1], odd))
+    page = render_report(results, tmp_path)
+    svg = page[page.index("<svg") : page.index("</svg>") + len("</svg>")]
+    root = ElementTree.fromstring(svg)
+    labels = [text.text for text in root.iter("text") if text.attrib["class"].startswith("label")]
+    assert sorted(labels, key=str) == sorted(entry.name for entry in results.configurations)
+    assert len(list(root.iter("circle"))) == len(labels)
+
+
+def test_every_point_is_inside_the_frame_even_if_all_are_equal() -> None:
     interval = Interval(1.0, 1.0, 1.0)
-    points = [Point("a <b> & c", interval, interval, plain=True), Point("d", interval, interval, plain=False)]
-    root = ElementTree.fromstring(speed_quality(points, quality="judge score"))
-    assert [text.text for text in root.iter("text")].count("a <b> & c") == 1
+    plot = speed_quality([Point("a", interval, interval, plain=True), Point("d", interval, interval, plain=False)])
+    assert all(LEFT < mark.x < RIGHT and TOP < mark.y < BOTTOM for mark in plot.marks)
+    assert len({mark.label for mark in plot.marks}) == 2
+    assert plot.line == [(plot.marks[0].x, plot.marks[0].y)]
+
+
+def test_faster_is_further_right_and_better_further_up() -> None:
+    slow, fast = Interval(1.0, 0.9, 1.1), Interval(4.0, 3.9, 4.1)
+    marks = speed_quality([Point("slow", slow, slow, plain=True), Point("fast", fast, fast, plain=False)]).marks
+    one, other = (next(mark for mark in marks if mark.point.label == name) for name in ("slow", "fast"))
+    assert one.left < one.x < one.right < other.left < other.x
+    assert other.high < other.y < one.high < one.y < one.low

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from fastdit.measure.rival import equal_time_steps
 from fastdit.measure.timing import (
+    equal_time_steps,
     interleave,
     medians,
     time_interleaved,

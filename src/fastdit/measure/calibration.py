@@ -16,7 +16,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +25,16 @@ import torch
 from fastdit.acceleration import accelerate
 from fastdit.config import is_count
 from fastdit.errors import FastditWarning, InvalidConfig, UnsupportedModel
+from fastdit.measure.timing import Progress, silent
 from fastdit.models.signals import SIGNAL_KINDS, signal_for
-from fastdit.step_cache.base import (
-    Memory,
-    Site,
-    StepCache,
-    difference,
-)
+from fastdit.step_cache.base import Memory, Site, StepCache, difference
 from fastdit.step_cache.coefficients import Coefficients
 from fastdit.step_cache.curves import MagnitudeCurve
 from fastdit.step_cache.gates.magcache import curve_of
 from fastdit.step_cache.published import source_of
 
 if TYPE_CHECKING:
-    from fastdit.measure.experiment import Progress
+    from diffusers import DiffusionPipeline
 
 _DEGREE = 4
 
@@ -100,8 +96,8 @@ def _ratio(change: torch.Tensor) -> float:
 class _Walk:
     """The latents' stream on its way through the block lists, in one branch of a run, and the ratios so far.
 
-    `entered` is where the current step began, `current` where it came to. `end` is what the last list gave, and
-    `followed` whether that list took the stream up, alone or as a part of its tokens.
+    `entered` is where the current step began, `current` where the stream was last found, alone or as a part of a list's
+    tokens, and `last` that, or what the last list gave where it did not take the stream up.
     """
 
     ratios: list[float] = dataclasses.field(default_factory=list)
@@ -109,35 +105,32 @@ class _Walk:
     total_steps: int = 0
     entered: torch.Tensor | None = None
     current: torch.Tensor | None = None
-    end: torch.Tensor | None = None
-    followed: bool = True
+    last: torch.Tensor | None = None
     residual: torch.Tensor | None = None
 
     def take(self, step: int, entered: torch.Tensor, end: torch.Tensor) -> None:
         """Take in one block list of a step: what entered it and what it gave."""
-        self.end = end
         if step != self.step:
-            self.step, self.entered, self.current, self.followed = step, entered, end, True
+            self.step, self.entered, self.current, self.last = step, entered, end, end
             return
         assert self.current is not None
         rows = _rows_of(self.current, entered)
-        self.followed = rows is not None
-        if rows is not None:
-            self.current = end[:, rows]
+        if rows is None:
+            self.last = end
+        else:
+            self.current = self.last = end[:, rows]
 
     def close(self) -> None:
         """Write down the step that is over."""
-        if self.step is None:
+        if self.entered is None or self.last is None:
             return
-        assert self.entered is not None and self.current is not None and self.end is not None
-        last = self.current if self.followed else self.end
-        if last.shape != self.entered.shape:
+        if self.last.shape != self.entered.shape:
             raise UnsupportedModel(
                 f"the latents enter the blocks as {tuple(self.entered.shape)} and leave them within "
-                f"{tuple(last.shape)}, where they can't be found again, so there is no residual to measure; use a step "
-                "cache that needs no magnitude curve, such as FirstBlockCache"
+                f"{tuple(self.last.shape)}, where they can't be found again, so there is no residual to measure; use a "
+                "step cache that needs no magnitude curve, such as FirstBlockCache"
             )
-        residual = (last - self.entered).float()
+        residual = (self.last - self.entered).float()
         self.ratios.append(1.0 if self.residual is None else _mean_ratio(residual, self.residual))
         self.residual = residual
 
@@ -147,11 +140,8 @@ def _rows_of(stream: torch.Tensor, joined: torch.Tensor) -> slice | None:
     if stream.dim() != joined.dim() or stream.dim() < 3:
         return None
     tokens, total = stream.shape[1], joined.shape[1]
-    for rows in (slice(0, tokens), slice(total - tokens, total)) if tokens <= total else ():
-        part = joined[:, rows]
-        if part.shape == stream.shape and torch.equal(part, stream):
-            return rows
-    return None
+    places = (slice(0, tokens), slice(total - tokens, total)) if tokens <= total else ()
+    return next((rows for rows in places if torch.equal(joined[:, rows], stream)), None)
 
 
 def _mean_ratio(after: torch.Tensor, before: torch.Tensor) -> float:
@@ -201,13 +191,13 @@ class _Residuals(StepCache):
 
 
 def calibrate_teacache(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
     num_inference_steps: int | Sequence[int] = 28,
     signal: str = "modulated",
-    progress: Progress | None = None,
-    **call: Any,
+    progress: Progress = silent,
+    **call: object,
 ) -> Coefficients:
     """Fit the polynomial for this pipeline on `prompts` (50 or more are advisable) at one or several step counts.
 
@@ -242,8 +232,9 @@ def calibrate_teacache(
         )
     fitted = Coefficients(tuple(float(value) for value in values), (low, high), signal=signal)
     fall = _fall(fitted, low, high)
+    steps = counts[0] if len(counts) == 1 else counts
     provenance = (
-        f"{_origin(pipeline, prompts, call)} at {_listed(counts)} steps, {len(moved)} points, R squared "
+        f"{_origin(pipeline, prompts, call)} at {steps} steps, {len(moved)} points, R squared "
         f"{_explained(changed, np.polyval(values, moved)):.3f}, changes {low:.4g} to {high:.4g}"
     )
     if fall is not None:
@@ -280,12 +271,12 @@ def _fall(polynomial: Coefficients, low: float, high: float) -> tuple[float, flo
 
 
 def calibrate_magcache(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
     num_inference_steps: int = 28,
-    progress: Progress | None = None,
-    **call: Any,
+    progress: Progress = silent,
+    **call: object,
 ) -> MagnitudeCurve:
     """Measure the magnitude curve of this pipeline at one step count, averaged over `prompts` (a few are enough).
 
@@ -333,12 +324,12 @@ def _checked(curves: npt.NDArray[np.float64], prompts: Sequence[str]) -> npt.NDA
 
 
 def _runs(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     recorder: StepCache,
     prompts: Sequence[str],
     counts: Sequence[int],
-    call: Mapping[str, Any],
-    progress: Progress | None,
+    call: Mapping[str, object],
+    progress: Progress,
 ) -> Iterator[None]:
     """Call the pipeline under a recorder for every step count and prompt, and stop after each call."""
     if isinstance(prompts, str) or not prompts:
@@ -348,21 +339,15 @@ def _runs(
     twin = accelerate(pipeline, [recorder])
     jobs = [(count, prompt) for count in counts for prompt in prompts]
     for done, (count, prompt) in enumerate(jobs):
-        if progress is not None:
-            progress("calibrating", done, len(jobs))
+        progress("calibrating", done, len(jobs))
         twin(prompt=prompt, num_inference_steps=count, **{"output_type": "latent", **call})
         yield
-    if progress is not None:
-        progress("calibrating", len(jobs), len(jobs))
+    progress("calibrating", len(jobs), len(jobs))
 
 
-def _origin(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> str:
+def _origin(pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[str, object]) -> str:
     """Say what was run: the pipeline, the model it was loaded as, what it was called with, and on how many prompts."""
     source = source_of(getattr(pipeline, "transformer", None))
     options = [f"{name}={value}" for name, value in call.items() if isinstance(value, (bool, int, float))]
     model = f"{type(pipeline).__name__}{f' ({source})' if source else ''}{''.join(f', {option}' for option in options)}"
     return f"calibrated on {model}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}"
-
-
-def _listed(counts: Sequence[int]) -> str:
-    return str(counts[0]) if len(counts) == 1 else str(list(counts))

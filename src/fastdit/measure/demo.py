@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdit.measure.experiment import (
-    Configuration,
-    Experiment,
-    Progress,
-    plain,
-)
+from fastdit.measure.experiment import Configuration, Experiment, plain
 from fastdit.measure.report import write_report
 from fastdit.measure.results import Results
+from fastdit.measure.timing import Progress, silent
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out
@@ -51,7 +47,7 @@ def accelerated_configurations() -> list[Configuration]:
     ]
 
 
-def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progress | None = None) -> Results:
+def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progress = silent) -> Results:
     """Measure, and write pictures, results.json and report.html into `directory`."""
     pipeline = load_mini()
     pipeline.set_progress_bar_config(disable=True)

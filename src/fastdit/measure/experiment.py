@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -19,14 +18,16 @@ from fastdit.acceleration import accelerate
 from fastdit.accelerator import Break
 from fastdit.measure.environment import Environment
 from fastdit.measure.images import psnr, sharpness, ssim
-from fastdit.measure.results import ConfigurationResult, Metric, Results
-from fastdit.measure.rival import equal_time_steps
+from fastdit.measure.results import ConfigurationResult, JsonObject, Metric, Results
 from fastdit.measure.statistics import mean
-from fastdit.measure.timing import Task, interleave
+from fastdit.measure.timing import Progress, Task, equal_time_steps, interleave, medians, silent, time_interleaved
 from fastdit.stack import Stack
 
-#: Hears what is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from fastdit.record import RunRecord
+
 
 #: Prompts whose pictures and run records are kept beside the numbers.
 SHOWN = 6
@@ -47,8 +48,8 @@ class Configuration:
 
     name: str
     stack: Stack | None = None
-    call: Mapping[str, Any] = field(default_factory=dict)
-    pipeline: Any = None
+    call: Mapping[str, object] = field(default_factory=dict)
+    pipeline: DiffusionPipeline | None = None
 
     def __post_init__(self) -> None:
         if self.stack is not None and self.pipeline is not None:
@@ -63,7 +64,7 @@ class Configuration:
         return self.stack is None and self.pipeline is None
 
     @property
-    def method(self) -> Any:
+    def method(self) -> JsonObject | None:
         """What makes it faster, as JSON: the stack, or the class of a pipeline of its own; None where it is plain."""
         if self.pipeline is not None:
             return {"pipeline": type(self.pipeline).__name__}
@@ -80,6 +81,18 @@ def plain(steps: int, name: str | None = None) -> Configuration:
     return Configuration(name or f"{steps} steps", call={"num_inference_steps": steps})
 
 
+@dataclass
+class _Taken:
+    """What was taken of one configuration so far; `flops` of a round where no record tells them."""
+
+    configuration: Configuration
+    images: list[Image] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    records: list[RunRecord] = field(default_factory=list)
+    flops: int | None = None
+
+
+@dataclass
 class Experiment:
     """One pipeline, one list of prompts, one seed each: every configuration makes the same pictures, in turns.
 
@@ -88,24 +101,20 @@ class Experiment:
     its noise, so every configuration starts from the same.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        *,
-        seed: int = 0,
-        batch: int = 1,
-        call: Mapping[str, Any] | None = None,
-        encode: Callable[[Sequence[str]], Mapping[str, Any]] = lambda prompts: {"prompt": list(prompts)},
-        judge: Judge | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        if not prompts or len(prompts) % batch:
-            raise ValueError(f"the prompts must fill whole rounds of {batch}; got {len(prompts)}")
-        self.pipeline, self.prompts, self.seed, self.batch = pipeline, tuple(prompts), seed, batch
-        self.call, self.encode, self.judge = dict(call or {}), encode, judge
-        self._progress = progress or (lambda phase, done, total: None)
-        self._twins: dict[str, Any] = {}
+    pipeline: DiffusionPipeline
+    prompts: Sequence[str]
+    _: KW_ONLY
+    seed: int = 0
+    batch: int = 1
+    call: Mapping[str, object] = field(default_factory=dict)
+    encode: Callable[[Sequence[str]], Mapping[str, object]] = lambda prompts: {"prompt": list(prompts)}
+    judge: Judge | None = None
+    progress: Progress = silent
+    _twins: dict[str, DiffusionPipeline] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) % self.batch:
+            raise ValueError(f"the prompts must fill whole rounds of {self.batch}; got {len(self.prompts)}")
 
     @property
     def rounds(self) -> int:
@@ -116,29 +125,25 @@ class Experiment:
         device: torch.device = self.pipeline._execution_device
         return device
 
-    def task(self, configuration: Configuration) -> Task:
+    def task(self, configuration: Configuration) -> Task[list[Image]]:
         """The call that makes one round's pictures."""
-        pipeline = self._pipeline(configuration)
-        return lambda number: self._generate(pipeline, configuration, number)
+        return partial(self._generate, self._pipeline(configuration), configuration)
 
     def rival(self, accelerated: Configuration, *, rounds: int = 3) -> int:
         """The count of plain steps that takes as long as `accelerated`; see `equal_time_steps`."""
-        self._progress("finding the equal-time rival", 0, 1)
+        self.progress("finding the equal-time rival", 0, 1)
         steps = equal_time_steps(
             lambda count: self.task(plain(count)), self.task(accelerated), rounds=rounds, device=self.device
         )
-        self._progress("finding the equal-time rival", 1, 1)
+        self.progress("finding the equal-time rival", 1, 1)
         return steps
 
     def fastest(self, configurations: Sequence[Configuration], *, rounds: int = 2) -> Configuration:
         """The configuration of the lowest median time, by a short race after a warm-up."""
-        seconds: dict[str, list[float]] = {}
         tasks = {configuration.name: self.task(configuration) for configuration in configurations}
-        total = rounds * len(tasks)
-        for done, sample in enumerate(interleave(tasks, rounds=rounds, device=self.device), start=1):
-            seconds.setdefault(sample.task, []).append(sample.seconds)
-            self._progress("finding the fastest stack", done, total)
-        return min(configurations, key=lambda configuration: np.median(seconds[configuration.name]))
+        say = partial(self.progress, "finding the fastest stack")
+        times = medians(time_interleaved(tasks, rounds=rounds, device=self.device, progress=say))
+        return min(configurations, key=lambda configuration: times[configuration.name])
 
     def run(
         self, configurations: Sequence[Configuration], *, title: str, baseline: str, directory: Path | None = None
@@ -147,41 +152,41 @@ class Experiment:
 
         With a `directory`, the pictures of the first prompts are saved there.
         """
-        records, flops = self._warm_up(configurations)
-        images: dict[str, list[Image]] = {configuration.name: [] for configuration in configurations}
-        seconds: dict[str, list[float]] = {configuration.name: [] for configuration in configurations}
-        tasks = {configuration.name: self.task(configuration) for configuration in configurations}
-        accelerated = {configuration.name for configuration in configurations if configuration.stack is not None}
+        taken = self._warm_up(configurations)
+        tasks = {name: self.task(one.configuration) for name, one in taken.items()}
         samples = interleave(tasks, rounds=self.rounds, warmup=0, seed=self.seed, device=self.device)
         for done, sample in enumerate(samples, start=1):
-            images[sample.task] += sample.output
-            seconds[sample.task].append(sample.seconds)
-            if sample.task in accelerated:
-                records[sample.task].append(self._twins[sample.task].fastdit.last_run)
-            self._progress("measuring", done, self.rounds * len(tasks))
+            one = taken[sample.task]
+            one.images += sample.output
+            one.seconds.append(sample.seconds)
+            if one.configuration.stack is not None:
+                one.records.append(self._twins[sample.task].fastdit.last_run)
+            self.progress("measuring", done, self.rounds * len(tasks))
         results = Results(
             title=title,
             baseline=baseline,
             environment=Environment.capture(str(self.device)),
-            settings=self._settings(),
-            prompts=self.prompts,
+            settings={
+                "pipeline": type(self.pipeline).__name__,
+                "seed": self.seed,
+                "call": _as_json(self.call),
+                "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
+            },
+            prompts=tuple(self.prompts),
             images_per_round=self.batch,
-            configurations=tuple(
-                self._result(configuration, seconds, records, flops, images, baseline, directory)
-                for configuration in configurations
-            ),
+            configurations=tuple(self._result(one, taken[baseline].images, directory) for one in taken.values()),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        return results, images
+        return results, {name: one.images for name, one in taken.items()}
 
-    def _pipeline(self, configuration: Configuration) -> Any:
+    def _pipeline(self, configuration: Configuration) -> DiffusionPipeline:
         if configuration.stack is None:
             return self.pipeline if configuration.pipeline is None else configuration.pipeline
         if configuration.name not in self._twins:
             self._twins[configuration.name] = accelerate(self.pipeline, configuration.stack)
         return self._twins[configuration.name]
 
-    def _generate(self, pipeline: Any, configuration: Configuration, number: int) -> list[Image]:
+    def _generate(self, pipeline: DiffusionPipeline, configuration: Configuration, number: int) -> list[Image]:
         first = number * self.batch
         places = range(first, first + self.batch)
         generators = [torch.Generator("cpu").manual_seed(self.seed + place) for place in places]
@@ -189,79 +194,58 @@ class Experiment:
         images: list[Image] = pipeline(generator=generators, **call).images
         return images
 
-    def _warm_up(self, configurations: Sequence[Configuration]) -> tuple[dict[str, list[Any]], dict[str, int]]:
-        """Call every configuration once; give the records so far, and the FLOPs of a round where no record tells them.
+    def _warm_up(self, configurations: Sequence[Configuration]) -> dict[str, _Taken]:
+        """Call every configuration once; give, by name, what this tells of it.
 
         Plain ones are called through an empty stack, whose record tells what every round costs. Of a configuration
         with its own pipeline, the FLOPs of this first round stand for all.
         """
-        records: dict[str, list[Any]] = {configuration.name: [] for configuration in configurations}
-        flops: dict[str, int] = {}
+        taken = {configuration.name: _Taken(configuration) for configuration in configurations}
         recorder = accelerate(self.pipeline, Stack())
-        for done, configuration in enumerate(configurations, start=1):
-            name = configuration.name
+        for done, one in enumerate(taken.values(), start=1):
+            configuration = one.configuration
             pipeline = recorder if configuration.plain else self._pipeline(configuration)
             call = partial(self._generate, pipeline, configuration, 0)
             if configuration.pipeline is not None:
-                flops[name] = _executed_flops(pipeline.transformer, call)
+                one.flops = _executed_flops(pipeline.transformer, call)
             else:
                 call()
             if configuration.plain:
-                records[name].append(pipeline.fastdit.last_run)
-                flops[name] = pipeline.fastdit.last_run.flops
-            self._progress("warm-up", done, len(configurations))
-        return records, flops
+                one.records.append(pipeline.fastdit.last_run)
+                one.flops = pipeline.fastdit.last_run.flops
+            self.progress("warm-up", done, len(taken))
+        return taken
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "pipeline": type(self.pipeline).__name__,
-            "seed": self.seed,
-            "call": {name: _plain_value(value) for name, value in self.call.items()},
-            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
-        }
-
-    def _result(
-        self,
-        configuration: Configuration,
-        seconds: Mapping[str, list[float]],
-        records: Mapping[str, list[Any]],
-        flops: Mapping[str, int],
-        images: Mapping[str, list[Image]],
-        baseline: str,
-        directory: Path | None,
-    ) -> ConfigurationResult:
-        name, runs = configuration.name, records[configuration.name]
-        self._progress(f"scoring {name}", 0, 1)
+    def _result(self, taken: _Taken, references: Sequence[Image], directory: Path | None) -> ConfigurationResult:
+        name, runs = taken.configuration.name, taken.records
+        self.progress(f"scoring {name}", 0, 1)
         result = ConfigurationResult(
             name=name,
-            stack=configuration.method,
-            call={key: _plain_value(value) for key, value in configuration.call.items()},
-            seconds=tuple(seconds[name]),
-            flops=(flops[name],) * self.rounds if name in flops else tuple(run.flops for run in runs),
-            metrics=self._metrics(configuration, images[name], images[baseline]),
+            stack=taken.configuration.method,
+            call=_as_json(taken.configuration.call),
+            seconds=tuple(taken.seconds),
+            flops=tuple(run.flops for run in runs) if taken.flops is None else (taken.flops,) * self.rounds,
+            metrics=self._metrics(taken.configuration, taken.images, references),
             records=tuple(run.to_json() for run in runs[:SHOWN]),
-            images=() if directory is None else save_images(images[name][:SHOWN], directory, name),
+            images=() if directory is None else save_images(taken.images[:SHOWN], directory, name),
         )
-        self._progress(f"scoring {name}", 1, 1)
+        self.progress(f"scoring {name}", 1, 1)
         return result
 
     def _metrics(
         self, configuration: Configuration, images: Sequence[Image], references: Sequence[Image]
     ) -> dict[str, Metric]:
-        samples: dict[str, list[float]] = {}
-        if self.judge is not None:
-            samples["judge"] = [float(score) for score in self.judge.score(images, self.prompts)]
+        samples = {} if self.judge is None else {"judge": self.judge.score(images, self.prompts).tolist()}
         samples["sharpness"] = sharpness(images)
         if configuration.keeps_seed:
-            samples["psnr"] = psnr(images, references)
-            samples["ssim"] = ssim(images, references)
+            samples |= {"psnr": psnr(images, references), "ssim": ssim(images, references)}
         return {name: Metric(mean(values), tuple(values)) for name, values in samples.items()}
 
 
-def _executed_flops(module: torch.nn.Module, call: Callable[[], Any]) -> int:
+def _executed_flops(module: torch.nn.Module, call: Callable[[], object]) -> int:
     """The FLOPs that `module` really runs in `call`, in the measure of `fastdit.meter.count`."""
 
-    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **options: object) -> int:
         flops: int = sdpa_flop_count(query, key, value)
         return flops
 
@@ -282,6 +266,6 @@ def save_images(images: Sequence[Image], directory: Path, name: str) -> tuple[st
     return tuple(names)
 
 
-def _plain_value(value: Any) -> Any:
-    """A call's argument as JSON can hold it."""
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+def _as_json(call: Mapping[str, object]) -> JsonObject:
+    """A call's arguments as JSON can hold them."""
+    return {name: v if isinstance(v, str | int | float | bool | None) else str(v) for name, v in call.items()}

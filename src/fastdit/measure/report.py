@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastdit.measure.charts import Point, speed_quality
-from fastdit.measure.results import ConfigurationResult, Results
+from fastdit.measure import charts
+from fastdit.measure.results import ConfigurationResult, JsonObject, Results
 from fastdit.measure.statistics import CONFIDENCE
 from fastdit.measure.table import header, rows, verdict
 
@@ -65,24 +64,26 @@ def render_report(results: Results, directory: Path) -> str:
     )
     lines = timelines(results.configurations)
     done = {cell.action for line in lines for band in line.bands for cell in band.cells}
-    shown = min((len(entry.images) for entry in results.configurations), default=0)
-    page: str = environment.get_template("report.html.j2").render(
+    shown = min(len(entry.images) for entry in results.configurations)
+    pictures = {entry.name: [_data_uri(directory / name) for name in entry.images] for entry in results.configurations}
+    points = [
+        charts.Point(entry.name, results.speed_up(entry.name), entry.metrics["judge"].interval, entry.stack is None)
+        for entry in results.configurations
+        if "judge" in entry.metrics
+    ]
+    return environment.get_template("report.html.j2").render(
         results=results,
         summary=summary(results),
         prompts=results.prompts[:shown],
-        gallery=[
-            (entry.name, [_data_uri(directory / name) for name in entry.images]) for entry in results.configurations
-        ]
-        if shown
-        else [],
-        plot=_plot(results),
+        gallery=pictures.items() if shown else (),
+        frame=charts,
+        plot=charts.speed_quality(points) if points else None,
         timelines=lines,
         actions=[action for action in ACTIONS if action in done],
         confidence=CONFIDENCE,
         header=header(results),
         rows=rows(results),
     )
-    return page
 
 
 def summary(results: Results) -> list[str]:
@@ -93,7 +94,7 @@ def summary(results: Results) -> list[str]:
     fastest = min(accelerated, key=lambda entry: entry.median_seconds)
     sentences = [f"{fastest.name} is {results.speed_up(fastest.name):.2f} times as fast as {results.baseline}."]
     rival = results.rival(fastest.name)
-    advantage = None if rival is None else results.advantage(fastest.name, rival, "judge")
+    advantage = results.advantage(fastest.name, rival, "judge")
     if rival is not None and advantage is not None:
         ours, theirs = (results[name].metrics["judge"].interval for name in (fastest.name, rival))
         outcome = {"wins": "better", "loses": "worse", "ties": "no measurable difference", "": ""}[verdict(advantage)]
@@ -110,44 +111,24 @@ def timelines(configurations: Sequence[ConfigurationResult]) -> list[Timeline]:
     recorded = [(entry, entry.records[0]["steps"]) for entry in configurations if entry.records]
     most_steps = max((len(steps) for _, steps in recorded), default=0)
     most_tokens = max((step["tokens"] or 0 for _, steps in recorded for step in steps), default=0)
-    return [_timeline(entry, steps, most_steps, most_tokens) for entry, steps in recorded]
+    lines = []
+    for entry, steps in recorded:
+        stages = [list(members) for _, members in groupby(steps, key=lambda step: step["stage"])]
+        bands = (Band(stage[0]["tokens"], tuple(_cell(step, most_tokens) for step in stage)) for stage in stages)
+        run = sum(step["blocks_run"] for step in steps) / max(sum(step["blocks"] for step in steps), 1)
+        told = f"{len(steps)} steps, {run:.0%} of their blocks run, {entry.median_seconds:.2f} s"
+        lines.append(Timeline(entry.name, told, len(steps) / most_steps, tuple(bands)))
+    return lines
 
 
-def _timeline(
-    entry: ConfigurationResult, steps: Sequence[Mapping[str, Any]], most_steps: int, most_tokens: int
-) -> Timeline:
-    bands = []
-    for _, stage in groupby(steps, key=lambda step: step["stage"]):
-        members = list(stage)
-        cells = tuple(Cell(step["action"], _height(step, most_tokens), _story(step)) for step in members)
-        bands.append(Band(members[0]["tokens"], cells))
-    run = sum(step["blocks_run"] for step in steps) / max(sum(step["blocks"] for step in steps), 1)
-    summary = f"{len(steps)} steps, {run:.0%} of their blocks run, {entry.median_seconds:.2f} s"
-    return Timeline(entry.name, summary, len(steps) / most_steps, tuple(bands))
-
-
-def _height(step: Mapping[str, Any], most_tokens: int) -> float:
-    return step["tokens"] / most_tokens if step["tokens"] else 1.0
-
-
-def _story(step: Mapping[str, Any]) -> str:
+def _cell(step: JsonObject, most_tokens: int) -> Cell:
     noise = "" if step["sigma"] is None else f", noise {step['sigma']:.3f}"
     reason = f" ({step['reason']})" if step["reason"] else ""
-    return (
+    story = (
         f"step {step['step'] + 1}{noise}, {step['tokens']} tokens: {step['action']}{reason}, "
         f"{1000 * step['seconds']:.1f} ms, {step['flops'] / 1e9:.2f} GFLOPs"
     )
-
-
-def _plot(results: Results) -> str | None:
-    scored = [entry for entry in results.configurations if "judge" in entry.metrics]
-    if not scored:
-        return None
-    points = [
-        Point(entry.name, results.speed_up(entry.name), entry.metrics["judge"].interval, entry.stack is None)
-        for entry in scored
-    ]
-    return speed_quality(points, quality="judge score")
+    return Cell(step["action"], step["tokens"] / most_tokens if step["tokens"] else 1.0, story)
 
 
 def _data_uri(path: Path) -> str:

@@ -13,6 +13,9 @@ from fastdit.errors import FastditError
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import Interval, mean_difference, ratio_of_medians
 
+#: What a JSON object holds.
+JsonObject = dict[str, Any]
+
 SCHEMA_VERSION = 1
 
 _EQUAL_TIME = 0.03  # medians of the same work differ by this much from run to run on a busy machine
@@ -26,16 +29,11 @@ class ResultsError(FastditError, ValueError):
 class Metric:
     """One measured quantity with its interval and the raw samples under it.
 
-    A quantity of a whole set of pictures has the `influences` of groups of them for samples, or none.
+    A quantity of a whole set of pictures has one value for each of some groups of them for samples, or none.
     """
 
     interval: Interval
     samples: tuple[float, ...] = ()
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Metric:
-        _check_keys(cls, data)
-        return cls(Interval(**data["interval"]), tuple(data["samples"]))
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,17 @@ class ConfigurationResult:
     """
 
     name: str
-    stack: Any
-    call: dict[str, Any]
+    stack: JsonObject | None
+    call: JsonObject
     seconds: tuple[float, ...]
     flops: tuple[int, ...]
     metrics: dict[str, Metric] = field(default_factory=dict)
-    records: tuple[dict[str, Any], ...] = ()
+    records: tuple[JsonObject, ...] = ()
     images: tuple[str, ...] = ()
 
     @property
     def median_seconds(self) -> float:
         return median(self.seconds)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ConfigurationResult:
-        _check_keys(cls, data)
-        lists = {name: tuple(data[name]) for name in ("seconds", "flops", "records", "images")}
-        metrics = {name: Metric.from_json(metric) for name, metric in data["metrics"].items()}
-        return cls(name=data["name"], stack=data["stack"], call=data["call"], metrics=metrics, **lists)
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class Results:
     title: str
     baseline: str
     environment: Environment
-    settings: dict[str, Any]
+    settings: JsonObject
     prompts: tuple[str, ...]
     images_per_round: int
     configurations: tuple[ConfigurationResult, ...]
@@ -107,28 +98,26 @@ class Results:
         slower = [entry for entry in self.configurations if entry.stack is None and entry.median_seconds >= goal]
         return min(slower, key=lambda entry: entry.median_seconds).name if slower else None
 
-    def advantage(self, name: str, rival: str, metric: str) -> Interval | None:
+    def advantage(self, name: str, rival: str | None, metric: str) -> Interval | None:
         """How much higher a metric is than the rival's, its samples paired; None where either lacks them."""
-        pair = [self[one].metrics[metric].samples for one in (name, rival) if metric in self[one].metrics]
+        pair = [self[one].metrics[metric].samples for one in (name, rival) if one and metric in self[one].metrics]
         return mean_difference(*pair) if len(pair) == 2 and all(pair) else None
 
     def flops_ratio(self, name: str) -> float:
-        """How many times fewer denoiser FLOPs than the baseline, on average over the rounds."""
+        """How many times fewer FLOPs of the transformer than the baseline, on average over the rounds."""
         return fmean(self[self.baseline].flops) / fmean(self[name].flops)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""
-        data = asdict(self)
-        names = [configuration.name for configuration in self.configurations]
-        data["derived"] = {
-            name: {
-                "median_seconds": self[name].median_seconds,
-                "speed_up": asdict(self.speed_up(name)),
-                "flops_ratio": self.flops_ratio(name),
+        derived = {
+            entry.name: {
+                "median_seconds": entry.median_seconds,
+                "speed_up": asdict(self.speed_up(entry.name)),
+                "flops_ratio": self.flops_ratio(entry.name),
             }
-            for name in names
+            for entry in self.configurations
         }
-        return data
+        return {**asdict(self), "derived": derived}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Results:
@@ -137,17 +126,10 @@ class Results:
             raise ResultsError(
                 f"results of schema version {found!r} can't be read; this version reads {SCHEMA_VERSION}"
             )
-        kept = {name: value for name, value in data.items() if name != "derived"}
-        _check_keys(cls, kept)
-        _check_keys(Environment, kept["environment"])
-        return cls(
-            **kept
-            | {
-                "environment": Environment(**kept["environment"]),
-                "prompts": tuple(kept["prompts"]),
-                "configurations": tuple(ConfigurationResult.from_json(entry) for entry in kept["configurations"]),
-            }
-        )
+        values = _checked(cls, {name: value for name, value in data.items() if name != "derived"})
+        values["environment"] = Environment(**_checked(Environment, values["environment"]))
+        values["configurations"] = tuple(map(_configuration, values["configurations"]))
+        return cls(**values)
 
     def dumps(self) -> str:
         """The results as JSON text; a number that JSON can't hold (NaN, infinity) is refused."""
@@ -161,8 +143,17 @@ class Results:
         return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _check_keys(cls: type[Any], data: Mapping[str, Any]) -> None:
+def _configuration(data: JsonObject) -> ConfigurationResult:
+    values = _checked(ConfigurationResult, data)
+    metrics = {name: _checked(Metric, metric) for name, metric in values["metrics"].items()}
+    values["metrics"] = {name: Metric(Interval(**one["interval"]), one["samples"]) for name, one in metrics.items()}
+    return ConfigurationResult(**values)
+
+
+def _checked(cls: type[Results | ConfigurationResult | Metric | Environment], data: JsonObject) -> JsonObject:
+    """Give a class's fields, lists as the tuples that they were. Raises `ResultsError` for others than it has."""
     expected = {entry.name for entry in fields(cls)}
     if set(data) != expected:
         missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
         raise ResultsError(f"{cls.__name__}: missing {missing}, unknown {unknown}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -33,15 +33,19 @@ class Row:
 
 def header(results: Results) -> tuple[str, ...]:
     """The columns' names."""
-    scored = ("judge", "judge vs plain at its time") if _has(results, "judge") else ()
-    distance = ("Frechet distance",) if _has(results, "frechet") else ()
-    paired = ("Frechet vs plain at its time",) if _has_samples(results, "frechet") else ()
-    return ("run", "s/image", "speed-up", "fewer FLOPs", *scored, *distance, *paired, "sharpness", "PSNR dB", "SSIM")
+    return tuple(_columns(results, format))
 
 
 def rows(results: Results, show: Show = format) -> list[Row]:
     """One row a configuration, in the results' order; `show` writes an interval under a format."""
-    return [_row(results, configuration, show) for configuration in results.configurations]
+    columns = _columns(results, show).values()
+    return [
+        Row(
+            tuple(cell(entry) for cell in columns),
+            verdict(results.advantage(entry.name, results.rival(entry.name), "judge")),
+        )
+        for entry in results.configurations
+    ]
 
 
 def rich_table(results: Results, *, narrow: bool = False) -> Table:
@@ -67,41 +71,48 @@ def verdict(advantage: Interval | None) -> Verdict:
     return "wins" if advantage.low > 0 else "loses" if advantage.high < 0 else "ties"
 
 
-def _row(results: Results, configuration: ConfigurationResult, show: Show) -> Row:
-    name = configuration.name
-    rival = results.rival(name)
-    advantage = None if rival is None else results.advantage(name, rival, "judge")
-    cells = [name, f"{configuration.median_seconds / results.images_per_round:.3f}"]
-    cells.append(show(results.speed_up(name), ".2f") if name != results.baseline else "1")
-    cells.append(f"{results.flops_ratio(name):.2f}")
-    if _has(results, "judge"):
-        cells.append(_metric(configuration, "judge", show))
-        cells.append(_ABSENT if advantage is None else f"{show(advantage, '+.3f')} vs {rival}")
-    if _has(results, "frechet"):
-        cells.append(_metric(configuration, "frechet", show))
-    if _has_samples(results, "frechet"):
-        farther = None if rival is None else results.advantage(name, rival, "frechet")
-        cells.append(_ABSENT if farther is None else show(farther, "+.3f"))
-    reference = results[results.baseline].metrics["sharpness"].interval.estimate
-    sharp = configuration.metrics["sharpness"].interval.estimate
-    cells.append(f"{sharp:.2f} ({sharp / reference:.0%})")
-    for metric, spec in (("psnr", ".1f"), ("ssim", ".3f")):
-        present = metric in configuration.metrics and name != results.baseline
-        cells.append(f"{configuration.metrics[metric].interval.estimate:{spec}}" if present else _ABSENT)
-    return Row(tuple(cells), verdict(advantage))
+def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationResult], str]]:
+    """Every column's name, and what writes a configuration's cell in it."""
+    baseline, names = results.baseline, {name for entry in results.configurations for name in entry.metrics}
+    sharpest = results[baseline].metrics["sharpness"].interval.estimate
+
+    def measured(name: str) -> Callable[[ConfigurationResult], str]:
+        return lambda entry: show(entry.metrics[name].interval, ".3f") if name in entry.metrics else _ABSENT
+
+    def against_plain(metric: str, *, named: bool) -> Callable[[ConfigurationResult], str]:
+        def cell(entry: ConfigurationResult) -> str:
+            rival = results.rival(entry.name)
+            advantage = results.advantage(entry.name, rival, metric)
+            return _ABSENT if advantage is None else show(advantage, "+.3f") + (f" vs {rival}" if named else "")
+
+        return cell
+
+    def likeness(name: str, spec: str) -> Callable[[ConfigurationResult], str]:
+        return lambda entry: (
+            format(entry.metrics[name].interval.estimate, spec)
+            if name in entry.metrics and entry.name != baseline
+            else _ABSENT
+        )
+
+    def sharpness(entry: ConfigurationResult) -> str:
+        own = entry.metrics["sharpness"].interval.estimate
+        return f"{own:.2f} ({own / sharpest:.0%})"
+
+    columns: dict[str, Callable[[ConfigurationResult], str]] = {
+        "run": lambda entry: entry.name,
+        "s/image": lambda entry: f"{entry.median_seconds / results.images_per_round:.3f}",
+        "speed-up": lambda entry: "1" if entry.name == baseline else show(results.speed_up(entry.name), ".2f"),
+        "fewer FLOPs": lambda entry: f"{results.flops_ratio(entry.name):.2f}",
+    }
+    if "judge" in names:
+        columns["judge"] = measured("judge")
+        columns["judge vs plain at its time"] = against_plain("judge", named=True)
+    if "frechet" in names:
+        columns["Frechet distance"] = measured("frechet")
+        if any(entry.metrics["frechet"].samples for entry in results.configurations if "frechet" in entry.metrics):
+            columns["Frechet vs plain at its time"] = against_plain("frechet", named=False)
+    return columns | {"sharpness": sharpness, "PSNR dB": likeness("psnr", ".1f"), "SSIM": likeness("ssim", ".3f")}
 
 
 def _broken(interval: Interval, spec: str) -> str:
     return f"{interval.estimate:{spec}}\n±{interval.spread:{spec.lstrip('+')}}"
-
-
-def _metric(configuration: ConfigurationResult, name: str, show: Show) -> str:
-    return show(configuration.metrics[name].interval, ".3f") if name in configuration.metrics else _ABSENT
-
-
-def _has(results: Results, metric: str) -> bool:
-    return any(metric in configuration.metrics for configuration in results.configurations)
-
-
-def _has_samples(results: Results, metric: str) -> bool:
-    return any(entry.metrics[metric].samples for entry in results.configurations if metric in entry.metrics)

@@ -1,38 +1,53 @@
-"""Paired timing: several tasks take turns in rounds, so that whatever slows the machine down slows all of them."""
+"""Paired timing: several tasks take turns in rounds, so that whatever slows the machine down slows all of them.
+
+With it goes the rival that every acceleration must beat: fewer plain steps that take as long.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 
+Output = TypeVar("Output")
+
 #: What is timed. It is called with the number of its round, which may choose its input.
-Task = Callable[[int], Any]
+Task = Callable[[int], Output]
+
+#: Hears what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+_PROBE = (2, 8)  # two step counts far enough apart to tell a step's time from what every run costs
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Hear of progress and say nothing."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Generic[Output]):
     """One timed call of one task, with what it returned."""
 
     task: str
     round: int
     seconds: float
-    output: Any
+    output: Output
 
 
 def interleave(
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, Task[Output]],
     *,
     rounds: int,
     warmup: int = 1,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Iterator[Sample]:
+) -> Iterator[Sample[Output]]:
     """Yield a sample for every task of every round, as each is measured; warm-up rounds are run but not yielded.
 
     Work that the caller does between two samples is not timed. The order within a round is random, so that no task
@@ -53,7 +68,7 @@ def interleave(
 
 
 def time_interleaved(
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, Task[object]],
     *,
     rounds: int,
     warmup: int = 1,
@@ -76,7 +91,7 @@ def medians(seconds: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
 
 
-def timed(task: Task, number: int, device: torch.device | str = "cpu") -> tuple[float, Any]:
+def timed(task: Task[Output], number: int, device: torch.device | str = "cpu") -> tuple[float, Output]:
     """Seconds and output of one call, from an idle device to an idle device."""
     module = torch.get_device_module(torch.device(device))
     module.synchronize()
@@ -84,3 +99,41 @@ def timed(task: Task, number: int, device: torch.device | str = "cpu") -> tuple[
     output = task(number)
     module.synchronize()
     return time.perf_counter() - start, output
+
+
+def equal_time_steps(
+    plain: Callable[[int], Task[object]],
+    accelerated: Task[object],
+    *,
+    rounds: int = 3,
+    most: int = 50,
+    device: torch.device | str = "cpu",
+) -> int:
+    """The fewest plain steps whose median time is not below that of `accelerated`, found by measuring.
+
+    `plain(n)` is the task of n plain steps. Time is affine in the steps, so two counts give a first guess, and
+    interleaved rounds around it decide. The rival never gets less time than the accelerated run, up to `most` steps.
+    """
+
+    def measured(*counts: int) -> tuple[float, ...]:
+        """Median seconds of the accelerated run, and of so many plain steps."""
+        tasks = {"accelerated": accelerated} | {str(steps): plain(steps) for steps in counts}
+        return tuple(medians(time_interleaved(tasks, rounds=rounds, warmup=0, device=device)).values())
+
+    verdicts: dict[int, bool] = {}
+
+    def long_enough(steps: int) -> bool:
+        if steps not in verdicts:
+            goal, seconds = measured(steps)
+            verdicts[steps] = seconds >= goal
+        return verdicts[steps]
+
+    few, many = _PROBE
+    goal, short, long = measured(few, many)
+    step_seconds = max((long - short) / (many - few), short / many)
+    steps = min(max(math.ceil(few + (goal - short) / step_seconds), 1), most)
+    while steps < most and not long_enough(steps):
+        steps += 1
+    while steps > 1 and long_enough(steps - 1):
+        steps -= 1
+    return steps
