@@ -124,7 +124,7 @@ def matrix(
     from fastdit.measure.support import pipeline_classes, supported, table
 
     rows = [supported(pipeline) for pipeline in pipeline_classes() if only.lower() in pipeline.__name__.lower()]
-    typer.echo(json.dumps([row.to_json() for row in rows], indent=1) if as_json else table(rows))
+    typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if as_json else table(rows))
 
 
 @dataclasses.dataclass(frozen=True)

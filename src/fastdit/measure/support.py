@@ -13,16 +13,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.errors import FastditError, FastditWarning, UnsupportedModel
-from fastdit.models.family import Family, families
+from fastdit.models.family import families
 from fastdit.models.undescribed import annotated, why_not, why_not_whole
 from fastdit.schedule.base import Schedule
 from fastdit.schedule.lifts.pixel import PixelLift
@@ -32,6 +31,11 @@ from fastdit.step_cache.policy import SkipPolicy
 from fastdit.testing.tiny_pipelines import PIPELINES, TOKEN_PIXELS, flow_matching
 from fastdit.testing.tiny_transformers import TRANSFORMERS
 from fastdit.token_cache.toca import ToCa
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from fastdit.record import RunRecord
 
 STEPS = 6
 _MIXED = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
@@ -64,12 +68,8 @@ class Support:
     step_cache: Answer
     token_cache: Answer
 
-    def to_json(self) -> dict[str, Any]:
-        """Give the row as plain data."""
-        return dataclasses.asdict(self)
 
-
-def pipeline_classes() -> Iterator[type[Any]]:
+def pipeline_classes() -> Iterator[type[DiffusionPipeline]]:
     """List the pipeline classes of the installed diffusers whose constructor takes a transformer, by name.
 
     Warns of those that diffusers itself can't import here, for want of a package that they need.
@@ -89,28 +89,27 @@ def pipeline_classes() -> Iterator[type[Any]]:
             yield found
 
 
-def supported(pipeline: type[Any]) -> Support:
+def supported(pipeline: type[DiffusionPipeline]) -> Support:
     """Find out what a pipeline class can do, by running its tiny pipeline or its tiny transformer."""
     name = pipeline.__name__
     family = next((family for family in families() if name in family.pipelines), None)
     transformer = ", ".join(annotated(pipeline, "transformer"))
-    if name in PIPELINES:
-        caches = [_on_pipeline(name, cache, fired=True) for cache in (_STEP_CACHE, _TOKEN_CACHE)]
-        run = partial(_on_pipeline, name)
-    else:
-        caches = [_on_transformer(transformer, cache) for cache in (_STEP_CACHE, _TOKEN_CACHE)]
-        run = partial(_not_run, family)
-    mixed = run(_MIXED) if family is not None and family.mixes else Answer(False, why_not(pipeline))
-    whole = run(_WHOLE) if family is not None else Answer(False, why_not_whole(pipeline))
-    return Support(name, transformer, None if family is None else family.name, mixed, whole, *caches)
+    known = None if family is None else family.name
+
+    def schedule(accelerator: Schedule) -> Answer:
+        if name in PIPELINES:
+            return _on_pipeline(name, accelerator)
+        return Answer(None, f"described with {known}, and there is no tiny pipeline of it here")
+
+    def cache(accelerator: Accelerator) -> Answer:
+        return _on_pipeline(name, accelerator) if name in PIPELINES else _on_transformer(transformer, accelerator)
+
+    mixed = schedule(_MIXED) if family is not None and family.mixes else Answer(False, why_not(pipeline))
+    whole = schedule(_WHOLE) if family is not None else Answer(False, why_not_whole(pipeline))
+    return Support(name, transformer, known, mixed, whole, cache(_STEP_CACHE), cache(_TOKEN_CACHE))
 
 
-def _not_run(family: Family | None, _: Accelerator) -> Answer:
-    name = None if family is None else family.name
-    return Answer(None, f"described with {name}, and there is no tiny pipeline of it here")
-
-
-def _on_pipeline(name: str, accelerator: Accelerator, *, fired: bool = False) -> Answer:
+def _on_pipeline(name: str, accelerator: Accelerator) -> Answer:
     """Run an accelerator on a tiny pipeline of two prompts whose picture is not square.
 
     A schedule gets the flow-matching scheduler that it needs where a flow's pipeline comes with another one.
@@ -125,7 +124,7 @@ def _on_pipeline(name: str, accelerator: Accelerator, *, fired: bool = False) ->
             remarks.append(f"with a FlowMatchEulerDiscreteScheduler in the place of its {scheduler}")
         fast = accelerate(pipeline, [accelerator])
         output = fast(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-        return _ran(output, fast.fastdit.last_run, fired)
+        return _ran(output, fast.fastdit.last_run, accelerator)
 
     answer = _answered(run)
     return dataclasses.replace(answer, reason="; ".join(filter(None, (*remarks, answer.reason))))
@@ -142,12 +141,12 @@ def _on_transformer(transformer: str, accelerator: Accelerator) -> Answer:
     for name in PIPELINES:
         cls = getattr(diffusers, name, None)
         if cls is not None and transformer and transformer in annotated(cls, "transformer"):
-            return _on_pipeline(name, accelerator, fired=True)
+            return _on_pipeline(name, accelerator)
     return Answer(None, _NOT_RUN)
 
 
 @lru_cache
-def _tiny_transformers() -> tuple[tuple[nn.Module, dict[str, Any]], ...]:
+def _tiny_transformers() -> tuple[tuple[ModelMixin, dict[str, torch.Tensor]], ...]:
     """Make those that the installed diffusers has."""
     made = []
     for build in TRANSFORMERS.values():
@@ -156,18 +155,19 @@ def _tiny_transformers() -> tuple[tuple[nn.Module, dict[str, Any]], ...]:
     return tuple(made)
 
 
-def _loop(model: nn.Module, call: dict[str, Any], accelerator: Accelerator) -> bool:
-    twin: Any = accelerate(model, [accelerator])
+def _loop(model: ModelMixin, call: dict[str, torch.Tensor], accelerator: Accelerator) -> bool:
+    twin = accelerate(model, [accelerator])
     first = next(iter(call))
     with torch.no_grad(), twin.fastdit.run(num_inference_steps=STEPS):
         for step in range(STEPS):
             output = twin(**{**call, first: call[first] * (1.0 - 0.1 * step)}, return_dict=False)[0]
-    return _ran(output, twin.fastdit.last_run, True)
+    return _ran(output, twin.fastdit.last_run, accelerator)
 
 
-def _ran(output: Any, record: Any, fired: bool) -> bool:
-    tensor = output[0] if isinstance(output, list) else output
-    return bool(torch.isfinite(torch.as_tensor(tensor)).all()) and (not fired or record.skipped + record.partial > 0)
+def _ran(output: torch.Tensor | list[torch.Tensor], record: RunRecord, accelerator: Accelerator) -> bool:
+    """Whether the result is finite, and something was saved where a cache ran."""
+    saved = record.skipped + record.partial > 0 or isinstance(accelerator, Schedule)
+    return saved and bool(torch.isfinite(torch.as_tensor(output[0] if isinstance(output, list) else output)).all())
 
 
 def _answered(run: Callable[[], bool]) -> Answer:

@@ -1,8 +1,8 @@
 """The embedded pipelines: small text-to-image models in the real FLUX and SD3 classes that need no download.
 
 `load_mini()` gives a `FluxPipeline`, `load_mini("sd3")` a `StableDiffusion3Pipeline`; both make 256 x 256 pictures of
-one or two objects, and `fastdit.mini.judge` says whether they show what was asked. The
-recipe is in the repository's benchmarks/training/small.
+one or two objects, and `fastdit.mini.judge` says whether they show what was asked. The recipe is in the repository's
+benchmarks/training/small.
 """
 
 from __future__ import annotations

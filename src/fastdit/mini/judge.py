@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from fastdit.mini.prompts import (
-    BACKGROUNDS,
-    OBJECTS,
-    PLACES,
-    SIZES,
-    Scene,
-    parse,
-)
+from fastdit.mini.prompts import BACKGROUNDS, OBJECTS, PLACES, SIZES, Scene, parse
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Images = torch.Tensor | Sequence[Image]
 
 INPUT = 128
 _WIDTHS = (48, 96, 128)
@@ -75,12 +73,12 @@ class Judge(nn.Module):
         return dict(zip(PARTS, logits, strict=True)), features
 
     @torch.no_grad()
-    def features(self, images: Any) -> torch.Tensor:
+    def features(self, images: Images) -> torch.Tensor:
         """Give features for a Frechet distance, float32 [B, 128]."""
         return torch.cat([self(batch)[1] for batch in as_pixels(images).split(64)])
 
     @torch.no_grad()
-    def parts(self, images: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def parts(self, images: Images, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Give, for each part that some prompt asks for, its probability [B] (NaN where a prompt does not ask).
 
         `objects`, `background`, `size`, `place` and `intact` are probabilities; `objects_right`, `background_right`,
@@ -95,7 +93,7 @@ class Judge(nn.Module):
         names = sorted({name for row in rows for name in row})
         return {name: torch.tensor([row.get(name, float("nan")) for row in rows]) for name in names}
 
-    def score(self, images: Any, prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """Give each picture's soft score in [0, 1], float32 [B]."""
         parts = self.parts(images, prompts)
         asked = torch.stack([parts[name] for name in ("objects", "background", "size", "place") if name in parts])
@@ -138,7 +136,7 @@ def _judge_one(logits: dict[str, torch.Tensor], scene: Scene) -> dict[str, float
     return row
 
 
-def as_pixels(images: Any) -> torch.Tensor:
+def as_pixels(images: Images) -> torch.Tensor:
     """Turn a tensor [B, 3, H, W] in [0, 1], or a list of PIL pictures, into a float32 tensor."""
     if isinstance(images, torch.Tensor):
         return images.float()

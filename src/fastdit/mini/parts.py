@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -15,9 +15,12 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from fastdit.errors import UnsupportedModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WEIGHTS = Path(__file__).parent / "weights"
 #: Without a network, whatever a directory lacks.
-LOCAL: dict[str, Any] = {"local_files_only": True}
+LOCAL: dict[str, bool] = {"local_files_only": True}
 
 
 def load_autoencoder(directory: Path, dtype: torch.dtype) -> AutoencoderTiny:
@@ -36,7 +39,7 @@ def load_t5(directory: Path, dtype: torch.dtype) -> T5EncoderModel:
     return _complete(T5EncoderModel, directory / "text_encoder_2", dtype)
 
 
-def _complete(cls: type[Any], folder: Path, dtype: torch.dtype) -> Any:
+def _complete(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load an encoder. Raises `UnsupportedModel` where weights are missing, which would be drawn at random."""
     encoder, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
     if lost := [*found["missing_keys"], *found["unexpected_keys"]]:
@@ -66,15 +69,15 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    for module in (diffusers_logging, transformers_logging):
-        module.set_verbosity(logging.ERROR)
-        module.disable_progress_bar()
+    loggings = diffusers_logging, transformers_logging
+    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
+    for one in loggings:
+        one.set_verbosity(logging.ERROR)
+        one.disable_progress_bar()
     try:
         yield
     finally:
-        for module, level, bar in zip((diffusers_logging, transformers_logging), before, bars, strict=True):
-            module.set_verbosity(level)
+        for one, level, bar in before:
+            one.set_verbosity(level)
             if bar:
-                module.enable_progress_bar()
+                one.enable_progress_bar()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from fastdit.mini import parts
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.flux import FluxPipelineOutput
 
 NAME = "fastdit-mini"
 _SIDE = 32
@@ -21,12 +24,12 @@ class MiniFluxPipeline(FluxPipeline):  # type: ignore[misc]
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        *args: Any,
+        *args: object,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
         max_sequence_length: int = 16,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> FluxPipelineOutput | tuple[object, ...]:
         """Generate pictures; see `FluxPipeline`."""
         return super().__call__(
             prompt,

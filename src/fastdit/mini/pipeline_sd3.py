@@ -7,13 +7,17 @@ side by side and fits them to the T5's width, so that of the tokens the second c
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection
 
 from fastdit.mini import parts
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion_3 import StableDiffusion3PipelineOutput
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 NAME = "fastdit-mini-sd3"
 
@@ -25,12 +29,12 @@ class MiniStableDiffusion3Pipeline(StableDiffusion3Pipeline):  # type: ignore[mi
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        *args: Any,
+        *args: object,
         num_inference_steps: int = 28,
         guidance_scale: float = 4.0,
         max_sequence_length: int = 16,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> StableDiffusion3PipelineOutput | tuple[object, ...]:
         """Generate pictures; see `StableDiffusion3Pipeline`."""
         return super().__call__(
             prompt,
@@ -57,7 +61,7 @@ def load(*, torch_dtype: torch.dtype | None = None, directory: Path = parts.WEIG
     return pipeline
 
 
-def load_text(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+def load_text(directory: Path, dtype: torch.dtype) -> dict[str, PreTrainedModel | PreTrainedTokenizerFast]:
     """Load the encoders and tokenizers of the pipeline's three places for text."""
     return {
         "text_encoder": _projecting_clip(directory, dtype),
