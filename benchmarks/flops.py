@@ -11,8 +11,8 @@ from rich.table import Table
 
 from common import save
 from counting import RunFlops, Stage, stages_of
+from fastdit.schedule.presets import PAPER
 from fastdit.schedule.ralu import RALU
-from fastdit.schedule.recipe import PAPER
 
 TERA = 1e12
 RESULTS = Path("benchmarks/results")

@@ -23,8 +23,8 @@ from fastdit.schedule.lifts.corrected import CorrectedLift
 from fastdit.schedule.lifts.latent import LatentLift
 from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.lifts.token_copy import TokenCopy
+from fastdit.schedule.presets import PRESETS
 from fastdit.schedule.ralu import RALU
-from fastdit.schedule.recipe import PRESETS
 from fastdit.schedule.selectors.base import Selector
 from fastdit.schedule.selectors.edges import Edges
 from fastdit.schedule.selectors.pixel_gradient import PixelGradient

@@ -76,7 +76,7 @@ def configurations(mini: Architecture) -> list[Configuration]:
     for preset, (recipe, bottleneck, progressive) in RIVALS[mini].items():
         schedules |= {
             f"RALU {preset}": RALU(preset),
-            f"{preset} rival: paper's recipe, {_listed(recipe.settings.steps)}": recipe,
+            f"{preset} rival: paper's recipe, {_listed(recipe.recipe.steps)}": recipe,
             f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
             f"{preset} rival: progressive, {_listed(progressive)}": ProgressiveResolution(progressive),
         }

@@ -99,7 +99,7 @@ def schedule_plan(
         return None
     family = require_family(pipeline, stack.schedule)
     height, width = family.size(pipeline, arguments)
-    plan = stack.schedule.plan(*family.grid(pipeline, height, width), num_inference_steps)
+    plan = stack.schedule.of(family).plan(*family.grid(pipeline, height, width), num_inference_steps)
     if stack.attention is not None:
         stack.attention.check_stages(len(plan.stages))
     return plan

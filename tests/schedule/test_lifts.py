@@ -168,7 +168,7 @@ def test_a_start_that_a_lift_can_t_go_back_to_is_refused(lift: Lift, ends: Any, 
 
 
 def test_token_copy_may_start_as_late_as_its_covariance_allows() -> None:
-    assert RALU(steps=(2, 2), ends=(0.5,), starts=(0.5 / 1.5,), lift=TokenCopy()).settings.starts == (0.5 / 1.5,)
+    assert RALU(steps=(2, 2), ends=(0.5,), starts=(0.5 / 1.5,), lift=TokenCopy()).recipe.starts == (0.5 / 1.5,)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, "half"])

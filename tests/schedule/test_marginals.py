@@ -23,13 +23,13 @@ from fastdit import (
 from fastdit.layout import CoarseLayout, FineLayout, TokenLayout, gather_tokens
 from fastdit.models.flux import FLUX
 from fastdit.schedule.lifts.base import Switch
-from fastdit.schedule.recipe import PAPER, PRESETS
+from fastdit.schedule.presets import PAPER, PRESETS
 
 SIDE = 8
 CHANNELS = 16
 
 PLANNED: dict[str, tuple[Any, Any, tuple[float, ...]]] = {
-    **{name: (RALU(name), RALU(name).settings.lift, RALU(name).settings.ends) for name in PRESETS},
+    **{name: (RALU(name), RALU(name).recipe.lift, RALU(name).recipe.ends) for name in PRESETS},
     **{f"paper's {name}": (RALU.paper(name, fidelity="exact"), TokenCopy(), PAPER[name].ends) for name in PAPER},
     "bottleneck": (BottleneckSampling(), BottleneckSampling().lift, BottleneckSampling().ends),
     "progressive": (ProgressiveResolution(), ProgressiveResolution().lift, ProgressiveResolution().ends),

@@ -15,9 +15,13 @@ from fastdit import (
     RALU,
     InvalidConfig,
     PixelLift,
+    Stack,
     UnsupportedModel,
     accelerate,
 )
+from fastdit.models.flux import FLUX
+from fastdit.models.qwen_image import QWEN_IMAGE
+from fastdit.models.sd3 import SD3
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 
@@ -88,8 +92,28 @@ def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, step
     assert len(fast.fastdit.last_run.steps) == steps == fast.fastdit.plan(128, 128).steps
 
 
-def test_the_default_is_the_four_times_preset() -> None:
-    assert RALU() == RALU("4x")
+def test_without_a_preset_it_takes_the_first_of_the_pipeline_s_family() -> None:
+    assert RALU().of(FLUX) == RALU("4x")
+    assert RALU(lift=PixelLift(noise="fresh")).of(SD3) == RALU("2x", lift=PixelLift(noise="fresh"))
+    whole = RALU(steps=(4, 2), ends=(0.5,))
+    assert whole.of(SD3) is whole.of(QWEN_IMAGE) is whole
+    assert Stack.from_json(Stack([RALU()]).to_json()) == Stack([RALU()])
+
+
+@pytest.mark.parametrize(("make", "preset"), [(tiny.flux, "4x"), (tiny.sd3, "2x")])
+def test_a_pipeline_plans_and_runs_the_default_preset_of_its_family(make: Callable[..., Any], preset: str) -> None:
+    pipe, call = make(size=128)
+    plain, named = accelerate(pipe, [RALU()]), accelerate(pipe, [RALU(preset)])
+    assert plain.fastdit.plan(128, 128).stages == named.fastdit.plan(128, 128).stages
+    call = {**call, "num_inference_steps": 3}
+    assert torch.equal(tiny.run(plain, call), tiny.run(named, call))
+
+
+def test_a_family_without_presets_and_another_family_s_preset_are_refused_with_what_there_is() -> None:
+    with pytest.raises(InvalidConfig, match=r"Qwen-Image, whose presets are: none.*give steps and ends"):
+        accelerate(tiny.qwen_image()[0], [RALU()])
+    with pytest.raises(InvalidConfig, match=r"'4x' is for FLUX\.1, .* Stable Diffusion 3, whose presets are: 2x, 3x"):
+        accelerate(tiny.sd3()[0], [RALU("4x")])
 
 
 def test_an_explicit_count_is_obeyed(built: tiny.Built) -> None:
@@ -313,13 +337,13 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
     late = RALU("4x", ends=(0.8,))
     whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.6), "lift": PixelLift()}
-    assert late.settings == RALU(**whole, ends=(0.8,)).settings
+    assert late.recipe == RALU(**whole, ends=(0.8,)).recipe
     pipe, _ = tiny.flux()
     plans = [accelerate(pipe, [ralu]).fastdit.plan(128, 128) for ralu in (late, RALU("4x"))]
     assert [[stage.steps for stage in plan.stages] for plan in plans] == [[22, 6]] * 2
     assert plans[0].stages[0].sigmas[-1] == pytest.approx(0.2)
     restarted = RALU("4x", restart=6.0)
-    assert restarted.settings.starts is restarted.settings.shifts is None
+    assert restarted.recipe.starts is restarted.recipe.shifts is None
 
 
 def test_given_shifts_space_the_stages_and_no_shifts_are_matched() -> None:

@@ -41,7 +41,7 @@ def compare(
     fast = accelerate(pipe, [accelerator])
     plan = fast.fastdit.plan(call["height"], call["width"], call.get("num_inference_steps"))
     steps = tuple(stage.steps for stage in plan.stages)
-    chosen = accelerator.settings
+    chosen = accelerator.recipe
     z = solve(steps, chosen.ends, accelerator.base_shift, accelerator.restart).restart
     images = call["prompt_embeds"].shape[0] if listed else None
     velocity = reference_sd3.guided(pipe, call, steps=steps, frame=accelerator.frame, **reference)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fastdit.accelerator import Accelerator, Level
+from fastdit.accelerator import Accelerator, Break, Change, Level, Need
 from fastdit.step import SchedulePlan
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline, ModelMixin
 
     from fastdit.blocks.attention import SeenAttention
     from fastdit.layout import TokenLayout
@@ -20,15 +21,31 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Accelerator):
-    """An accelerator that owns the timesteps and the token layout of a run's stages."""
+    """An accelerator that owns the timesteps and the token layout of a run's stages.
+
+    What it declares here holds for every schedule; one that places tokens needs `Need.TOKEN_POSITIONS` as well.
+    """
 
     level: ClassVar[Level] = Level.SCHEDULE
+    changes: ClassVar[frozenset[Change]] = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.FRAME_SIZES, Need.WHOLE_FRAME})
+    breaks: ClassVar[frozenset[Break]] = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
+
+    def of(self, family: Family) -> Schedule:
+        """Give the schedule with what it takes from a pipeline's family; most take nothing."""
+        return self
 
     def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
         """Choose the stages for a grid of `rows` x `columns` image tokens; None means the schedule's own count."""
         raise NotImplementedError
 
-    def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
+    def begin(
+        self,
+        plan: SchedulePlan,
+        family: Family,
+        pipeline: DiffusionPipeline,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> ScheduleRun:
         """Make the state of one run."""
         raise NotImplementedError
 
@@ -58,7 +75,9 @@ class ScheduleRun:
         """Say why a step must run every block on every token, whatever caches would do; None where they decide."""
         return None
 
-    def attending(self, context: StepContext, transformer: Any, arguments: Mapping[str, Any]) -> SeenAttention | None:
+    def attending(
+        self, context: StepContext, transformer: ModelMixin, arguments: Mapping[str, object]
+    ) -> SeenAttention | None:
         """Give what sees, and may answer, the attention of one forward; nothing by default.
 
         `arguments` are the forward's own, with the stage's latents in place.

@@ -12,34 +12,50 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fastdit.accelerator import Break, Change, Need
+from fastdit.accelerator import Need
 from fastdit.config import is_count, is_number, register
 from fastdit.errors import InvalidConfig
 from fastdit.models.family import Family
 from fastdit.schedule.anchors import AnchorRun
 from fastdit.schedule.base import Schedule, ScheduleRun
 from fastdit.schedule.matching import stage_sigmas
+from fastdit.schedule.recipe import as_tuples, rising, shared_steps
 from fastdit.schedule.selectors.base import Selector
 from fastdit.schedule.selectors.latent_variance import LatentVariance
-from fastdit.schedule.staged import rising, shared_steps
+from fastdit.schedule.staged import Generators
 from fastdit.step import SchedulePlan, StagePlan
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class JustInTime(Schedule):
-    """Stages on more and more of the full frame's tokens. The default costs about a quarter of 50 steps.
+    """Stages on more and more of the full frame's tokens (arXiv 2603.10744). The default costs a quarter of 50 steps.
 
-    `steps` counts the steps of each stage, `shares` gives the part of the tokens that each but the last computes,
-    `ends` the times (0 = noise, 1 = data) at which these end. `shift` is the timestep shift that spaces the steps: left
-    alone, all together as in plain sampling, and with `ends` those of each stage between its own two times. The default
-    has the mean noise level of the paper's distribution, so that switches come early, while there is little to lose.
-    `selector` scores the tokens by the clean estimate; those with the highest scores join.
+    A token that joins at the time t is set to t x0 + (1 - t) z, x0 the clean estimate between the anchors, z the noise
+    that the run began with there. The first anchors are spread evenly and are the same for every image; after that
+    every image has its own. Works where tokens can be placed one by one, and on grids of any size.
 
-    The first anchors are spread evenly and are the same for every image; after that every image has its own. Works
-    where tokens can be placed one by one, and on grids of any size. Raises `InvalidConfig` for values out of range.
+    - `steps`: how many a stage, two stages or more.
+    - `shares`: the part of the tokens that each stage but the last computes, rising, between 0 and 1.
+    - `selector`: scores the tokens by the clean estimate; those with the highest scores join.
+
+    To tinker with:
+
+    - `shift`: the timestep shift that spaces the steps, above 0: of all together, as in plain sampling, or with `ends`
+      of each stage between its own two times. The default has the mean noise level of the paper's distribution, so that
+      switches come early, while there is little to lose.
+    - `ends`: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
+
+    Raises `InvalidConfig` for values out of range.
+
+    >>> plan = JustInTime((6, 6), shares=(0.5,)).plan(9, 7, None)
+    >>> [(stage.layout, stage.steps, stage.tokens) for stage in plan.stages]
+    [('sparse', 6, 32), ('fine', 6, 63)]
     """
 
     steps: tuple[int, ...] = (7, 6, 5)
@@ -49,14 +65,10 @@ class JustInTime(Schedule):
     selector: Selector = dataclasses.field(default_factory=LatentVariance)
     shift: float = 6.0
 
-    changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
-    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS, Need.WHOLE_FRAME})
-    breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
+    needs: ClassVar = Schedule.needs | {Need.TOKEN_POSITIONS}
 
     def __post_init__(self) -> None:
-        for field in ("steps", "shares", "ends"):
-            if isinstance(value := getattr(self, field), list):
-                object.__setattr__(self, field, tuple(value))
+        as_tuples(self, "steps", "shares", "ends")
         steps = self.steps
         if not isinstance(steps, tuple) or len(steps) < 2 or not all(is_count(count, 1) for count in steps):
             raise InvalidConfig(f"JustInTime needs two or more step counts of at least 1, got {steps!r}")
@@ -89,6 +101,8 @@ class JustInTime(Schedule):
         stages = zip(layouts, [*anchors, cells], steps, spans, strict=True)
         return SchedulePlan(tuple(StagePlan(i, *stage) for i, stage in enumerate(stages)), rows, columns, notes)
 
-    def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
+    def begin(
+        self, plan: SchedulePlan, family: Family, pipeline: DiffusionPipeline, generator: Generators
+    ) -> ScheduleRun:
         """Make the state of one run, which draws nothing."""
         return AnchorRun(plan, family, pipeline, self.selector)

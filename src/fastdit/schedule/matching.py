@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,11 @@ def _density(shift: float, start: float = 0.0, end: float = 1.0) -> Array:
 
 
 def _distance(
-    shifts: Any, starts: Sequence[float], steps: Sequence[int], ends: Sequence[float], base_shift: float
+    shifts: Sequence[float] | Array,
+    starts: Sequence[float],
+    steps: Sequence[int],
+    ends: Sequence[float],
+    base_shift: float,
 ) -> float:
     from scipy.spatial.distance import jensenshannon
 
@@ -109,7 +113,7 @@ def solve(
     def started(restart: float) -> list[float]:
         return [restart_time(end, restart) for end in ends]
 
-    def with_restart(parameters: Any) -> float:
+    def with_restart(parameters: Array) -> float:
         *shifts, restart = (float(value) for value in parameters)
         return _distance(shifts, started(restart), steps, ends, base_shift)
 

@@ -16,7 +16,16 @@ from fastdit.schedule.whole_frames import WholeFrames
 @register
 @dataclasses.dataclass(frozen=True)
 class ProgressiveResolution(WholeFrames):
-    """Two whole-frame stages: coarse, fine. The default costs about a quarter of 50 steps."""
+    """Two whole-frame stages: coarse, fine. The default costs about a quarter of 50 steps.
+
+    At the switch the clean estimate x0 of the coarse stage, enlarged, becomes s x0 + (1 - s) z, z fresh noise.
+    `steps`, `ends`, `starts`, `lift` and what to tinker with are `WholeFrames`'. Raises `InvalidConfig` for values out
+    of range.
+
+    >>> plan = ProgressiveResolution((10, 5)).plan(64, 64, None)
+    >>> [(stage.layout, stage.steps, stage.tokens) for stage in plan.stages]
+    [('coarse', 10, 1024), ('fine', 5, 4096)]
+    """
 
     steps: tuple[int, ...] = (15, 8)
     _: dataclasses.KW_ONLY

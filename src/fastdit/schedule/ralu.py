@@ -15,62 +15,67 @@ the user's generator, fresh for each call and image, and every image of a batch 
 from __future__ import annotations
 
 import dataclasses
-import operator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from fastdit.accelerator import (
-    Break,
-    Change,
-    Effects,
-    Need,
-)
+from fastdit.accelerator import Change, Effects, Need
 from fastdit.config import register
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
-from fastdit.schedule.base import Schedule, ScheduleRun
+from fastdit.schedule.base import ScheduleRun
 from fastdit.schedule.lifts.base import Lift
-from fastdit.schedule.recipe import (
-    PAPER,
-    PRESETS,
-    Recipe,
-    listed,
-)
+from fastdit.schedule.presets import PAPER, PRESETS, THREE, TWO, listed, of_family
+from fastdit.schedule.recipe import Recipe, as_tuples
 from fastdit.schedule.selectors.base import Seen, Selector
-from fastdit.schedule.staged import StagedRun, staged_plan
+from fastdit.schedule.staged import Generators, StagedRun, StagedSchedule
 from fastdit.step import SchedulePlan
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class RALU(Schedule):
-    """Region-adaptive latent upsampling in two or three stages.
+class RALU(StagedSchedule):
+    """Region-adaptive latent upsampling in two or three stages (arXiv 2507.08422).
 
-    `preset` names a setting of the model's family ("4x", the default, "5x", "7x", "10x" and "14x" of FLUX.1, "2x",
-    "3x", "6x" and "9x" of SD3). What is given beside it takes the place of the preset's; without a preset, `steps` and
-    `ends` are needed:
+    At a switch from the time e on one layout to the time s < e on the next, copied tokens are re-noised,
 
-    - `steps`: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them.
-    - `ends`: the times at which all stages but the last end (0 = noise, 1 = data).
-    - `ratio`: the share of coarse tokens that a mixed stage refines; needed where there is one.
-    - `starts`: the times at which all stages but the first start. Left out, they are s = e / (Z (1 - e) + e) of the
-      times before them, with one Z that `restart` fixes (at least 2; larger restarts closer to noise) and that the
-      matching solves otherwise.
-    - `shifts`: one timestep shift a stage, for which `starts` are needed: above 1 a stage takes its smaller steps where
-      there is more noise, below 1 where there is less. Left out, the matching solves them.
+        y = (x_e + Z (1 - e) z) / D,   D = Z (1 - e) + e,   s = e / D,
+
+    and a clean estimate x0 that was lifted becomes y = s x0 + (1 - s) z. Times run from 0 (noise) to 1 (data).
+
+    - `preset`: a setting of the model's family by how many times fewer FLOPs it costs than plain sampling: "4x", "5x",
+      "7x", "10x" and "14x" of FLUX.1, "2x", "3x", "6x" and "9x" of SD3. `RALU()` takes the first of the pipeline's own.
+      What is given beside it takes the place of the preset's; without a preset, `steps` and `ends` are needed.
+    - `steps`: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them, each at least 1.
+    - `ends`: the times at which all stages but the last end, rising, between 0 and 1.
+    - `ratio`: the share of coarse tokens, between 0 and 1, that a mixed stage refines; needed where there is one.
     - `selector`: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()`,
       `VelocityVariance()` or `TextAttention()`.
     - `lift`: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
       `LatentLift(resize=...)`.
 
-    `base_shift` is the timestep shift that the model was trained for (3 for both families). `frame` says where coarse
-    and mixed stages place their tokens: in the "coarse" frame, as if the picture were half as large, with children
-    between the coarse tokens (published for FLUX, and what the model sees at half the size), or in the "fine" frame,
-    with children at their final places and coarse tokens in the middle of their four cells. With frame="query" a coarse
-    stage is as in the coarse frame, and in a mixed one every query sees keys in steps of its own resolution
-    (`fastdit.schedule.query_frame`), which takes a model that turns queries and keys by places, as FLUX does.
+    To tinker with:
+
+    - `starts`: the times at which all stages but the first start. Left out, they are s of the times before them, with
+      one Z that `restart` fixes (at least 2; larger restarts closer to noise) and that the matching solves otherwise.
+    - `shifts`: one timestep shift a stage, above 0, for which `starts` are needed: above 1 a stage takes its smaller
+      steps where there is more noise, below 1 where there is less. Left out, the matching solves them.
+    - `base_shift`: the timestep shift that the model was trained for (3 for both families).
+    - `fidelity`: "exact", or "paper" to repeat the flaws of the published code.
+    - `frame`: where coarse and mixed stages place their tokens: in the "coarse" frame, as if the picture were half as
+      large, with children between the coarse tokens (published for FLUX, and what the model sees at half the size), or
+      in the "fine" frame, with children at their final places and coarse tokens in the middle of their four cells. With
+      "query" a coarse stage is as in the coarse frame, and in a mixed one every query sees keys in steps of its own
+      resolution (`fastdit.schedule.query_frame`), which takes a model that turns queries and keys by places, as FLUX
+      does.
 
     Raises `InvalidConfig` for an unknown preset and for values out of range.
+
+    >>> schedule = RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3)
+    >>> [(stage.layout, stage.steps, stage.tokens) for stage in schedule.plan(64, 64, None).stages]
+    [('coarse', 5, 1024), ('mixed', 6, 1945), ('fine', 7, 4096)]
     """
 
     preset: str | None = None
@@ -87,33 +92,30 @@ class RALU(Schedule):
     fidelity: str = "exact"
     frame: str = "coarse"
 
-    changes: ClassVar = frozenset({Change.TOKEN_COUNT, Change.TIMESTEPS})
-    needs: ClassVar = frozenset({Need.FRAME_SIZES, Need.WHOLE_FRAME})
-    breaks: ClassVar = frozenset({Break.BIT_EXACTNESS, Break.SEED_IMAGE})
-
     def __post_init__(self) -> None:
-        for name in ("steps", "ends", "starts", "shifts"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                object.__setattr__(self, name, tuple(_plain(item) for item in value))
-        if self.preset is None and all(value is None for value in (self.steps, self.ends, self.ratio, self.starts)):
-            object.__setattr__(self, "preset", "4x")
+        as_tuples(self, "steps", "ends", "starts", "shifts")
         if self.preset is not None and self.preset not in PRESETS:
             raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {listed(PRESETS)}")
-        if self.preset is None and (self.steps is None or self.ends is None):
+        own = (self.steps, self.ends, self.ratio, self.starts)
+        if self.preset is None and None in own[:2] and any(value is not None for value in own):
             raise InvalidConfig(
                 "RALU without a preset needs steps=(a, b) and ends=(e,), or three steps, two ends and ratio"
             )
+        if self.steps is not None and (not isinstance(self.steps, tuple) or len(self.steps) not in (2, 3)):
+            raise InvalidConfig(f"RALU needs two or three step counts of at least 1, got steps={self.steps!r}")
         if not isinstance(self.lift, Lift | None):
             raise InvalidConfig(f"lift is a lift such as PixelLift() or TokenCopy(), got {self.lift!r}")
         if not isinstance(self.selector, Selector | None):
             raise InvalidConfig(f"selector is a selector such as Edges(), got {self.selector!r}")
-        self.settings.check(self.restart, self.base_shift, self.fidelity)
-        if self.selector is not None and len(self.settings.steps) != 3:
+        if self.fidelity not in ("exact", "paper"):
+            raise InvalidConfig(f'fidelity is "exact" or "paper", got {self.fidelity!r}')
+        self.recipe.check("RALU")
+        whole = "mixed" not in self.recipe.layouts
+        if self.selector is not None and whole:
             raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none between them")
         if self.frame not in (*FRAMES, "query"):
             raise InvalidConfig(f'frame is "coarse", "fine" or "query", got {self.frame!r}')
-        if self.frame == "query" and len(self.settings.steps) != 3:
+        if self.frame == "query" and whole:
             raise InvalidConfig('frame="query" is of a mixed stage, and two stages have none; use frame="coarse"')
 
     @classmethod
@@ -126,29 +128,49 @@ class RALU(Schedule):
         return cls(fidelity=fidelity, **{**published, **settings})
 
     @property
-    def settings(self) -> Recipe:
-        """The recipe in force."""
-        names = ("steps", "ends", "ratio", "starts", "shifts", "lift")
+    def recipe(self) -> Recipe:
+        names = ("steps", "ends", "ratio", "starts", "shifts", "restart", "selector", "lift", "base_shift", "frame")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.preset is None:
+        own["exact"] = self.fidelity == "exact"
+        if self.steps is not None:
+            own["layouts"] = TWO if len(self.steps) == 2 else THREE
+        if self.preset is None and self.steps is not None:
             return Recipe(**own)
         if self.restart is not None:
             own |= {"starts": None, "shifts": None}
-        return dataclasses.replace(PRESETS[self.preset], **own)
+        return dataclasses.replace(PRESETS[self.preset or next(iter(PRESETS))], **own)
+
+    def of(self, family: Family) -> RALU:
+        """Give the schedule with the preset of a pipeline's family, where it names none and has no steps.
+
+        Raises `InvalidConfig` for another family's preset.
+        """
+        if self.preset is None and self.steps is not None:
+            return self
+        presets = of_family(family.name)
+        if self.preset in presets:
+            return self
+        if self.preset is None and presets:
+            return dataclasses.replace(self, preset=presets[0])
+        asked = f"RALU's preset {self.preset!r} is for {self.recipe.family}" if self.preset else "RALU() takes a preset"
+        raise InvalidConfig(
+            f"{asked}, and the pipeline is {family.name}, whose presets are: {', '.join(presets) or 'none'}; choose "
+            "one of them, or give steps and ends"
+        )
 
     @property
     def effects(self) -> Effects:
         declared = super().effects
-        if len(self.settings.steps) == 3 or self.frame != "coarse":
+        if "mixed" in self.recipe.layouts or self.frame != "coarse":
             declared = declared.adding(needs={Need.TOKEN_POSITIONS})
         if self.frame == "query":
             needs = {Need.SEEN_ATTENTION, Need.PLAIN_ATTENTION, Need.FIXED_ROWS}
             declared = declared.adding(changes={Change.KEY_PLACES}, needs=needs)
-        if self.selector is not None and self.selector.sees is Seen.TEXT_ATTENTION:
+        if self.recipe.selector.sees is Seen.TEXT_ATTENTION:
             declared = declared.adding(needs={Need.SEEN_ATTENTION, Need.PLAIN_ATTENTION})
         return declared
 
-    def check(self, pipeline: Any, transformer: Any) -> None:
+    def check(self, pipeline: DiffusionPipeline, transformer: ModelMixin) -> None:
         """Raise `InvalidConfig` for another family's preset, `UnsupportedModel` for parts that the model can't bear."""
         family = family_of(pipeline)
         if self.frame == "query" and family is not None and family.one_frame is not None:
@@ -157,66 +179,12 @@ class RALU(Schedule):
                 f"frame, and {type(pipeline).__name__} can't be asked for that: {family.one_frame}; use "
                 'frame="coarse" or frame="fine"'
             )
-        if self.selector is not None:
-            self.selector.check(transformer)
-        if family is None or self.preset is None or PRESETS[self.preset].family == family.name:
-            return
-        own = ", ".join(name for name, preset in PRESETS.items() if preset.family == family.name) or "none"
-        raise InvalidConfig(
-            f"RALU's preset {self.preset!r} is for {PRESETS[self.preset].family}, and {type(pipeline).__name__} is "
-            f"{family.name}, whose presets are: {own}; choose one of them, or give steps and ends"
-        )
+        self.recipe.selector.check(transformer)
+        if family is not None:
+            self.of(family)
 
-    def refined_count(self, rows: int, columns: int) -> int:
-        """How many coarse tokens of a `rows` x `columns` fine grid are split in the mixed stage."""
-        return int((self.settings.ratio or 0.0) * (rows * columns // 4))
-
-    def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
-        """Lay out the stages. Raises `InvalidConfig` for sizes that don't halve and for too few steps."""
-        settings, refined = self.settings, self.refined_count(rows, columns)
-        notes: tuple[str, ...] = ()
-        if len(settings.steps) == 3 and refined == 0:
-            notes = (
-                f"a share of {settings.ratio} of {rows * columns // 4} coarse tokens is less than one, so stage 2 "
-                "refines nothing",
-            )
-        plan = staged_plan(
-            "RALU",
-            ("coarse", "fine") if len(settings.steps) == 2 else ("coarse", "mixed", "fine"),
-            rows,
-            columns,
-            num_inference_steps,
-            steps=settings.steps,
-            ends=settings.ends,
-            starts=settings.starts,
-            restart=self.restart,
-            shifts=settings.shifts,
-            base_shift=self.base_shift,
-            refined=refined,
-            notes=notes,
-        )
-        if self.selector is not None and self.selector.sees is Seen.VELOCITIES and plan.stages[0].steps < 2:
-            raise InvalidConfig(
-                f"{self.selector!r} compares the steps of the coarse stage, which has one here; give it two or more"
-            )
-        return plan
-
-    def begin(self, plan: SchedulePlan, family: Family, pipeline: Any, generator: Any) -> ScheduleRun:
+    def begin(
+        self, plan: SchedulePlan, family: Family, pipeline: DiffusionPipeline, generator: Generators
+    ) -> ScheduleRun:
         """Make the state of one run."""
-        return StagedRun(
-            plan,
-            family,
-            pipeline,
-            generator,
-            lift=self.settings.lift,
-            ends=self.settings.ends,
-            refined=self.refined_count(plan.rows, plan.columns),
-            selector=self.selector,
-            frame=self.frame,
-            exact=self.fidelity == "exact",
-        )
-
-
-def _plain(value: Any) -> Any:
-    """Turn a whole number of another library into Python's own; anything else is left for validation."""
-    return value if isinstance(value, (bool, float)) or not hasattr(value, "__index__") else operator.index(value)
+        return StagedRun(self.of(family).recipe, plan, family, pipeline, generator)

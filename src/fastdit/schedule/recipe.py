@@ -1,50 +1,67 @@
-"""RALU's settings: what a recipe says, our presets, the published ones, and what no recipe may be."""
+"""Stages as data: their layouts, steps and noise levels, what happens between them, and the plan that they make."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 from fastdit.config import is_count, is_number
 from fastdit.errors import InvalidConfig
+from fastdit.schedule import matching
 from fastdit.schedule.lifts.base import Lift
-from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.lifts.token_copy import TokenCopy
-from fastdit.schedule.staged import is_time, rising
-
-_FLUX, _SD3 = "FLUX.1", "Stable Diffusion 3"
+from fastdit.schedule.selectors.base import Seen, Selector
+from fastdit.schedule.selectors.edges import Edges
+from fastdit.step import SchedulePlan, StagePlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The settings of `RALU`, one value a stage or a switch; `family` names the models that a preset is for."""
+    """What a schedule of stages does, one value a stage or a switch.
 
+    `layouts` names the stages' layouts, in their order: "coarse", "mixed" (after a coarse one) or "fine". `ends` are
+    the times (0 = noise, 1 = data) at which all stages but the last end, `starts` those at which all but the first
+    start; left out, they follow from the ends with one factor, `restart`, which the matching solves where it is left
+    out too. `shifts` space the steps inside the stages; left out, the matching solves them for a model that was trained
+    with `base_shift`. `lift` brings tokens over a switch. A mixed stage refines the share `ratio` of the coarse tokens,
+    those that `selector` scores highest. `frame` is that of a layout, or "query". Without `exact`, flaws of RALU's
+    published code are repeated. `family` names the models that a preset is for.
+    """
+
+    layouts: tuple[str, ...]
     steps: tuple[int, ...]
     ends: tuple[float, ...]
     ratio: float | None = None
     starts: tuple[float, ...] | None = None
     lift: Lift = dataclasses.field(default_factory=TokenCopy)
     shifts: tuple[float, ...] | None = None
+    restart: float | None = None
+    base_shift: float = 3.0
+    selector: Selector = dataclasses.field(default_factory=Edges)
+    frame: str = "coarse"
+    exact: bool = True
     family: str | None = dataclasses.field(default=None, compare=False)
 
-    def check(self, restart: float | None, base_shift: float, fidelity: str) -> None:
-        """Raise `InvalidConfig` where the settings, or what `RALU` takes beside them, contradict each other."""
-        steps, ends, starts = self.steps, self.ends, self.starts
-        if not isinstance(steps, tuple) or len(steps) not in (2, 3) or not all(is_count(count, 1) for count in steps):
-            raise InvalidConfig(f"RALU needs two or three step counts of at least 1, got steps={steps!r}")
-        if not rising(ends, len(steps) - 1):
-            raise InvalidConfig(
-                f"{len(steps)} stages need {len(steps) - 1} end time{'s that rise' if len(steps) == 3 else ''} "
-                f"between 0 and 1, got ends={ends!r}"
-            )
-        if len(steps) == 3 and (not is_number(self.ratio) or not 0.0 < cast(float, self.ratio) < 1.0):
+    def check(self, name: str) -> None:
+        """Raise `InvalidConfig` where the values of the schedule `name` are out of range or contradict each other."""
+        steps, ends, starts, shifts = self.steps, self.ends, self.starts, self.shifts
+        stages, restart = len(self.layouts), self.restart
+        if not isinstance(steps, tuple) or len(steps) != stages or not all(is_count(count, 1) for count in steps):
+            raise InvalidConfig(f"{name} needs {stages} step counts of at least 1, got steps={steps!r}")
+        if not rising(ends, stages - 1):
+            rise = "s that rise" if stages > 2 else ""
+            raise InvalidConfig(f"{stages} stages need {stages - 1} end time{rise} between 0 and 1, got ends={ends!r}")
+        if "mixed" not in self.layouts:
+            if self.ratio is not None:
+                raise InvalidConfig(
+                    f"{stages} stages have none between them that would refine a share, got ratio={self.ratio!r}"
+                )
+        elif not is_number(self.ratio) or not 0.0 < cast(float, self.ratio) < 1.0:
             raise InvalidConfig(
                 f"a mixed stage refines a share of tokens between 0 and 1 (exclusive), got ratio={self.ratio!r}"
-            )
-        if len(steps) == 2 and self.ratio is not None:
-            raise InvalidConfig(
-                f"two stages have none between them that would refine a share, got ratio={self.ratio!r}"
             )
         if restart is not None and not (is_number(restart) and restart >= 2.0):
             raise InvalidConfig(f"restart must be at least 2 for the noise's covariance to exist, got {restart!r}")
@@ -54,46 +71,117 @@ class Recipe:
             if not isinstance(starts, tuple) or len(starts) != len(ends) or not all(map(is_time, starts)):
                 raise InvalidConfig(f"{len(ends)} switches need as many start times between 0 and 1, got {starts!r}")
             self.lift.check(ends, starts)
-        shifts = self.shifts
         positive = isinstance(shifts, tuple) and all(is_number(shift) and shift > 0.0 for shift in shifts)
-        if shifts is not None and (not positive or len(shifts) != len(steps)):
-            raise InvalidConfig(f"{len(steps)} stages need as many timestep shifts above 0, got shifts={shifts!r}")
+        if shifts is not None and (not positive or len(shifts) != stages):
+            raise InvalidConfig(f"{stages} stages need as many timestep shifts above 0, got shifts={shifts!r}")
         if shifts is not None and starts is None:
             raise InvalidConfig("shifts say how stages with known starts are spaced; give starts beside them")
-        if not is_number(base_shift) or base_shift <= 0.0:
-            raise InvalidConfig(f"base_shift must be positive, got {base_shift!r}")
-        if fidelity not in ("exact", "paper"):
-            raise InvalidConfig(f'fidelity is "exact" or "paper", got {fidelity!r}')
+        if not is_number(self.base_shift) or self.base_shift <= 0.0:
+            raise InvalidConfig(f"base_shift must be positive, got {self.base_shift!r}")
+
+    def refined(self, rows: int, columns: int) -> int:
+        """How many coarse tokens of a `rows` x `columns` fine grid are split in a mixed stage."""
+        return int((self.ratio or 0.0) * (rows * columns // 4))
+
+    def plan(self, name: str, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
+        """Lay out the stages of the schedule `name`.
+
+        Raises `InvalidConfig` for sizes that don't halve, and for fewer steps than stages, or than the selector needs.
+        """
+        if rows % 2 or columns % 2:
+            raise InvalidConfig(
+                f"{name} halves the token grid, and {rows} x {columns} tokens can't be halved; choose a size whose "
+                f"grid is even, {rows + rows % 2} x {columns + columns % 2} or {rows - rows % 2} x "
+                f"{columns - columns % 2} tokens"
+            )
+        steps, shared = shared_steps(name, self.steps, num_inference_steps)
+        notes = [f"{note}{'' if self.shifts else ' and the matching was solved anew'}" for note in shared]
+        if self.selector.sees is Seen.VELOCITIES and steps[0] < 2:
+            raise InvalidConfig(
+                f"{self.selector!r} compares the steps of the coarse stage, which has one here; give it two or more"
+            )
+        shifts, starts, how = self._spaced(steps)
+        notes.append(f"shifts {', '.join(f'{shift:.3f}' for shift in shifts)}; {how}")
+        coarse, refined = rows * columns // 4, self.refined(rows, columns)
+        if "mixed" in self.layouts and not refined:
+            stage = self.layouts.index("mixed") + 1
+            notes.append(
+                f"a share of {self.ratio} of {coarse} coarse tokens is less than one, so stage {stage} refines nothing"
+            )
+        tokens = {"coarse": coarse, "mixed": coarse + 3 * refined, "fine": rows * columns}
+        spans = zip(self.layouts, steps, [0.0, *starts], [*self.ends, 1.0], shifts, strict=True)
+        stages = tuple(
+            StagePlan(index, layout, tokens[layout], count, matching.stage_sigmas(start, stop, shift, count))
+            for index, (layout, count, start, stop, shift) in enumerate(spans)
+        )
+        return SchedulePlan(stages, rows, columns, tuple(notes))
+
+    def _spaced(self, steps: tuple[int, ...]) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+        """Give the shifts and the starts for these step counts, and say where they come from."""
+        if self.shifts is not None and self.starts is not None:
+            return self.shifts, self.starts, "as given"
+        solved = matching.solve(steps, self.ends, self.base_shift, self.restart, self.starts)
+        restarted = "" if solved.restart is None else f"restart Z {solved.restart:.3f}; "
+        return solved.shifts, solved.starts, f"{restarted}matching distance {solved.distance:.4f}"
 
 
-def _whole(steps: tuple[int, int], shifts: tuple[float, float], family: str, start: float = 0.15) -> Recipe:
-    return Recipe(steps, (0.50,), None, (start,), PixelLift(), shifts, family)
+def shared_steps(
+    name: str, steps: tuple[int, ...], num_inference_steps: int | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Give the step counts that the schedule `name` makes of its own for a call, and a note where they are others.
+
+    Raises `InvalidConfig` for fewer steps than stages.
+    """
+    if num_inference_steps is None or num_inference_steps == sum(steps):
+        return steps, ()
+    if num_inference_steps < len(steps):
+        raise InvalidConfig(
+            f"{name} has {len(steps)} stages and can't run {num_inference_steps} steps; ask for at least "
+            f"{len(steps)}, or leave num_inference_steps out for its own {sum(steps)}"
+        )
+    shared = proportional(steps, num_inference_steps)
+    own, asked = ("/".join(map(str, counts)) for counts in (steps, shared))
+    return shared, (f"{num_inference_steps} steps were asked for: {own} became {asked}",)
 
 
-#: The settings by how many times fewer FLOPs they cost than 50 steps (28 of SD3), each for its family of models. The
-#: first stage has the family's own shift at half the size; the last one steps more evenly than plain sampling does.
-PRESETS = {
-    "4x": _whole((22, 6), (2.0, 0.6), _FLUX),
-    "5x": _whole((20, 4), (2.0, 0.8), _FLUX),
-    "7x": _whole((14, 3), (2.0, 1.2), _FLUX),
-    "10x": _whole((10, 2), (2.0, 1.2), _FLUX, start=0.20),
-    "14x": _whole((5, 2), (2.0, 1.2), _FLUX, start=0.20),
-    "2x": _whole((28, 6), (3.0, 0.4), _SD3),
-    "3x": _whole((20, 4), (3.0, 0.6), _SD3),
-    "6x": _whole((7, 3), (3.0, 0.6), _SD3),
-    "9x": _whole((5, 2), (3.0, 1.0), _SD3, start=0.20),
-}
-
-#: The published settings.
-PAPER = {
-    "4x": Recipe((5, 6, 7), (0.30, 0.45), 0.3, family=_FLUX),
-    "5x": Recipe((4, 5, 6), (0.30, 0.45), 0.2, family=_FLUX),
-    "7x": Recipe((2, 3, 5), (0.20, 0.30), 0.1, family=_FLUX),
-    "2x": Recipe((5, 6, 9), (0.20, 0.30), 0.3, family=_SD3),
-    "3x": Recipe((3, 3, 6), (0.25, 0.30), 0.2, family=_SD3),
-}
+def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
+    """Share `total` steps out in proportion to `steps`, at least one each, by largest remainder."""
+    exact = [total * count / sum(steps) for count in steps]
+    shares = [max(1, int(value)) for value in exact]
+    while sum(shares) < total:
+        index = max(range(len(shares)), key=lambda i: exact[i] - shares[i])
+        shares[index] += 1
+    while sum(shares) > total:
+        index = min((i for i in range(len(shares)) if shares[i] > 1), key=lambda i: exact[i] - shares[i])
+        shares[index] -= 1
+    return tuple(shares)
 
 
-def listed(recipes: Mapping[str, Recipe]) -> str:
-    """Name recipes with the models that each is for."""
-    return ", ".join(f"{name} ({recipe.family})" for name, recipe in recipes.items())
+def is_time(value: object) -> bool:
+    """Whether a value is a time between noise and data."""
+    return is_number(value) and 0.0 < cast(float, value) < 1.0
+
+
+def rising(times: object, count: int) -> bool:
+    """Whether these are so many rising times between noise and data."""
+    return (
+        isinstance(times, tuple)
+        and len(times) == count
+        and all(map(is_time, times))
+        and all(early < late for early, late in pairwise(times))
+    )
+
+
+def as_tuples(schedule: object, *fields: str) -> None:
+    """Turn lists in these fields of a frozen configuration into tuples, and whole numbers of other libraries into ints.
+
+    Anything else is left for the checks.
+    """
+    for name in fields:
+        value = getattr(schedule, name)
+        if isinstance(value, (list, tuple)):
+            object.__setattr__(schedule, name, tuple(map(_plain, value)))
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, (bool, float)) or not hasattr(value, "__index__") else operator.index(value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -22,6 +22,9 @@ from fastdit.errors import InvalidConfig
 from fastdit.layout import FineLayout, MixedLayout, TokenLayout
 from fastdit.models.family import Family
 from fastdit.schedule.lifts import hadamard
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 #: Where a clean lift takes its noise from: the field of the run, new draws, or the field with newly drawn details.
 NOISES = ("shared", "fresh", "hadamard")
@@ -37,7 +40,7 @@ class Switch:
     """
 
     family: Family
-    pipeline: Any
+    pipeline: DiffusionPipeline
     before: TokenLayout
     after: TokenLayout
     latents: torch.Tensor
@@ -63,13 +66,13 @@ class Lift:
 
 @dataclasses.dataclass(frozen=True)
 class CleanLift(Lift):
-    """Base of the lifts of the clean estimate.
+    """Base of the lifts of the clean estimate. Raises `InvalidConfig` for another `noise`.
 
-    With `noise="shared"` every token has the noise that the run began with at its place (four cells' sum, halved, for
-    a coarse token), so that what a stage has drawn out of its noise, the next finds in its own; "fresh" draws anew.
-    With "hadamard" a coarse token has the shared noise, and fine ones are its Hadamard children: the coarse part of
-    their noise is the run's, its details are drawn anew at every switch (Fresco, arXiv 2601.07462). That follows the
-    same law as "shared", whose details are the run's too.
+    - `noise`: with "shared" every token has the noise that the run began with at its place (four cells' sum, halved,
+      for a coarse token), so that what a stage has drawn out of its noise, the next finds in its own. "fresh" draws
+      anew. With "hadamard" a coarse token has the shared noise, and fine ones are its Hadamard children: the coarse
+      part of their noise is the run's, its details are drawn anew at every switch (Fresco, arXiv 2601.07462). That
+      follows the same law as "shared", whose details are the run's too.
     """
 
     _: dataclasses.KW_ONLY

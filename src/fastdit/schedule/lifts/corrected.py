@@ -22,9 +22,17 @@ from fastdit.schedule.lifts.pixel import PixelLift
 @register
 @dataclasses.dataclass(frozen=True)
 class CorrectedLift(PixelLift):
-    """Enlarges latents (bilinear) and corrects the `share` of worst places towards those of the enlarged picture.
+    """Enlarges latents (bilinear) and corrects the worst places towards those of the enlarged picture (SelfLift, 2026).
 
-    Costs what a `PixelLift` costs. Raises `InvalidConfig` for a share that is not above 0 and at most 1.
+    Costs what a `PixelLift` costs.
+
+    - `share`: the part of the places that are corrected, above 0 and at most 1.
+    - `noise`: "shared", "fresh" or "hadamard" (see `CleanLift`).
+
+    Raises `InvalidConfig` for values out of range.
+
+    >>> CorrectedLift(share=0.5).share
+    0.5
     """
 
     share: float = 0.35

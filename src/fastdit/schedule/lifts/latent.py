@@ -17,9 +17,18 @@ _RESIZES = ("nearest", "bilinear", "bicubic")
 @register
 @dataclasses.dataclass(frozen=True)
 class LatentLift(CleanLift):
-    """Resizes the clean latents themselves: "nearest", "bilinear" or "bicubic".
+    """Resizes the clean latents themselves, which costs nothing.
 
     An enlarged latent is no latent of an enlarged picture, which the steps that follow must mend.
+
+    - `resize`: "nearest", "bilinear" or "bicubic".
+    - `noise`: "shared", "fresh" or "hadamard" (see `CleanLift`).
+
+    Raises `InvalidConfig` for another word.
+
+    >>> frames = torch.tensor([[[[1.0, 2.0]]]])
+    >>> LatentLift().lifted(None, frames).tolist()
+    [[[[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]]
     """
 
     resize: str = "nearest"

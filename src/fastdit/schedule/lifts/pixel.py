@@ -19,6 +19,11 @@ class PixelLift(CleanLift):
     The result is a legal latent of a picture that is soft and otherwise right, so the next stage may start late and
     keep what the coarse one composed. Costs a decoding at half the size and an encoding at the full one. MrFlow (arXiv
     2607.01642) enlarges in pixels with a trained network; this needs none.
+
+    - `noise`: "shared", "fresh" or "hadamard" (see `CleanLift`). Raises `InvalidConfig` for another word.
+
+    >>> PixelLift()
+    PixelLift(noise='shared')
     """
 
     def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:

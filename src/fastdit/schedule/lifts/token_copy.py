@@ -22,7 +22,18 @@ from fastdit.schedule.lifts.base import Lift, Switch
 @register
 @dataclasses.dataclass(frozen=True)
 class TokenCopy(Lift):
-    """Copies noisy tokens and re-noises them to an earlier time, at least so early that Z = 1/sqrt(c) is 2."""
+    """Copies noisy tokens and re-noises them to an earlier time (arXiv 2507.08422).
+
+    From the time e back to s, with Z = e (1 - s) / (s (1 - e)) and z noise of the covariance I - J / Z^2 among the four
+    copies of a token,
+
+        y = (x_e + Z (1 - e) z) / (Z (1 - e) + e)
+
+    for which Z must be at least 2. Costs nothing, and takes back what the coarse stage had composed after s. `check`
+    raises `InvalidConfig` for times that are too close to each other.
+
+    >>> TokenCopy().check(ends=(0.5,), starts=(0.3,))
+    """
 
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
         for end, start in zip(ends, starts, strict=True):

@@ -8,11 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import nn
 
 from fastdit.models.family import Family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Seen(Enum):
@@ -40,7 +44,7 @@ class Scene:
     """
 
     family: Family
-    pipeline: Any
+    pipeline: DiffusionPipeline
     rows: int
     columns: int
     clean: torch.Tensor
@@ -60,7 +64,7 @@ class Selector:
     #: What of the coarse stage is kept for it, if anything.
     sees: ClassVar[Seen | None] = None
 
-    def check(self, transformer: Any) -> None:
+    def check(self, transformer: nn.Module) -> None:
         """Raise `UnsupportedModel` if the transformer doesn't show what the selector asks to see."""
 
     def scores(self, scene: Scene) -> torch.Tensor:

@@ -17,6 +17,10 @@ class LatentVariance(Selector):
     """The variance of the clean latents over a token and those around it (3 x 3), mean over channels.
 
     Stays on the device and decodes nothing; the activation of JiT (arXiv 2603.10744) is guided by such a variance.
+
+    >>> clean = torch.tensor([0.0, 0.0, 0.0, 3.0])[None, :, None]  # four tokens in a row, one channel
+    >>> LatentVariance().scores(Scene(None, None, 1, 4, clean)).tolist()
+    [[0.0, 0.0, 2.0, 2.25]]
     """
 
     def scores(self, scene: Scene) -> torch.Tensor:

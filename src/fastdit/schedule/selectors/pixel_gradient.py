@@ -15,7 +15,13 @@ from fastdit.schedule.selectors.base import Scene, Selector
 @register
 @dataclasses.dataclass(frozen=True)
 class PixelGradient(Selector):
-    """The mean length of the decoded estimate's gradient, by central differences of its grey. Stays on the device."""
+    """The mean length of the decoded estimate's gradient, by central differences of its grey, over a token.
+
+    Costs a decoding at half the size, and stays on the device.
+
+    >>> PixelGradient()
+    PixelGradient()
+    """
 
     def scores(self, scene: Scene) -> torch.Tensor:
         grey = functional.pad(edges.grey(scene.decoded())[:, None], (1, 1, 1, 1), mode="replicate")

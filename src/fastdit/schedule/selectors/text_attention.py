@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import nn
 
 from fastdit.blocks.attention import AttentionCall, SeenAttention, weights_of
 from fastdit.config import register
@@ -34,10 +35,15 @@ from fastdit.schedule.selectors.base import (
 class TextAttention(Selector):
     """The attention between an image token and the prompt's at the last coarse step, mean over heads and blocks.
 
-    `direction` "received" scores an image token by what the text's tokens give to it, "given" by the share of its own
-    attention that goes to the text. All forwards of the step count alike, so it is the mean over guidance's branches.
-    Works where every block attends to text and image together in torch's `scaled_dot_product_attention`, as in FLUX.1
-    and SD3; engines hide that and are refused. Raises `InvalidConfig` for another direction.
+    All forwards of the step count alike, so it is the mean over guidance's branches. Works where every block attends to
+    text and image together in torch's `scaled_dot_product_attention`, as in FLUX.1 and SD3; engines hide that and are
+    refused. After AViTS (2026).
+
+    - `direction`: "received" scores an image token by what the text's tokens give to it, "given" by the share of its
+      own attention that goes to the text. Raises `InvalidConfig` for another word.
+
+    >>> TextAttention("given")
+    TextAttention(direction='given')
     """
 
     direction: str = "received"
@@ -48,7 +54,7 @@ class TextAttention(Selector):
         if self.direction not in ("received", "given"):
             raise InvalidConfig(f'direction is "received" or "given", got {self.direction!r}')
 
-    def check(self, transformer: Any) -> None:
+    def check(self, transformer: nn.Module) -> None:
         if text_comes_first(transformer) is None:
             raise UnsupportedModel(
                 f"TextAttention must know where the text's tokens are in attention, and the blocks of "

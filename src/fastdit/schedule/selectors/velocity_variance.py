@@ -17,9 +17,14 @@ from fastdit.schedule.selectors.base import Scene, Seen, Selector
 class VelocityVariance(Selector):
     """The variance of the predicted velocity over the steps of the coarse stage, mean over channels.
 
-    Where the prediction no longer turns, the picture is settled. `first` says which tokens are split: "settled" ones,
-    as in Fresco (arXiv 2601.07462), or "turning" ones. Needs two steps in the coarse stage. Raises `InvalidConfig` for
-    another word.
+    Where the prediction no longer turns, the picture is settled. Needs two steps in the coarse stage.
+
+    - `first`: which tokens are split: "settled" ones, as in Fresco (arXiv 2601.07462), or "turning" ones. Raises
+      `InvalidConfig` for another word.
+
+    >>> steps = [torch.zeros(1, 2, 1), torch.tensor([[[0.0], [2.0]]])]
+    >>> VelocityVariance(first="turning").scores(Scene(None, None, 1, 2, steps[0], steps)).tolist()
+    [[0.0, 2.0]]
     """
 
     first: str = "settled"
