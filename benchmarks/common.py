@@ -23,7 +23,7 @@ from fastdit.mini import Architecture, load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
 from frechet import frechet_distance, influences, jackknife
-from merging import with_seconds
+from measurements import with_seconds
 from training.small.render import draw, random_picture
 
 #: Renders that pictures are compared with by their Frechet distance.

@@ -16,7 +16,6 @@ from rich.console import Console
 from common import clock, compare
 from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration
-from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.schedule.just_in_time import JustInTime
 from fastdit.schedule.lifts.corrected import CorrectedLift
@@ -31,6 +30,7 @@ from fastdit.schedule.selectors.pixel_gradient import PixelGradient
 from fastdit.schedule.selectors.text_attention import TextAttention
 from fastdit.schedule.selectors.velocity_variance import VelocityVariance
 from fastdit.stack import Stack
+from measurements import load
 
 DTYPE = torch.bfloat16
 PRESET = "7x"
@@ -126,7 +126,7 @@ def clock_(
     out: OutOption = RESULT,
 ) -> None:
     """Time everything in turns, write the seconds into the results, and print them."""
-    results = clock(configurations(), Results.load(out), rounds=rounds, dtype=DTYPE)
+    results = clock(configurations(), load(out), rounds=rounds, dtype=DTYPE)
     Console(width=220).print(rich_table(results))
     results.save(out)
 

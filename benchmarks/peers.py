@@ -16,10 +16,12 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastdit.errors import FastditError
 from fastdit.measure.experiment import Configuration
@@ -38,10 +40,44 @@ def peers() -> dict[str, Maker]:
     return {**_first_block_caches(), **_taylor_seers(), **_mag_caches(), **_db_caches()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Peer(Configuration):
+    """A configuration with a pipeline of its own, which another library made faster."""
+
+    pipeline: DiffusionPipeline
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """The class of the pipeline, in the place of a stack."""
+        return {"pipeline": type(self.pipeline).__name__}
+
+    def open(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """Give its own pipeline."""
+        return self.pipeline
+
+    def told(self, pipeline: DiffusionPipeline, generate: Callable[[DiffusionPipeline], Any]) -> tuple[list[Any], int]:
+        """Make a first round, whose FLOPs stand for all; there is no record."""
+        return [], executed_flops(pipeline.transformer, lambda: generate(pipeline))
+
+
+def executed_flops(module: torch.nn.Module, call: Callable[[], object]) -> int:
+    """The FLOPs that `module` really runs in `call`, in the measure of `fastdit.meter.count`."""
+
+    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **options: object) -> int:
+        flops: int = sdpa_flop_count(query, key, value)
+        return flops
+
+    # The counter knows the attention of every device but the CPU.
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        call()
+    return sum(counter.get_flop_counts()[type(module).__name__].values())
+
+
 def configurations() -> list[Configuration]:
     """The peers as an experiment takes them, each with its own pipeline."""
     call = {"num_inference_steps": STEPS}
-    return [Configuration(name, call=call, pipeline=make()) for name, make in peers().items()]
+    return [Peer(name, call=call, pipeline=make()) for name, make in peers().items()]
 
 
 def _first_block_caches() -> dict[str, Maker]:

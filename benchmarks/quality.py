@@ -12,7 +12,6 @@ from rich.console import Console
 from common import clock, compare
 from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration, plain
-from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.ralu import RALU
@@ -20,6 +19,7 @@ from fastdit.stack import Stack
 from fastdit.step_cache.forecasters.taylor import Taylor
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.gates.teacache import TeaCache
+from measurements import load
 
 RESULTS = Path("benchmarks/results")
 
@@ -108,7 +108,7 @@ def clock_(
 ) -> None:
     """Time everything in turns, write the seconds into the results, and print them."""
     chosen = fast_configurations() if fast else configurations()
-    results = clock(chosen, Results.load(out), rounds=rounds)
+    results = clock(chosen, load(out), rounds=rounds)
     Console(width=200).print(rich_table(results))
     results.save(out)
 

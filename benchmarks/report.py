@@ -12,6 +12,7 @@ import fastdit
 from fastdit.measure.environment import Environment
 from fastdit.measure.results import Results
 from fastdit.measure.table import header, rows
+from measurements import load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -285,16 +286,16 @@ def main() -> None:
         if (path := RESULTS / f"{name}.json").exists():
             parts += section(json.loads(path.read_text(encoding="utf-8")))
     if (path := RESULTS / "quality.json").exists():
-        parts += quality(Results.load(path))
+        parts += quality(load(path))
     if (path := RESULTS / "quality-fast.json").exists():
-        parts += quality(Results.load(path), "About six times faster, and more")
+        parts += quality(load(path), "About six times faster, and more")
     for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
         if (path := RESULTS / f"spatial-{mini}.json").exists():
-            parts += spatial(Results.load(path), title)
+            parts += spatial(load(path), title)
     if (path := RESULTS / "parts.json").exists():
-        parts += exchanged(Results.load(path))
+        parts += exchanged(load(path))
     if (path := RESULTS / "caching.json").exists():
-        parts += caching(Results.load(path))
+        parts += caching(load(path))
     if (path := RESULTS / "isolation.json").exists():
         parts += isolation(json.loads(path.read_text(encoding="utf-8")))
     for architecture, path in EVALUATIONS.items():

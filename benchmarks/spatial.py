@@ -18,14 +18,13 @@ from rich.console import Console
 from common import clock, compare, pipeline_of
 from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration, plain
-from fastdit.measure.results import Results
 from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
 from fastdit.schedule.bottleneck_sampling import BottleneckSampling
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
-from merging import with_baseline, with_pictures_of
+from measurements import load, with_baseline, with_pictures_of
 
 RESULTS = Path("benchmarks/results")
 DTYPE = torch.bfloat16
@@ -114,7 +113,7 @@ def pictures(
         chosen, title=f"schedules, {mini}", prompts=prompts, each=each, batch=batch, seed=seed, mini=mini, dtype=DTYPE
     )
     path = _path(mini, out)
-    (with_pictures_of(Results.load(path), results) if only else results).save(path)
+    (with_pictures_of(load(path), results) if only else results).save(path)
 
 
 @app.command(name="clock")
@@ -125,7 +124,7 @@ def clock_(
 ) -> None:
     """Time everything in turns, write the seconds into the results, and print them."""
     rows = configurations(mini)
-    results = clock(rows, Results.load(_path(mini, out)), rounds=rounds, mini=mini, dtype=DTYPE)
+    results = clock(rows, load(_path(mini, out)), rounds=rounds, mini=mini, dtype=DTYPE)
     results = with_baseline(results, rows[0].name)
     Console(width=220).print(rich_table(results))
     results.save(_path(mini, out))

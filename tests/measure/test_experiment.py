@@ -14,6 +14,8 @@ from PIL.Image import Image
 from fastdit import RALU, FirstBlockCache, Stack
 from fastdit.measure.experiment import Configuration, Experiment, plain
 from fastdit.measure.results import Results
+from measurements import from_json
+from peers import Peer
 from synthetic import random_call, random_flux
 
 Measured = tuple[Results, dict[str, list[Image]], Path]
@@ -76,7 +78,7 @@ def test_records_tell_stages_and_scores_follow_their_prompts(measured: Measured)
     results = measured[0]
     assert {step["stage"] for step in results["RALU"].records[0]["steps"]} == {0, 1, 2}
     assert results["8 steps"].metrics["judge"].samples == (0.0, 0.0, 1.0, 1.0)
-    assert Results.from_json(results.to_json()) == results
+    assert from_json(results.to_json()) == results
 
 
 def test_a_round_repeats_its_pictures(experiment: Experiment) -> None:
@@ -94,17 +96,12 @@ def test_a_pipeline_of_its_own_is_measured_like_the_rest_and_never_taken_for_pla
     same, cached = random_flux(), random_flux()
     cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
     call = {"num_inference_steps": 8}
-    own = [Configuration("same", call=call, pipeline=same), Configuration("cached", call=call, pipeline=cached)]
+    own = [Peer("same", call=call, pipeline=same), Peer("cached", call=call, pipeline=cached)]
     results, images = experiment.run([plain(8), *own], title="test", baseline="8 steps")
     assert [image.tobytes() for image in images["same"]] == [image.tobytes() for image in images["8 steps"]]
     assert results.flops_ratio("same") == 1 and results.flops_ratio("cached") > 1
     assert results.rival("8 steps") is None and results.rival("same") in ("8 steps", None)
-    assert Results.from_json(results.to_json()) == results
-
-
-def test_a_stack_and_a_pipeline_of_its_own_are_refused_together(experiment: Experiment) -> None:
-    with pytest.raises(ValueError, match="both a stack and a pipeline"):
-        Configuration("both", Stack(), pipeline=experiment.pipeline)
+    assert from_json(results.to_json()) == results
 
 
 def test_prompts_that_do_not_fill_a_round_are_refused(experiment: Experiment) -> None:

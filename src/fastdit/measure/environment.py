@@ -6,8 +6,10 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
+
+from fastdit import __version__
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Environment:
             python=platform.python_version(),
             torch=torch.__version__,
             diffusers=version("diffusers"),
-            fastdit=_own_version(),
+            fastdit=__version__,
             accelerator=torch.cuda.get_device_name(device) if kind == "cuda" else None if kind == "cpu" else kind,
         )
 
@@ -51,15 +53,12 @@ class Environment:
 
 def _cpu_model() -> str:
     listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    if named := next((line for line in lines if line.startswith("model name")), None):
+        return named.partition(":")[2].strip()
     if platform.system() == "Darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -67,10 +66,3 @@ def _memory_gib() -> float | None:
     if not hasattr(os, "sysconf"):  # Windows
         return None
     return float(round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1))
-
-
-def _own_version() -> str:
-    try:
-        return version("fastdit")
-    except PackageNotFoundError:
-        return "not installed"

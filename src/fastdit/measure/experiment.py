@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from PIL.Image import Image
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Break
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
     from fastdit.record import RunRecord
 
+    #: Makes a round's pictures with a pipeline.
+    Generate = Callable[[DiffusionPipeline], list[Image]]
 
 #: Prompts whose pictures and run records are kept beside the numbers.
 SHOWN = 6
@@ -41,39 +42,37 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way of making pictures: a stack (None: the untouched pipeline) and its call's keyword arguments.
-
-    Instead of a stack it can bring a `pipeline` of its own, such as one that another library made faster.
-    """
+    """One way of making pictures: a stack (None: the untouched pipeline) and its call's keyword arguments."""
 
     name: str
     stack: Stack | None = None
     call: Mapping[str, object] = field(default_factory=dict)
-    pipeline: DiffusionPipeline | None = None
-
-    def __post_init__(self) -> None:
-        if self.stack is not None and self.pipeline is not None:
-            raise ValueError(
-                f"{self.name!r} has both a stack and a pipeline; give the stack alone, or call accelerate on the "
-                "pipeline first and give the result"
-            )
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is the experiment's own pipeline, untouched."""
-        return self.stack is None and self.pipeline is None
 
     @property
     def method(self) -> JsonObject | None:
-        """What makes it faster, as JSON: the stack, or the class of a pipeline of its own; None where it is plain."""
-        if self.pipeline is not None:
-            return {"pipeline": type(self.pipeline).__name__}
+        """What makes it faster, as JSON; None where nothing does."""
         return None if self.stack is None else self.stack.to_json()
 
     @property
     def keeps_seed(self) -> bool:
         """Whether a seed still gives the plain pipeline's picture, so that the two can be compared by pixel."""
         return not any(Break.SEED_IMAGE in accelerator.effects.breaks for accelerator in self.stack or ())
+
+    def open(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """Give what makes the pictures, out of the experiment's pipeline."""
+        return pipeline if self.stack is None else accelerate(pipeline, self.stack)
+
+    def told(self, pipeline: DiffusionPipeline, generate: Generate) -> tuple[list[RunRecord], int | None]:
+        """Make a first round with what was opened; give the record and the FLOPs that stand for every round.
+
+        A stack tells them round by round. A plain pipeline is called through an empty stack, whose record tells them.
+        """
+        if self.stack is not None:
+            generate(pipeline)
+            return [], None
+        recorder = accelerate(pipeline, Stack())
+        generate(recorder)
+        return [recorder.fastdit.last_run], recorder.fastdit.last_run.flops
 
 
 def plain(steps: int, name: str | None = None) -> Configuration:
@@ -83,13 +82,13 @@ def plain(steps: int, name: str | None = None) -> Configuration:
 
 @dataclass
 class _Taken:
-    """What was taken of one configuration so far; `flops` of a round where no record tells them."""
+    """What was taken of one configuration so far; `flops` of a round where each round's record does not tell them."""
 
     configuration: Configuration
+    records: list[RunRecord]
+    flops: int | None
     images: list[Image] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    records: list[RunRecord] = field(default_factory=list)
-    flops: int | None = None
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Experiment:
     encode: Callable[[Sequence[str]], Mapping[str, object]] = lambda prompts: {"prompt": list(prompts)}
     judge: Judge | None = None
     progress: Progress = silent
-    _twins: dict[str, DiffusionPipeline] = field(default_factory=dict, init=False)
+    _opened: dict[str, DiffusionPipeline] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not self.prompts or len(self.prompts) % self.batch:
@@ -127,7 +126,7 @@ class Experiment:
 
     def task(self, configuration: Configuration) -> Task[list[Image]]:
         """The call that makes one round's pictures."""
-        return partial(self._generate, self._pipeline(configuration), configuration)
+        return partial(self._generate, configuration, self._pipeline(configuration))
 
     def rival(self, accelerated: Configuration, *, rounds: int = 3) -> int:
         """The count of plain steps that takes as long as `accelerated`; see `equal_time_steps`."""
@@ -152,7 +151,12 @@ class Experiment:
 
         With a `directory`, the pictures of the first prompts are saved there.
         """
-        taken = self._warm_up(configurations)
+        taken: dict[str, _Taken] = {}
+        for done, configuration in enumerate(configurations, start=1):
+            generate = partial(self._generate, configuration, number=0)
+            told = configuration.told(self._pipeline(configuration), generate)
+            taken[configuration.name] = _Taken(configuration, *told)
+            self.progress("warm-up", done, len(configurations))
         tasks = {name: self.task(one.configuration) for name, one in taken.items()}
         samples = interleave(tasks, rounds=self.rounds, warmup=0, seed=self.seed, device=self.device)
         for done, sample in enumerate(samples, start=1):
@@ -160,7 +164,7 @@ class Experiment:
             one.images += sample.output
             one.seconds.append(sample.seconds)
             if one.configuration.stack is not None:
-                one.records.append(self._twins[sample.task].fastdit.last_run)
+                one.records.append(self._opened[sample.task].fastdit.last_run)
             self.progress("measuring", done, self.rounds * len(tasks))
         results = Results(
             title=title,
@@ -180,41 +184,17 @@ class Experiment:
         return results, {name: one.images for name, one in taken.items()}
 
     def _pipeline(self, configuration: Configuration) -> DiffusionPipeline:
-        if configuration.stack is None:
-            return self.pipeline if configuration.pipeline is None else configuration.pipeline
-        if configuration.name not in self._twins:
-            self._twins[configuration.name] = accelerate(self.pipeline, configuration.stack)
-        return self._twins[configuration.name]
+        if configuration.name not in self._opened:
+            self._opened[configuration.name] = configuration.open(self.pipeline)
+        return self._opened[configuration.name]
 
-    def _generate(self, pipeline: DiffusionPipeline, configuration: Configuration, number: int) -> list[Image]:
+    def _generate(self, configuration: Configuration, pipeline: DiffusionPipeline, number: int) -> list[Image]:
         first = number * self.batch
         places = range(first, first + self.batch)
         generators = [torch.Generator("cpu").manual_seed(self.seed + place) for place in places]
         call = {**self.encode(self.prompts[first : first + self.batch]), **self.call, **configuration.call}
         images: list[Image] = pipeline(generator=generators, **call).images
         return images
-
-    def _warm_up(self, configurations: Sequence[Configuration]) -> dict[str, _Taken]:
-        """Call every configuration once; give, by name, what this tells of it.
-
-        Plain ones are called through an empty stack, whose record tells what every round costs. Of a configuration
-        with its own pipeline, the FLOPs of this first round stand for all.
-        """
-        taken = {configuration.name: _Taken(configuration) for configuration in configurations}
-        recorder = accelerate(self.pipeline, Stack())
-        for done, one in enumerate(taken.values(), start=1):
-            configuration = one.configuration
-            pipeline = recorder if configuration.plain else self._pipeline(configuration)
-            call = partial(self._generate, pipeline, configuration, 0)
-            if configuration.pipeline is not None:
-                one.flops = _executed_flops(pipeline.transformer, call)
-            else:
-                call()
-            if configuration.plain:
-                one.records.append(pipeline.fastdit.last_run)
-                one.flops = pipeline.fastdit.last_run.flops
-            self.progress("warm-up", done, len(taken))
-        return taken
 
     def _result(self, taken: _Taken, references: Sequence[Image], directory: Path | None) -> ConfigurationResult:
         name, runs = taken.configuration.name, taken.records
@@ -240,20 +220,6 @@ class Experiment:
         if configuration.keeps_seed:
             samples |= {"psnr": psnr(images, references), "ssim": ssim(images, references)}
         return {name: Metric(mean(values), tuple(values)) for name, values in samples.items()}
-
-
-def _executed_flops(module: torch.nn.Module, call: Callable[[], object]) -> int:
-    """The FLOPs that `module` really runs in `call`, in the measure of `fastdit.meter.count`."""
-
-    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **options: object) -> int:
-        flops: int = sdpa_flop_count(query, key, value)
-        return flops
-
-    # The counter knows the attention of every device but the CPU.
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
-        call()
-    return sum(counter.get_flop_counts()[type(module).__name__].values())
 
 
 def save_images(images: Sequence[Image], directory: Path, name: str) -> tuple[str, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,7 +21,7 @@ _EQUAL_TIME = 0.03  # medians of the same work differ by this much from run to r
 
 
 class ResultsError(FastditError, ValueError):
-    """The data is no set of results that this version can read."""
+    """The data is no set of results, or none that this version can read."""
 
 
 @dataclass(frozen=True)
@@ -119,41 +118,9 @@ class Results:
         }
         return {**asdict(self), "derived": derived}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Results:
-        found = data.get("schema_version") if isinstance(data, Mapping) else None
-        if found != SCHEMA_VERSION:
-            raise ResultsError(
-                f"results of schema version {found!r} can't be read; this version reads {SCHEMA_VERSION}"
-            )
-        values = _checked(cls, {name: value for name, value in data.items() if name != "derived"})
-        values["environment"] = Environment(**_checked(Environment, values["environment"]))
-        values["configurations"] = tuple(map(_configuration, values["configurations"]))
-        return cls(**values)
-
     def dumps(self) -> str:
         """The results as JSON text; a number that JSON can't hold (NaN, infinity) is refused."""
         return json.dumps(self.to_json(), indent=1, allow_nan=False)
 
     def save(self, path: Path) -> None:
         path.write_text(self.dumps() + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _configuration(data: JsonObject) -> ConfigurationResult:
-    values = _checked(ConfigurationResult, data)
-    metrics = {name: _checked(Metric, metric) for name, metric in values["metrics"].items()}
-    values["metrics"] = {name: Metric(Interval(**one["interval"]), one["samples"]) for name, one in metrics.items()}
-    return ConfigurationResult(**values)
-
-
-def _checked(cls: type[Results | ConfigurationResult | Metric | Environment], data: JsonObject) -> JsonObject:
-    """Give a class's fields, lists as the tuples that they were. Raises `ResultsError` for others than it has."""
-    expected = {entry.name for entry in fields(cls)}
-    if set(data) != expected:
-        missing, unknown = sorted(expected - set(data)), sorted(set(data) - expected)
-        raise ResultsError(f"{cls.__name__}: missing {missing}, unknown {unknown}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -1,15 +1,36 @@
-"""Results that are merged keep what is theirs and leave out what no longer holds."""
+"""Results come back as they were; those that are merged keep what is theirs and leave out what no longer holds."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from fastdit.measure.results import Metric, Results, ResultsError
+from fastdit.measure.results import SCHEMA_VERSION, Metric, ResultsError
 from fastdit.measure.statistics import Interval
-from merging import with_baseline, with_pictures_of, with_seconds
+from measurements import from_json, load, with_baseline, with_pictures_of, with_seconds
 from tests.measure.samples import make_results, with_metric
+
+
+def test_results_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
+    results = make_results()
+    results.save(tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == results
+
+
+@pytest.mark.parametrize("version", [None, 0, SCHEMA_VERSION + 1, str(SCHEMA_VERSION)])
+def test_another_schema_version_is_refused(version: object) -> None:
+    data = make_results().to_json() | {"schema_version": version}
+    with pytest.raises(ResultsError, match="schema version"):
+        from_json(data)
+
+
+def test_missing_and_unknown_fields_are_named() -> None:
+    data = make_results().to_json()
+    data["surprise"] = data.pop("prompts")
+    with pytest.raises(ResultsError, match=r"missing \['prompts'\], unknown \['surprise'\]"):
+        from_json(data)
 
 
 def test_a_clock_of_its_own_takes_the_place_of_the_seconds_alone() -> None:
@@ -33,7 +54,7 @@ def test_pictures_made_anew_take_their_rows_and_keep_the_clock() -> None:
     joined = with_pictures_of(results, dataclasses.replace(one, baseline="RALU 9x", configurations=(fresh,)))
     assert joined.configurations[:-1] == results.configurations
     assert joined.speed_up("RALU 9x") == joined.speed_up("RALU 4x")
-    assert Results.from_json(joined.to_json()) == joined
+    assert from_json(joined.to_json()) == joined
     with pytest.raises(ResultsError, match="same prompts"):
         with_pictures_of(results, dataclasses.replace(one, prompts=("a fish",)))
 
