@@ -9,8 +9,11 @@ import torch
 import typer
 
 from training.large import autoencoder as autoencoder_stage
+from training.large import checkpoint as checkpoint_stage
+from training.large import sample as sample_stage
 from training.large import sprites as sprites_stage
 from training.large import text as text_stage
+from training.large import transformer as transformer_stage
 from training.large.run import DIRECTORY
 
 app = typer.Typer(help=__doc__, add_completion=False)
@@ -40,6 +43,35 @@ def autoencoder(
 def text(minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown = 0.0, device: Device = DEVICE) -> None:
     """Train the text encoders."""
     text_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
+
+
+@app.command()
+def transformer(
+    minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown = 0.0, device: Device = DEVICE
+) -> None:
+    """Train the denoiser on from wherever it is; needs the autoencoder and the text encoders."""
+    transformer_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; held-out prompts if none.")] = None,
+    directory: Directory = DIRECTORY,
+    pixels: int = 128,
+    count: int = 24,
+    steps: int = 30,
+    guidance: float = 3.0,
+    device: Device = DEVICE,
+) -> None:
+    """Write a sheet of the denoiser's pictures."""
+    settings = {"pixels": pixels, "count": count, "steps": steps}
+    print(sample_stage.sheet(directory, torch.device(device), guidance=guidance, prompts=prompts, **settings))
+
+
+@app.command()
+def publish(directory: Directory = DIRECTORY) -> None:
+    """Write the checkpoint that is kept with the recipe, from which training goes on elsewhere."""
+    checkpoint_stage.publish(directory)
 
 
 @app.command()

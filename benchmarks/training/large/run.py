@@ -29,6 +29,8 @@ class Run:
         self.directory = directory
         self.step = 0
         self.samples = 0
+        #: Where the rate last began to warm up: at the start, or where weights came without their optimiser.
+        self.warm_from = 0
         self._seconds = minutes * 60
         self._cooldown = cooldown * 60
         self._last_step = steps
@@ -55,11 +57,16 @@ class Run:
         """Give the learning rate's factor at this step."""
         left = self._seconds - self._spent
         cooling = max(0.02, left / self._cooldown) if self._cooldown and left < self._cooldown else 1.0
-        return min((self.step + 1) / warmup_steps, cooling)
+        return min((self.step - self.warm_from + 1) / warmup_steps, cooling)
 
-    def random(self, stream: int = 0, step: int | None = None) -> np.random.Generator:
-        """Give the generator of a step (this one's if none is given), whatever was drawn before."""
-        return np.random.default_rng((stream, self.step if step is None else step))
+    @staticmethod
+    def generator(stream: int, number: int) -> np.random.Generator:
+        """Give the random generator of a stream at some number, whatever was drawn before."""
+        return np.random.default_rng((stream, number))
+
+    def random(self, stream: int = 0) -> np.random.Generator:
+        """Give this step's random generator."""
+        return self.generator(stream, self.step)
 
     def seed(self) -> None:
         """Set torch's global generator to this step's."""
@@ -77,8 +84,7 @@ class Run:
     def save(self, **state: Any) -> None:
         """Write the checkpoint in one move, so that a reader never sees half a file."""
         partial = self._checkpoint.with_suffix(".partial")
-        numbers = {"step": self.step, "samples": self.samples, "elapsed": self.minutes * 60}
-        torch.save({**numbers, **state}, partial)
+        torch.save({**self.numbers, **state}, partial)
         os.replace(partial, self._checkpoint)
         self._saved = time.monotonic()
 
@@ -87,9 +93,24 @@ class Run:
         if not self._checkpoint.exists():
             return None
         state: dict[str, Any] = torch.load(self._checkpoint, weights_only=True, map_location=device)
-        self.step, self.samples, self._earlier = state.pop("step"), state.pop("samples"), state.pop("elapsed")
-        self._started = self._saved = time.monotonic()
+        self.set_numbers({name: state.pop(name) for name in self.numbers})
         return state
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """How far the stage is."""
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "warm_from": self.warm_from,
+            "seconds": self.minutes * 60,
+        }
+
+    def set_numbers(self, numbers: dict[str, float]) -> None:
+        """Go on from there."""
+        self.step, self.samples, self.warm_from = (int(numbers[name]) for name in ("step", "samples", "warm_from"))
+        self._earlier = numbers["seconds"]
+        self._started = self._saved = time.monotonic()
 
     @property
     def _spent(self) -> float:

@@ -28,14 +28,14 @@ def start_as_identity(model: Any) -> None:
         nn.init.zeros_(module.bias)
 
 
-def optimizer_of(model: nn.Module) -> MuonWithAdamW:
-    """Muon for the blocks' matrices, AdamW for everything else."""
+def optimizer_of(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> MuonWithAdamW:
+    """Muon for the blocks' matrices (multiplied in `dtype`), AdamW for everything else."""
     hidden = {
         name
         for name, parameter in model.named_parameters()
         if "transformer_blocks" in name and parameter.ndim == 2 and "norm" not in name
     }
-    return MuonWithAdamW(model, hidden, lr=_RATE)
+    return MuonWithAdamW(model, hidden, lr=_RATE, dtype=dtype)
 
 
 def fit(

@@ -1,0 +1,105 @@
+"""The large model's training goes on exactly where it was left, and from what is published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training.large import autoencoder, checkpoint, latents, sample, text, transformer
+from training.large.latents import Size
+from training.large.run import Run
+from training.large.transformer import Phase, Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with untrained parts, and a recipe of tiny steps whose second is guided."""
+    tokenizer = text.build_tokenizer()
+    clip, t5 = text.build(tokenizer)
+    for part, name in ((clip, "text_encoder"), (t5, "text_encoder_2"), (tokenizer, "tokenizer")):
+        part.save_pretrained(tmp_path / name)
+    vae = autoencoder.build()
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    vae.save_pretrained(tmp_path / "vae")
+    transformer.build_scheduler().save_pretrained(tmp_path / "scheduler")
+    monkeypatch.setattr(checkpoint, "denoiser", lambda: None)
+    monkeypatch.setattr(latents, "BLOCK", 2)
+    monkeypatch.setattr(transformer, "SIZES", {32: Size(32, 3, 1.5), 64: Size(64, 3, 2.0)})
+    phases = (Phase(4, {32: 1.0}), Phase(float("inf"), {32: 0.5, 64: 0.5}, guided=True))
+    monkeypatch.setattr(transformer, "PHASES", phases)
+    return tmp_path
+
+
+def _trainer(directory: Path) -> Trainer:
+    torch.manual_seed(7)
+    trainer = Trainer(Run("transformer", directory, 60.0), CPU, transformer.build(double=1, single=1, heads=1))
+    trainer.restore()
+    return trainer
+
+
+def test_training_goes_on_bit_for_bit_where_it_was_left(directory: Path) -> None:
+    straight = _trainer(directory)
+    losses = [straight.step() for _ in range(5)]
+    first = _trainer(directory)
+    again = [first.step() for _ in range(3)]
+    first.run.save(**first.state())
+    second = _trainer(directory)
+    assert (second.run.step, second.run.samples) == (3, 9)
+    again += [second.step() for _ in range(2)]
+    assert again == losses
+    for name, weight in straight.model.state_dict().items():
+        assert torch.equal(weight, second.model.state_dict()[name]), name
+        assert torch.equal(straight.average.state_dict()[name], second.average.state_dict()[name]), name
+
+
+def test_what_is_published_is_small_and_training_goes_on_from_it(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(directory)
+    for _ in range(2):
+        trainer.step()
+    trainer.run.log(loss=1.0)
+    trainer.run.save(**trainer.state())
+    folder, fresh = tmp_path / "published", tmp_path / "fresh"
+    folder.mkdir()
+    checkpoint.publish(directory, folder)
+    checkpoint.unpack(fresh, folder)
+    published: Any = checkpoint.Denoiser(*_read(folder))
+    monkeypatch.setattr(checkpoint, "denoiser", lambda: published)
+    later = _trainer(fresh)
+    assert (later.run.step, later.run.samples, later.run.warm_from) == (2, 6, 2)
+    for name, weight in later.model.state_dict().items():
+        torch.testing.assert_close(weight, trainer.model.state_dict()[name], atol=1e-3, rtol=1e-3)
+    later.step()
+    assert json.loads((fresh / "log.jsonl").read_text().splitlines()[0])["loss"] == 1.0
+
+
+def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
+    from safetensors.torch import load_file, safe_open
+
+    with safe_open(folder / "denoiser.safetensors", "pt") as file:
+        numbers = json.loads(file.metadata()["numbers"])
+    tensors = load_file(folder / "denoiser.safetensors")
+    model, average = (
+        {name.split(".", 1)[1]: tensor.float() for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in ("model.", "average.")
+    )
+    return model, average, numbers
+
+
+def test_every_prompt_fits_the_text_encoders_and_prompts_of_samples_are_held_out() -> None:
+    tokenizer = text.build_tokenizer()
+    longest = "a pineapple left of a watermelon in the sky at night"
+    ids = text.tokenize(tokenizer, [longest, "two buses at sunset"])
+    assert ids.shape == (2, text.LENGTH)
+    assert ids[0, -1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in ids
+    from training.large.scenes import parse
+
+    assert all(parse(prompt).held_out for prompt in sample.held_out_prompts(20))
