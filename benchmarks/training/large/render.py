@@ -167,21 +167,25 @@ def render(batch: Batch, pixels: int, windows: Tensor | None = None) -> Tensor:
     x, y, pixel = _coordinates(windows, pixels)
     canvas = draw_ground(batch, x, y, pixel)
     for slot in range(MOST_OBJECTS):
-        chosen = (batch.objects[:, slot] >= 0).nonzero()[:, 0]
-        if not chosen.numel():
-            continue
-        sprite = batch.objects[chosen, slot]
-        axes = (x[chosen], y[chosen])
-        center, size = batch.centers[chosen, slot], batch.sizes[chosen, slot]
-        fallen = center + batch.fall[chosen] * size[:, None]
-        shade = _resample(
-            sprites.shadows(canvas.device)[sprite], axes, fallen, size * sprites.SHADOW_MARGIN, pixel[chosen]
-        )
-        level = _level(float((size / pixel[chosen]).max()))
-        layer = _resample(sprites.levels(canvas.device)[level][sprite], axes, center, size, pixel[chosen])
-        below = canvas[chosen] * (1 - batch.shadow[chosen][:, None, None, None] * shade)
-        canvas[chosen] = below * (1 - layer[:, 3:]) + layer[:, :3]
+        if (found := objects_of(batch, slot, pixels, windows)) is not None:
+            chosen, layer, shade = found
+            below = canvas[chosen] * (1 - batch.shadow[chosen][:, None, None, None] * shade)
+            canvas[chosen] = below * (1 - layer[:, 3:]) + layer[:, :3]
     return (canvas * light_of(batch, x, y)).clamp(0, 1)
+
+
+def objects_of(batch: Batch, slot: int, pixels: int, windows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Give which pictures have an object in a slot, its colour and alpha [C, 4, H, W], its shadow [C, 1, H, W]."""
+    chosen = (batch.objects[:, slot] >= 0).nonzero()[:, 0]
+    if not chosen.numel():
+        return None
+    x, y, pixel = _coordinates(windows[chosen], pixels)
+    sprite, center, size = (tensor[chosen, slot] for tensor in (batch.objects, batch.centers, batch.sizes))
+    level = sprites.levels(center.device)[_level(float((size / pixel).max()))][sprite]
+    layer = _resample(level, (x, y), center, size, pixel)
+    fallen = center + batch.fall[chosen] * size[:, None]
+    shadow = sprites.shadows(center.device)[sprite]
+    return chosen, layer, _resample(shadow, (x, y), fallen, size * sprites.SHADOW_MARGIN, pixel)
 
 
 def draw_ground(batch: Batch, x: Tensor, y: Tensor, pixel: Tensor) -> Tensor:
