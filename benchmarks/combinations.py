@@ -34,7 +34,7 @@ from fastdit.step_cache.gates.magcache import MagCache
 from fastdit.step_cache.gates.seacache import SeaCache
 from fastdit.step_cache.gates.step_mask import StepMask
 from fastdit.step_cache.gates.teacache import TeaCache
-from fastdit.testing.contract import counted_calls, generate, tiny_flux
+from fastdit.testing import counted_calls, generate, tiny_flux
 from fastdit.token_cache.clusca import ClusCa
 from fastdit.token_cache.duca import DuCa
 from fastdit.token_cache.toca import ToCa

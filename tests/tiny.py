@@ -7,6 +7,7 @@ takes embeddings; `flux(text=True)` has real CLIP and T5 encoders with tokenizer
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -16,48 +17,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, WanPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fastdit import UnsupportedModel
-from fastdit.testing import tiny_pipelines
-from fastdit.testing.contract import (
-    counted_calls,
-    flux_transformer,
-    kl_autoencoder,
-    seed_weights,
-)
-from fastdit.testing.tiny_pipelines import (
-    flux2,
-    pixart,
-    qwen_image,
-    randn,
-    wan,
-    z_image,
-)
+from fastdit import UnsupportedModel, testing
+from fastdit.testing import counted_calls, flux_transformer, seed_weights
+from fastdit.testing.tiny import Built, assembled, component
 
 Kwargs = dict[str, Any]
-Built = tuple[DiffusionPipeline, Kwargs]
 
-
-def _ready(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_autoencoder(*, latent_channels: int = 4, seed: int = 1) -> AutoencoderTiny:
-    """An AutoencoderTiny with the same factor of eight."""
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        latent_channels=latent_channels,
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    ).eval()
-    seed_weights(vae, seed)
-    return vae
+flux2 = testing.PIPELINES["Flux2Pipeline"]
+pixart = testing.PIPELINES["PixArtSigmaPipeline"]
+qwen_image = testing.PIPELINES["QwenImagePipeline"]
+wan = testing.PIPELINES["WanPipeline"]
+z_image = testing.PIPELINES["ZImagePipeline"]
 
 
 def _clip_tokenizer(vocab: dict[str, int]) -> Any:
@@ -133,35 +106,30 @@ def _text_parts() -> Kwargs:
     }
 
 
+def _prompts(batch: int) -> Kwargs:
+    return {"prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]}
+
+
 def flux(
     *,
     guidance: bool = True,
     text: bool = False,
     vae: str = "kl",
-    size: int | tuple[int, int] = 64,
-    steps: int = 4,
     batch: int = 1,
     seed: int = 0,
     gain: float = 1.0,
+    **options: Any,
 ) -> Built:
     """FLUX; `size` is the side in pixels or (height, width), 16 pixels a token."""
-    height, width = (size, size) if isinstance(size, int) else size
-    parts: Kwargs = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe, call = testing.PIPELINES["FluxPipeline"](batch=batch, **options)
+    parts = pipe.components | {"transformer": flux_transformer(guidance=guidance, seed=seed, gain=gain)}
+    if vae == "tiny":
+        parts |= {"vae": component("AutoencoderTiny")}
     if text:
-        parts = _text_parts()
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=kl_autoencoder() if vae == "kl" else tiny_autoencoder(),
-        transformer=flux_transformer(guidance=guidance, seed=seed, gain=gain),
-        **parts,
-    )
-    call: Kwargs = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "pt"}
-    if text:
-        call |= {"prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]}
-        call |= {"max_sequence_length": 16}
-    else:
-        call |= {"prompt_embeds": randn(batch, 6, 32, seed=21), "pooled_prompt_embeds": randn(batch, 32, seed=22)}
-    return _ready(pipe), call
+        parts |= _text_parts()
+        call = {name: value for name, value in call.items() if "embeds" not in name}
+        call |= _prompts(batch) | {"max_sequence_length": 16}
+    return assembled("FluxPipeline", parts), call
 
 
 def flux_negative(call: Kwargs, scale: float = 2.0) -> Kwargs:
@@ -175,17 +143,22 @@ def flux_negative(call: Kwargs, scale: float = 2.0) -> Kwargs:
     return {**call, **negative, "true_cfg_scale": scale}
 
 
-def sd3(*, text: bool = False, **options: Any) -> Built:
-    """Stable Diffusion 3; `text` brings two CLIP encoders (T5 is left out, which the pipeline fills with zeros)."""
-    pipe, call = tiny_pipelines.sd3(**options)
+def sd3(*, text: bool = False, three_five: bool = False, positions: int = 16, batch: int = 1, **options: Any) -> Built:
+    """Stable Diffusion 3; `text` brings two CLIP encoders (T5 is left out, which the pipeline fills with zeros).
+
+    `three_five` adds what 3.5 has: a second attention in some blocks, normed queries and keys.
+    """
+    changes: Kwargs = {"pos_embed_max_size": positions}
+    if three_five:
+        changes |= {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+    pipe, call = testing.PIPELINES["StableDiffusion3Pipeline"](batch=batch, transformer=changes, **options)
     if not text:
         return pipe, call
     for suffix in ("", "_2"):
         clip, tokenizer = _clip_parts("CLIPTextModelWithProjection", 16, layers=2)
         pipe.register_modules(**{f"text_encoder{suffix}": clip, f"tokenizer{suffix}": tokenizer})
-    batch = len(call["prompt_embeds"])
     call = {name: value for name, value in call.items() if "embeds" not in name and name != "guidance_scale"}
-    return pipe, call | {"prompt": "a red fox" if batch == 1 else ["a red fox", "two cats", "the sea"][:batch]}
+    return pipe, call | _prompts(batch)
 
 
 def wan_two(*, steps: int = 4, boundary: float = 0.8) -> Built:
@@ -193,16 +166,8 @@ def wan_two(*, steps: int = 4, boundary: float = 0.8) -> Built:
     first, call = wan(steps=steps)
     second, _ = wan()
     seed_weights(second.transformer, 5)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=first.vae,
-        scheduler=first.scheduler,
-        transformer=first.transformer,
-        transformer_2=second.transformer,
-        boundary_ratio=boundary,
-    )
-    return _ready(pipe), call
+    parts = first.components | {"transformer_2": second.transformer, "boundary_ratio": boundary}
+    return assembled("WanPipeline", parts), call
 
 
 PIPELINES: dict[str, Callable[..., Built]] = {
@@ -229,12 +194,23 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 
 def described(name: str, rows: int = 8, columns: int = 12, **options: Any) -> Built:
     """A tiny pipeline by its class's name, for two prompts and a picture of so many tokens, or a skipped test."""
-    side = tiny_pipelines.TOKEN_PIXELS.get(name, 16)
+    row = testing.PIPELINES[name]
     options = {"steps": 6, "batch": 2, **options}
+    return _or_skipped(lambda: row(size=(row.token * rows, row.token * columns), **options))
+
+
+def _or_skipped(build: Callable[[], Any]) -> Any:
+    """What is built, or a skipped test where the installed diffusers lacks the class."""
     try:
-        return tiny_pipelines.PIPELINES[name](size=(side * rows, side * columns), **options)
+        return build()
     except UnsupportedModel as error:
         pytest.skip(str(error))
+
+
+TRANSFORMERS: dict[str, Callable[[], tuple[nn.Module, Kwargs]]] = {
+    name: functools.partial(_or_skipped, build) for name, build in testing.TRANSFORMERS.items()
+}
+"""Transformers by themselves, each with the arguments of one forward."""
 
 
 def run(pipe: DiffusionPipeline, call: Kwargs, *, seed: int | None = 0, **changes: Any) -> Any:

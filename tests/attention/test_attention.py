@@ -28,7 +28,7 @@ from fastdit import (
     UnsupportedModel,
     accelerate,
 )
-from fastdit.testing.contract import AcceleratorContract
+from fastdit.testing import AcceleratorContract
 
 # Tiny models gain nothing from fused kernels, and torch says so.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

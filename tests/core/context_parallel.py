@@ -14,7 +14,7 @@ from diffusers.models._modeling_parallel import ParallelConfig
 
 import fastdit
 from fastdit.step_cache import decision
-from fastdit.testing.contract import generate, tiny_flux
+from fastdit.testing import generate, tiny_flux
 
 
 def share_sequence(transformer: Any, ranks: int) -> None:

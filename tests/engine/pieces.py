@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdit.engine.base import Engine, Execute, PieceCall
 from fastdit.nested import map_tensors
-from fastdit.testing.contract import seed_weights
+from fastdit.testing import seed_weights
 
 
 class Block(nn.Module):

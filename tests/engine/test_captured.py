@@ -20,7 +20,7 @@ from fastdit import (
 )
 from fastdit.engine.captured import Captures
 from fastdit.nested import map_tensors
-from fastdit.testing.contract import EngineContract, generate
+from fastdit.testing import EngineContract, generate
 
 
 def rerun(run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:

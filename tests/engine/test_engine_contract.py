@@ -15,7 +15,7 @@ from fastdit import (
     Compile,
     accelerate,
 )
-from fastdit.testing.contract import EngineContract, generate
+from fastdit.testing import EngineContract, generate
 
 
 class TestCompile(EngineContract):

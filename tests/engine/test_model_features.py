@@ -21,7 +21,7 @@ from fastdit import (
     accelerate,
 )
 from fastdit.engine.key import structure_of, weights_of
-from fastdit.testing.contract import flux_transformer, generate, tiny_flux
+from fastdit.testing import flux_transformer, generate, tiny_flux
 
 hf_accelerate = pytest.importorskip("accelerate")
 

@@ -17,7 +17,7 @@ from fastdit import (
 )
 from fastdit.engine.registry import Registry
 from fastdit.schedule.lifts.token_copy import TokenCopy
-from fastdit.testing.contract import (
+from fastdit.testing import (
     EngineContract,
     flux_transformer,
     generate,

@@ -20,7 +20,7 @@ from fastdit import (
 )
 from fastdit.engine import packed
 from fastdit.engine.packed import packed_linear
-from fastdit.testing.contract import EngineContract, generate
+from fastdit.testing import EngineContract, generate
 from synthetic import FluxSize, random_call, random_flux
 
 LAID_OUT, OPERATOR = "mkldnn::_reorder_linear_weight", "fastdit::packed_linear"

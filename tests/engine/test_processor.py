@@ -24,7 +24,7 @@ from fastdit.attention.by_heads import attend_by_heads
 from fastdit.blocks.attention import AttentionCall
 from fastdit.engine import processor
 from fastdit.engine.base import PieceCall
-from fastdit.testing.contract import EngineContract, generate
+from fastdit.testing import EngineContract, generate
 
 OPERATOR = "fastdit::attention_by_heads"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdit import AOT, Compile, accelerate
-from fastdit.testing.contract import EngineContract, generate
+from fastdit.testing import EngineContract, generate
 
 SCRIPT = """
 import json, sys

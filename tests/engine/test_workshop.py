@@ -36,7 +36,7 @@ from fastdit import (
 )
 from fastdit.engine.arguments import canonical, canonical_strides, outline_of
 from fastdit.engine.key import sample_of, structure_of, weights_of
-from fastdit.testing.contract import generate, tiny_flux
+from fastdit.testing import generate, tiny_flux
 
 MASK = (True, False, True, False)
 

@@ -21,7 +21,7 @@ from fastdit.measure.support import (
 )
 from fastdit.models.family import families
 from fastdit.models.undescribed import BY_PIPELINE, why_not, why_not_whole
-from fastdit.testing.tiny_pipelines import PIPELINES
+from fastdit.testing import PIPELINES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma, inside diffusers

@@ -26,7 +26,8 @@ from fastdit.models.flux import LONGCAT_IMAGE
 from fastdit.models.rotary import PerImageTable, rotary
 from fastdit.nested import named_arguments, tensors_of
 from fastdit.structure import structural_twin
-from fastdit.testing.tiny_pipelines import PIPELINES
+from fastdit.testing import PIPELINES
+from fastdit.testing.tiny import flow_matching
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma, inside diffusers
@@ -97,7 +98,8 @@ def test_four_steps_of_a_distilled_model_run_in_both_frames(case: Any, frame: st
 
 
 def test_schnell_has_no_guidance_and_takes_four_steps() -> None:
-    pipe, call = PIPELINES["FluxPipeline"](size=128, steps=4, guidance=False)
+    pipe, call = PIPELINES["FluxPipeline"](size=128, steps=4, transformer={"guidance_embeds": False})
+    pipe.register_modules(scheduler=flow_matching())
     fast = accelerate(pipe, [DISTILLED])
     assert torch.isfinite(tiny.run(fast, call)).all()
     assert [step.tokens for step in fast.fastdit.last_run.steps] == [16, 28, 64, 64]

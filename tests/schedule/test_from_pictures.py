@@ -18,7 +18,7 @@ from fastdit import (
 from fastdit.layout import CoarseLayout, FineLayout, MixedLayout
 from fastdit.models.flux import FLUX
 from fastdit.models.following import followed
-from fastdit.testing.tiny_pipelines import PIPELINES
+from fastdit.testing import PIPELINES
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma, in diffusers
 

@@ -31,7 +31,7 @@ from fastdit import (
 from fastdit.blocks.attention import AttentionCall
 from fastdit.models.rotary import rotary
 from fastdit.schedule.query_frame import QueryFrame
-from fastdit.testing.contract import AcceleratorContract
+from fastdit.testing import AcceleratorContract
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),

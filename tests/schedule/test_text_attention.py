@@ -30,7 +30,7 @@ from fastdit import (
     accelerate,
 )
 from fastdit.schedule.selectors.base import Scene
-from fastdit.testing.contract import AcceleratorContract
+from fastdit.testing import AcceleratorContract
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),

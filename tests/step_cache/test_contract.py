@@ -27,7 +27,7 @@ from fastdit import (
     TeaCache,
     ToCa,
 )
-from fastdit.testing.contract import STEPS, AcceleratorContract
+from fastdit.testing import STEPS, AcceleratorContract
 
 #: P(d) = d: the accumulated change is the plain sum of changes.
 LINE = (1.0, 0.0)

@@ -20,7 +20,6 @@ from diffusers import (
 from torch import Tensor, nn
 
 import tiny
-import tiny_transformers
 from fastdit import (
     DMD,
     RALU,
@@ -487,9 +486,9 @@ UNOBSERVABLE = ("bria-fibo", "hidream")
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*Transformer2DModelOutput:FutureWarning")
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-@pytest.mark.parametrize("name", tiny_transformers.TRANSFORMERS)
+@pytest.mark.parametrize("name", tiny.TRANSFORMERS)
 def test_teacache_with_a_bare_line_works_in_every_family_whose_signal_is_described(name: str) -> None:
-    model, call = tiny_transformers.TRANSFORMERS[name]()
+    model, call = tiny.TRANSFORMERS[name]()
     first = next(iter(call))
     twin = accelerate(model, [TeaCache(1.0, LINE)])
 

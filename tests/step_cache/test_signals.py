@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-import tiny_transformers
 from fastdit import InvalidConfig
 from fastdit.models.signals import (
     MODULATED_SIGNALS,
@@ -70,7 +69,7 @@ def pipeline_calls(name: str) -> tuple[list[Call], list[Tensor]]:
 
 
 def transformer_calls(name: str, **changes: Any) -> tuple[list[Call], list[Tensor]]:
-    model, call = tiny_transformers.TRANSFORMERS[name]()
+    model, call = tiny.TRANSFORMERS[name]()
     return observed(model, lambda: model(**{**call, **changes}))
 
 
@@ -89,14 +88,14 @@ def test_a_pipeline_s_modulated_signal_is_what_the_first_attention_receives(name
     assert_modulated(*pipeline_calls(name))
 
 
-@pytest.mark.parametrize("name", tiny_transformers.TRANSFORMERS)
+@pytest.mark.parametrize("name", tiny.TRANSFORMERS)
 def test_a_transformer_s_modulated_signal_is_what_the_first_attention_receives(name: str) -> None:
     assert_modulated(*transformer_calls(name))
 
 
 def test_every_described_block_class_is_proven() -> None:
     pipelines = {type(first_block(build()[0].transformer)).__name__ for build in tiny.PIPELINES.values()}
-    transformers = {type(first_block(build()[0])).__name__ for build in tiny_transformers.TRANSFORMERS.values()}
+    transformers = {type(first_block(build()[0])).__name__ for build in tiny.TRANSFORMERS.values()}
     inner = {"HiDreamImageTransformerBlock"}  # the same function, by the wrapper that the model calls
     assert pipelines | transformers | inner == set(MODULATED_SIGNALS)
     assert {*TIME_SIGNALS, *PROJECTED_TIME_SIGNALS} <= pipelines | transformers
@@ -181,7 +180,7 @@ def time_signals(calls: list[Call], kind: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["cogvideox", "consisid", "lumina2"])
 def test_a_time_embedding_depends_on_the_noise_level_and_on_nothing_else(name: str) -> None:
-    _, call = tiny_transformers.TRANSFORMERS[name]()
+    _, call = tiny.TRANSFORMERS[name]()
     changes = {key: torch.roll(call[key], 1, dims=-1) for key in ("hidden_states", "encoder_hidden_states")}
     (plain,) = time_signals(transformer_calls(name)[0], "time_embedding")
     (other,) = time_signals(transformer_calls(name, **changes)[0], "time_embedding")
@@ -228,7 +227,7 @@ def test_blocks_without_modulation_have_no_modulated_signal() -> None:
     from diffusers.models.attention import BasicTransformerBlock
 
     z_image, _ = tiny.z_image()
-    lumina, _ = tiny_transformers.lumina2()
+    lumina, _ = tiny.TRANSFORMERS["lumina2"]()
     assert modulated_signal(z_image.transformer.context_refiner[0]) is None
     assert modulated_signal(lumina.context_refiner[0]) is None
     assert modulated_signal(BasicTransformerBlock(8, 1, 8)) is None

@@ -25,7 +25,7 @@ from fastdit.engine.arguments import canonical, mapped
 from fastdit.engine.base import PieceCall
 from fastdit.engine.registry import Registry
 from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning
-from fastdit.testing.contract import (
+from fastdit.testing import (
     EngineContract,
     flux_transformer,
     generate,

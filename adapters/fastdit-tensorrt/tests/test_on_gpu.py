@@ -10,7 +10,7 @@ import torch
 
 from fastdit import UnsupportedModel, accelerate
 from fastdit.engine.registry import Registry
-from fastdit.testing.contract import EngineContract, generate
+from fastdit.testing import EngineContract, generate
 from fastdit_tensorrt import TensorRT, _torch_tensorrt
 
 

@@ -21,7 +21,7 @@ from fastdit import (
 from fastdit.engine.base import PieceCall
 from fastdit.engine.staged import exported
 from fastdit.errors import EngineBuildFailed, EngineWarning
-from fastdit.testing.contract import generate, tiny_flux
+from fastdit.testing import generate, tiny_flux
 from fastdit_tensorrt import TensorRT, inputs_of
 from fastdit_tensorrt.cache import SealedEngines
 

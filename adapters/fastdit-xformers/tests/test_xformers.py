@@ -11,7 +11,7 @@ import torch
 
 from fastdit import Stack, UnsupportedModel, accelerate
 from fastdit.blocks.attention import AttentionCall
-from fastdit.testing.contract import AcceleratorContract, generate, tiny_flux
+from fastdit.testing import AcceleratorContract, generate, tiny_flux
 from fastdit_xformers import XFormers, bias_of
 
 needs_gpu = pytest.mark.skipif(

@@ -1,8 +1,8 @@
 """What the accelerators can do with each pipeline of the installed diffusers, found by running tiny ones.
 
-Every pipeline class with a transformer is listed. Where a tiny pipeline of the class exists (`tiny_pipelines`), RALU, a
-step cache and a token cache are run on it; where only its transformer exists (`tiny_transformers`), the caches are run
-on that, in a loop. What was run on nothing says so.
+Every pipeline class with a transformer is listed. Where a tiny pipeline of the class exists (`testing.PIPELINES`),
+RALU, a step cache and a token cache are run on it; where only its transformer exists (`testing.TRANSFORMERS`), the
+caches are run on that, in a loop. What was run on nothing says so.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.ralu import RALU
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.policy import SkipPolicy
-from fastdit.testing.tiny_pipelines import PIPELINES, TOKEN_PIXELS, flow_matching
-from fastdit.testing.tiny_transformers import TRANSFORMERS
+from fastdit.testing import PIPELINES, TRANSFORMERS
+from fastdit.testing.tiny import flow_matching
 from fastdit.token_cache.toca import ToCa
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _on_pipeline(name: str, accelerator: Accelerator) -> Answer:
 
     A schedule gets the flow-matching scheduler that it needs where a flow's pipeline comes with another one.
     """
-    side, remarks = TOKEN_PIXELS.get(name, 16), []
+    side, remarks = PIPELINES[name].token, []
 
     def run() -> bool:
         pipeline, call = PIPELINES[name](size=(4 * side, 6 * side), steps=STEPS, batch=2)

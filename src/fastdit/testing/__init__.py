@@ -1,19 +1,14 @@
 """What tests of accelerators share, the library's own and others': contracts and tiny models."""
 
-from fastdit.testing.contract import (
-    STEPS,
-    AcceleratorContract,
-    EngineContract,
-    counted_calls,
-    flux_transformer,
-    generate,
-    kl_autoencoder,
-    seed_weights,
-    tiny_flux,
-)
+from fastdit.testing.accelerator_contract import AcceleratorContract
+from fastdit.testing.engine_contract import EngineContract
+from fastdit.testing.models import PIPELINES, STEPS, TRANSFORMERS, tiny_flux
+from fastdit.testing.tiny import counted_calls, flux_transformer, generate, kl_autoencoder, seed_weights
 
 __all__ = [
+    "PIPELINES",
     "STEPS",
+    "TRANSFORMERS",
     "AcceleratorContract",
     "EngineContract",
     "counted_calls",
