@@ -8,41 +8,31 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from fastdit.accelerator import Accelerator, Level
+from fastdit.blocks.chain import Chain, Pass
 from fastdit.config import is_count
 from fastdit.engine.warmup import WarmUp, progress_bar
 from fastdit.engine.workshop import Workshop
 from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
 from fastdit.layout import FineLayout
-from fastdit.models.components import (
-    BARE,
-    DENOISERS,
-    denoisers_of,
-    pipeline_type,
-)
+from fastdit.models.components import BARE, TRANSFORMERS, pipeline_type, require_family, transformers_of
 from fastdit.models.family import family_of
-from fastdit.models.following import followed
 from fastdit.nested import named_arguments
-from fastdit.plan import (
-    Plan,
-    fewest_steps,
-    make_plan,
-    schedule_plan,
-)
+from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
 from fastdit.record import RunRecord
 from fastdit.run import Run
+from fastdit.schedule.stage_pass import StagePass
 from fastdit.stack import Stack
-from fastdit.step_cache.base import StepCache
-from fastdit.token_cache.base import TokenCache
+from fastdit.twins.hooks import HookPass
 from fastdit.twins.pipeline import lift, lifting_component, pipeline_twin
 from fastdit.twins.scheduler import scheduler_twin
-from fastdit.twins.transformer import Denoiser, denoiser_twin
+from fastdit.twins.transformer import OpenRun, TransformerTwin, transformer_twin
 
 _Base = TypeVar("_Base")
 
@@ -66,6 +56,14 @@ def accelerate(
     return cast(_Base, pipeline_twin(pipeline, controller, _lifted(pipeline, stack)))
 
 
+@dataclass(frozen=True)
+class _Opened(OpenRun):
+    """A run that is open, with what stands in for components while it is."""
+
+    stages: StagePass | None
+    components: Mapping[str, Any]
+
+
 class Acceleration:
     """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
 
@@ -74,17 +72,37 @@ class Acceleration:
         self.base = base
         self.stack = stack
         self.strict = strict
-        self.active: Run | None = None
         self.last_run: RunRecord | None = None
-        self.workshop = workshop if workshop is not None or stack.engine is None else Workshop(stack.engine)
+        self._lasting = [(one, one.lasting()) for one in stack if one.level is not Level.SCHEDULE]
+        if workshop is not None:
+            self._lasting = [(one, workshop if one.level is Level.ENGINE else kept) for one, kept in self._lasting]
         self._family = family_of(base) if isinstance(base, pipeline_type()) else None
         self._lock = threading.Lock()
+        self._opened: _Opened | None = None
         self._replaced: dict[str, Any] = {}
-        self._scheduler: Any = None
-        self._stand_ins: dict[str, Any] = {}
-        self._denoisers: dict[str, tuple[Denoiser, nn.Module]] = {}
-        for name, module in denoisers_of(base).items():
+        self._twins: dict[str, tuple[TransformerTwin, nn.Module]] = {}
+        for name, module in transformers_of(base).items():
             self._twin_of(name, module)
+
+    @property
+    def open_run(self) -> OpenRun | None:
+        """The run that is open, with the chain of what acts in it."""
+        return self._opened
+
+    @property
+    def active(self) -> Run | None:
+        """The clock of the run that is open."""
+        return None if self._opened is None else self._opened.run
+
+    @property
+    def stages(self) -> StagePass | None:
+        """The stages of the run that is open, where it has a schedule."""
+        return None if self._opened is None else self._opened.stages
+
+    @property
+    def workshop(self) -> Workshop | None:
+        """Where the engines of the twin are built, where the stack has an engine."""
+        return next((kept for _, kept in self._lasting if isinstance(kept, Workshop)), None)
 
     @property
     def idle_is_plain(self) -> bool:
@@ -95,7 +113,7 @@ class Acceleration:
         plan = make_plan(self.stack, self.base, height, width, num_inference_steps)
         if self.workshop is None:
             return plan
-        counts = [self.workshop.expected(module) for module in denoisers_of(self.base).values()]
+        counts = [self.workshop.expected(module) for module in transformers_of(self.base).values()]
         need = f"{len(plan.stages) * sum(counts)} engines are needed, {sum(counts)} for each stage"
         return replace(plan, notes=(*plan.notes, need, *self.workshop.remarks))
 
@@ -106,23 +124,19 @@ class Acceleration:
         return str(self.plan(height, width, num_inference_steps))
 
     def component(self, name: str) -> Any:
-        """Give the component that the twin shows: the denoisers' and scheduler's twins, the base's own otherwise."""
+        """Give the component that the twin shows: transformers' and scheduler's twins, the base's own otherwise."""
         if isinstance(self.base, nn.Module):
-            return self._denoisers[name][1]
-        if name in self._stand_ins:
-            return self._stand_ins[name]
+            return self._twins[name][1]
+        if self._opened is not None and name in self._opened.components:
+            return self._opened.components[name]
         value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
-        if name in DENOISERS and isinstance(value, nn.Module):
-            return self._twin_of(name, value)
-        if name == "scheduler" and self._scheduler is not None:
-            return self._scheduler
-        return value
+        return self._twin_of(name, value) if name in TRANSFORMERS and isinstance(value, nn.Module) else value
 
     def replace(self, name: str, value: Any) -> None:
         """Take a component assigned on the twin; the base keeps its own."""
-        if name in self._denoisers and value is self._denoisers[name][1]:
+        if name in self._twins and value is self._twins[name][1]:
             return
-        if name in DENOISERS and value is not None:
+        if name in TRANSFORMERS and value is not None:
             for accelerator in self.stack:
                 accelerator.check(self.base, value)
             self.stack.check_state(name, value)
@@ -137,20 +151,19 @@ class Acceleration:
         arguments = named_arguments(bound)
         with self._exclusive():
             self._check_states()
-            run = self._open(given, arguments)
+            run, stages = self._begun(given, arguments)
             # Pipelines say here how many timesteps they will walk along, a pipeline's former call left out.
             twin.__dict__.pop("_num_timesteps", None)
-            run.announced = lambda: twin.__dict__.get("_num_timesteps")
-            with self._closing(run) as outcome:
-                self._scheduler = scheduler_twin(self.component("scheduler"), run) if self._has_scheduler else None
-                if run.plan is not None:
+            run.announce(lambda: twin.__dict__.get("_num_timesteps"))
+            with self._open(run, stages) as finished:
+                if stages is not None:
                     # The schedule's own count where the user gave none, for the loop's shares and its progress bar.
-                    bound.arguments["num_inference_steps"] = run.plan.steps
+                    bound.arguments["num_inference_steps"] = stages.plan.steps
                     args, kwargs = bound.args[1:], bound.kwargs
-                    self._stand_ins = self._lifting()
                 result = function(twin, *args, **kwargs)
-                result = _lifted_result(run, arguments, result)
-                outcome["completed"] = not getattr(twin, "_interrupt", False)
+                result = _lifted_result(stages, arguments, result)
+                if not getattr(twin, "_interrupt", False):
+                    finished()
         return result
 
     @contextmanager
@@ -168,10 +181,10 @@ class Acceleration:
             raise InvalidConfig("a pipeline opens its own runs: call it")
         with self._exclusive():
             self._check_states()
-            run = Run(total_steps=num_inference_steps, branches=branches, checks=self._checks())
-            with self._closing(run) as outcome:
+            run = Run(num_inference_steps, branches, checks=self._checks())
+            with self._open(run, None) as finished:
                 yield run
-                outcome["completed"] = True
+                finished()
 
     def warmup(
         self,
@@ -206,7 +219,7 @@ class Acceleration:
             controller._replaced = self._replaced
             twin = pipeline_twin(self.base, controller, _lifted(self.base, bare))
             twin.set_progress_bar_config(disable=True)
-            expected = len(plan.stages) * sum(map(self.workshop.expected, denoisers_of(self.base).values()))
+            expected = len(plan.stages) * sum(map(self.workshop.expected, transformers_of(self.base).values()))
             known, start = len(self.workshop.builds), time.perf_counter()
             with progress_bar(expected, shown=progress) as show:
                 self.workshop.listener = show
@@ -216,54 +229,62 @@ class Acceleration:
                     self.workshop.listener = None
         return WarmUp(tuple(self.workshop.builds[known:]), time.perf_counter() - start)
 
-    @property
-    def _has_scheduler(self) -> bool:
-        return getattr(self.base, "scheduler", None) is not None
-
     def _twin_of(self, name: str, module: nn.Module) -> nn.Module:
-        known = self._denoisers.get(name)
+        known = self._twins.get(name)
         if known is None or known[0].module is not module:
-            stack = self.stack
-            denoiser = Denoiser(
-                module, name, self, stack.step_cache, self._family, stack.token_cache, stack.attention, self.workshop
-            )
-            known = (denoiser, denoiser_twin(denoiser, self))
-            self._denoisers[name] = known
+            twin = TransformerTwin(module, name, self)
+            known = self._twins[name] = twin, transformer_twin(twin, self)
         return known[1]
 
-    def _open(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Run:
+    def _begun(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Run, StagePass | None]:
         """Check a call's arguments and make its run; nothing has happened yet if this raises."""
-        plan = schedule = follow = None
-        if self.stack.schedule is not None:
+        plan, schedule, family = None, self.stack.schedule, self._family
+        if schedule is not None:
             if given.get("sigmas") is not None or given.get("timesteps") is not None:
                 raise InvalidConfig(
-                    f"sigmas= was given, and {self.stack.schedule.describe()} owns the timesteps of the run; leave "
-                    "sigmas out, or leave the schedule out"
+                    f"sigmas= was given, and {schedule.describe()} owns the timesteps of the run; leave sigmas out, or "
+                    "leave the schedule out"
                 )
-            assert self._family is not None
-            if refusal := self._family.refusal(self.base, arguments):
-                raise InvalidConfig(f"{self.stack.schedule.describe()}: {refusal}")
+            family = require_family(self.base, schedule)
+            if refusal := family.refusal(self.base, arguments):
+                raise InvalidConfig(f"{schedule.describe()}: {refusal}")
             plan = schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
-            assert plan is not None
-            schedule = self.stack.schedule.begin(plan, self._family, self.base, arguments.get("generator"))
-            follow = partial(followed, self._family)
-        run = Run(plan=plan, schedule=schedule, checks=self._checks())
-        run.follow = follow
-        if self._family is not None:
-            size = self._family.size(self.base, arguments)
-            run.grid = FineLayout(*self._family.grid(self.base, *size))
-        return run
+        grid = None
+        if family is not None:
+            size = family.size(self.base, arguments)
+            grid = FineLayout(*family.grid(self.base, *size))
+        run = Run(plan=plan, grid=grid, checks=self._checks())
+        if schedule is None or plan is None or family is None:
+            return run, None
+        own = schedule.begin(plan, family, self.base, arguments.get("generator"))
+        return run, StagePass(run, plan, own, family)
 
-    def _lifting(self) -> dict[str, Any]:
-        """Make what stands in, during a run, for components whose methods may get latents of an early stage."""
-        assert self._family is not None
-        methods = [name.split(".") for name in self._family.pipeline_overrides() if "." in name]
-        return {name: lifting_component(self.component(name), method, self) for name, method in methods}
+    def _chain(self, run: Run, stages: StagePass | None) -> Chain:
+        """Fold what acts in a run, outermost first: the schedule, the levels in their order, what the schedule sees."""
+        passes: list[Pass] = [] if stages is None else [stages]
+        passes += [made for one, kept in self._lasting if (made := one.enter(run, kept)) is not None]
+        if stages is not None:
+            passes += stages.passes
+        outside = [one for one in passes if one.outside_hooks]
+        inside = [one for one in passes if not one.outside_hooks]
+        return Chain([*outside, HookPass(any(one.acts_on_blocks for one in inside)), *inside] if passes else [])
+
+    def _stand_ins(self, run: Run, stages: StagePass | None) -> dict[str, Any]:
+        """Make what stands in for components in a run: the scheduler, and those that get latents of an early stage."""
+        made: dict[str, Any] = {}
+        if getattr(self.base, "scheduler", None) is not None and not isinstance(self.base, nn.Module):
+            made["scheduler"] = scheduler_twin(self.component("scheduler"), run, stages)
+        if stages is not None and self._family is not None:
+            for name in self._family.pipeline_overrides():
+                if "." in name:
+                    component, method = name.split(".")
+                    made[component] = lifting_component(self.component(component), method, self)
+        return made
 
     def _check_states(self) -> None:
-        """Check the denoisers as they are now: one may have been quantised, or shared out, since the last run."""
+        """Check the transformers as they are now: one may have been quantised, or shared out, since the last run."""
         bare = isinstance(self.base, nn.Module)
-        for name in DENOISERS:
+        for name in TRANSFORMERS:
             module = {BARE: self.base}.get(name) if bare else self._replaced.get(name, getattr(self.base, name, None))
             if isinstance(module, nn.Module):
                 self.stack.check_state(name, module)
@@ -297,40 +318,23 @@ class Acceleration:
             self._lock.release()
 
     @contextmanager
-    def _closing(self, run: Run) -> Iterator[dict[str, bool]]:
-        """Hold a run open and drop its state whatever happens."""
-        self.active = run
-        outcome = {"completed": False}
+    def _open(self, run: Run, stages: StagePass | None) -> Iterator[Callable[[], None]]:
+        """Hold a run open and drop its state whatever happens; what is given says that the run came to its end."""
+        chain, completed = self._chain(run, stages), False
+
+        def finished() -> None:
+            nonlocal completed
+            completed = True
+
         try:
-            yield outcome
+            self._opened = _Opened(run, chain, stages, self._stand_ins(run, stages))
+            yield finished
         finally:
-            self.active, self._scheduler, self._stand_ins = None, None, {}
-            self.last_run = run.finish(completed=outcome["completed"])
-        if outcome["completed"]:
-            self._report_idle(self.last_run)
-            self._report_idle_attention(run)
-
-    def _report_idle(self, record: RunRecord) -> None:
-        """Warn (or raise under `strict`) when an accelerator changed nothing in a whole run."""
-        cache: StepCache | TokenCache | None = self.stack.step_cache or self.stack.token_cache
-        if cache is None or cache.neutral or record.skipped or record.partial or not record.steps:
-            return
-        steps = 1 + max(step.step for step in record.steps)
-        if isinstance(cache, TokenCache) or cache.skippable(steps):
-            advice = "raise its threshold" if isinstance(cache, StepCache) else "lower its first or raise its interval"
-            self._never_fired(
-                f"{cache.describe()} skipped none of {len(record.steps)} forwards, so it gained nothing; {advice}, run "
-                "more steps (few-step models have nothing to skip), or leave it out"
-            )
-
-    def _report_idle_attention(self, run: Run) -> None:
-        """Warn (or raise under `strict`) where a model computed no attention in a way that a kernel could answer."""
-        kernel = self.stack.attention
-        if kernel is not None and not kernel.neutral and cast(RunRecord, self.last_run).steps and not run.attended:
-            self._never_fired(
-                f"{kernel.describe()} answered no call of attention in the run: the model's attention does not call "
-                "torch's scaled_dot_product_attention; set another attention processor, or leave it out"
-            )
+            self._opened = None
+            self.last_run = run.finish(completed=completed)
+        if completed:
+            for why in chain.idle():
+                self._never_fired(why)
 
 
 def _lifted(pipeline: Any, stack: Stack) -> tuple[str, ...]:
@@ -339,14 +343,14 @@ def _lifted(pipeline: Any, stack: Stack) -> tuple[str, ...]:
     return family.pipeline_overrides() if family is not None else ()
 
 
-def _lifted_result(run: Run, arguments: Mapping[str, Any], result: Any) -> Any:
+def _lifted_result(stages: StagePass | None, arguments: Mapping[str, Any], result: Any) -> Any:
     """Bring the latents of a run that was interrupted in an early stage to full size, where latents were asked for."""
-    if run.schedule is None or arguments.get("output_type") != "latent":
+    if stages is None or arguments.get("output_type") != "latent":
         return result
     if isinstance(result, tuple):
-        return (lift(run, result[0]), *result[1:])
+        return (lift(stages, result[0]), *result[1:])
     name = next(iter(result))  # images, or the frames of a video
-    setattr(result, name, lift(run, result[name]))
+    setattr(result, name, lift(stages, result[name]))
     return result
 
 

@@ -10,7 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from fastdit.blocks.chain import Pass
+    from fastdit.run import Run
 
 
 class Level(Enum):
@@ -57,6 +61,7 @@ class Need(Enum):
     WHOLE_BLOCKS = "blocks that run as a whole"
     SEEN_ATTENTION = "attention whose calls can be seen"
     ONE_FRAME = "attention in which a key has one place for all queries"
+    CARRIED_TOKENS = "tokens that can be followed through a switch of stages, in one plane"
 
 
 class Break(Enum):
@@ -101,7 +106,8 @@ class Effects:
 class Accelerator:
     """Base of every accelerator: a level and its declared effects.
 
-    A class declares `changes`, `needs` and `breaks`; `effects` gives those of one configuration, which may be more.
+    A class declares the `changes`, `needs` and `breaks` that it adds to its bases', whose own hold for it too;
+    `effects` gives those of one configuration, which may be more.
     """
 
     level: ClassVar[Level]
@@ -112,7 +118,8 @@ class Accelerator:
     @property
     def effects(self) -> Effects:
         """What this configuration changes, needs and breaks."""
-        return Effects(self.changes, self.needs, self.breaks)
+        changes, needs, breaks = (_declared(type(self), name) for name in ("changes", "needs", "breaks"))
+        return Effects(changes, needs, breaks)
 
     @property
     def neutral(self) -> bool:
@@ -121,6 +128,14 @@ class Accelerator:
 
     def check(self, pipeline: Any, transformer: Any) -> None:
         """Raise a named error if this model can't carry the accelerator. Nothing has been changed yet."""
+
+    def lasting(self) -> Any:
+        """Make what lives as long as a twin and is shared by its runs: what was learned of a model, engines."""
+        return None
+
+    def enter(self, run: Run, lasting: Any) -> Pass | None:
+        """Give what acts in one run; None where nothing is to be done in it. `lasting` is what `lasting` made."""
+        raise NotImplementedError
 
     def describe(self) -> str:
         """Give the configuration in one line for plans and tables."""
@@ -131,3 +146,8 @@ class Accelerator:
             if value != default or not (field.kw_only or value is None):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _declared(cls: type[Accelerator], name: str) -> frozenset[Any]:
+    """Join what a class and all of its bases declare under a name, so that no subclass can lose an effect."""
+    return frozenset().union(*(vars(base).get(name, ()) for base in cls.__mro__))

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from fastdit.meter import FlopMeter
 
+JSON = dict[str, object]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
 
-    `denoiser` names the module that ran: "transformer", or "transformer_2" in a pipeline of two.
+    `transformer` names the module that ran: "transformer", or "transformer_2" in a pipeline of two.
 
-    `action` is "computed", "reused", "forecast", or "partial" where images, tokens or block lists differ. `saved` gives
-    the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for all.
-    `engine` names what ran the blocks that did run: "eager" is the model's own code.
+    `action` is "computed", "reused", "forecast", or "partial" where samples, tokens or block lists differ. `saved`
+    gives the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for
+    all. `engine` names what ran the blocks that did run: "eager" is the model's own code.
     """
 
     step: int
     stage: int
     branch: str
-    denoiser: str
+    transformer: str
     sigma: float | None
     tokens: int | None
     batch: int
@@ -60,22 +61,10 @@ class StepRecord:
         """FLOPs of the same forward with every block run on every token."""
         return self._meter.flops(self._key, {})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """Give the record as plain data, FLOPs included."""
-        names = (
-            "step",
-            "stage",
-            "branch",
-            "denoiser",
-            "sigma",
-            "tokens",
-            "batch",
-            "action",
-            "reason",
-            "seconds",
-            "engine",
-        )
-        return {name: getattr(self, name) for name in (*names, "blocks_run", "blocks", "flops")}
+        plain = [one.name for one in fields(self) if one.repr]
+        return {name: getattr(self, name) for name in (*plain, "blocks_run", "blocks", "flops")}
 
 
 @dataclass(frozen=True)
@@ -103,68 +92,71 @@ class RunRecord:
 
     @property
     def partial(self) -> int:
-        """How many forwards ran some blocks, tokens or images and took the rest from a cache."""
+        """How many forwards ran some blocks, tokens or samples and took the rest from a cache."""
         return sum(record.action == "partial" for record in self.steps)
 
     @property
     def flops(self) -> int:
-        """FLOPs of the denoiser over the call."""
+        """FLOPs of the transformer over the call."""
         return sum(record.flops for record in self.steps)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JSON:
         """Give the record as plain data, FLOPs included."""
-        return {
-            "seconds": self.seconds,
-            "completed": self.completed,
-            "doubts": self.doubts,
-            "cache_bytes": self.cache_bytes,
-            "computed": self.computed,
-            "partial": self.partial,
-            "skipped": self.skipped,
-            "flops": self.flops,
-            "steps": [record.to_json() for record in self.steps],
-        }
+        names = ("seconds", "completed", "doubts", "cache_bytes", "computed", "partial", "skipped", "flops")
+        return {name: getattr(self, name) for name in names} | {"steps": [record.to_json() for record in self.steps]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass did in one forward, as `StepRecord` shows it; without one every block ran on every token."""
+    """What a pass did in one forward, as `StepRecord` shows it; without one every block ran on every token.
+
+    `engine` names what ran the blocks, where an engine was there to.
+    """
 
     action: str = "computed"
     reason: str = "no cache"
     saved: Mapping[str, float] = field(default_factory=dict)
     tokens: int | None = None
+    engine: str | None = None
 
     def around(self, inner: Outcome | None) -> Outcome:
         """Join this outcome with that of what acted inside the part that it ran."""
-        if inner is None or inner.action == "computed":
+        if inner is None:
             return self
+        engine = self.engine or inner.engine
+        if inner.action == "computed":
+            return Outcome(self.action, self.reason, self.saved, self.tokens, engine)
         action = "partial" if self.action in ("computed", "partial") else self.action
         reason = f"{self.reason}; {inner.reason}" if action == "partial" else self.reason
-        return Outcome(action, reason, {**inner.saved, **self.saved}, self.tokens or inner.tokens)
+        return Outcome(action, reason, {**inner.saved, **self.saved}, self.tokens or inner.tokens, engine)
 
 
-class Clock:
+class Stopwatch:
     """Measures one forward: by host time, or by events on a CUDA stream that are read only at the run's end."""
 
+    __slots__ = ("_end", "_seconds", "_start")
+
     def __init__(self, device: torch.device) -> None:
-        self._events: tuple[Any, Any] | None = None
+        self._start: torch.cuda.Event | float
+        self._end: torch.cuda.Event | None = None
         self._seconds = 0.0
         if device.type == "cuda":
-            event: Any = torch.cuda.Event
-            self._events = (event(enable_timing=True), event(enable_timing=True))
-            self._events[0].record()
+            self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._start.record()
         else:
             self._start = time.perf_counter()
 
     def stop(self) -> None:
-        if self._events is not None:
-            self._events[1].record()
-        else:
+        """End the measurement, without waiting for the device."""
+        if self._end is not None:
+            self._end.record()
+        elif isinstance(self._start, float):
             self._seconds = time.perf_counter() - self._start
 
+    @property
     def seconds(self) -> float:
-        if self._events is not None:
-            self._events[1].synchronize()
-            return float(self._events[0].elapsed_time(self._events[1])) / 1000.0
+        """What was measured; waits for the device."""
+        if self._end is not None and not isinstance(self._start, float):
+            self._end.synchronize()
+            return float(self._start.elapsed_time(self._end)) / 1000.0
         return self._seconds

@@ -19,7 +19,7 @@ from fastdit.attention.base import AttentionKernel
 from fastdit.config import decode, encode
 from fastdit.engine.base import Engine
 from fastdit.errors import IncompatibleStack, InvalidConfig, UnsupportedModel
-from fastdit.models.components import denoisers_of, require_block_lists, require_family
+from fastdit.models.components import require_block_lists, require_family, transformers_of
 from fastdit.models.undescribed import why_not
 from fastdit.plan import make_plan
 from fastdit.schedule.base import Schedule
@@ -110,7 +110,7 @@ class Stack(Sequence[Accelerator]):
         """Raise a named error if the stack can't run on this pipeline or bare module; nothing is changed."""
         self._check_declarations()
         if pipeline is not None:
-            transformers = denoisers_of(pipeline)
+            transformers = transformers_of(pipeline)
             for accelerator in self:
                 if accelerator.effects.needs & {Need.FRAME_SIZES, Need.TOKEN_POSITIONS, Need.TOKEN_GRID}:
                     self._check_family(pipeline, accelerator)
@@ -132,15 +132,21 @@ class Stack(Sequence[Accelerator]):
             )
         if family.one_plane:
             return
-        several = f"needs {Need.TOKEN_GRID.value}, and {type(pipeline).__name__}'s fill one for each of several frames"
+        frames = f"{type(pipeline).__name__}'s fill one for each of several frames"
         if Need.TOKEN_GRID in needs:
-            raise UnsupportedModel(f"{accelerator.describe()} {several}; use another, such as FirstBlockCache")
-        for cache in (self.step_cache, self.token_cache):
-            if Need.FRAME_SIZES in needs and cache is not None and cache.stage_change == "carry":
-                raise UnsupportedModel(f"{cache.describe()} {several}; set stage_change='reset'")
+            raise UnsupportedModel(
+                f"{accelerator.describe()} needs {Need.TOKEN_GRID.value}, and {frames}; use another, such as "
+                "FirstBlockCache"
+            )
+        if Need.FRAME_SIZES in needs:
+            for other in self:
+                if Need.CARRIED_TOKENS in other.effects.needs:
+                    raise UnsupportedModel(
+                        f"{other.describe()} needs {Need.CARRIED_TOKENS.value}, and {frames}; set stage_change='reset'"
+                    )
 
     def check_state(self, name: str, module: nn.Module) -> None:
-        """Raise `IncompatibleStack` if the state that a denoiser is in changes what an accelerator needs."""
+        """Raise `IncompatibleStack` if the state that a transformer is in changes what an accelerator needs."""
         violable = [(one, need) for one in self for need in one.effects.needs if need in VIOLATIONS]
         for made in changes_of(module) if violable else ():
             for accelerator, need in violable:

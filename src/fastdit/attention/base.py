@@ -13,13 +13,10 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fastdit.accelerator import (
     Accelerator,
@@ -29,7 +26,8 @@ from fastdit.accelerator import (
     Level,
     Need,
 )
-from fastdit.blocks.attention import AttentionCall
+from fastdit.blocks.attention import Attend, AttentionCall, KernelMode, first_line
+from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import InvalidConfig, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -38,10 +36,6 @@ if TYPE_CHECKING:
 
 #: The backend that is the model's own: torch chooses among its kernels.
 NATIVE = "native"
-
-
-#: Computes attention: [B, H, S, D_v] of one call.
-Attend = Callable[[AttentionCall], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +102,7 @@ class AttentionKernel(Accelerator):
                 found = self.kernel(backend)(call)
                 right = found.shape == expected.shape and torch.allclose(found.float(), expected, atol=0.1)
             except Exception as error:
-                return "; ".join([_first_line(error), *(_first_line(remark.message) for remark in remarks)])
+                return "; ".join([first_line(error), *(first_line(remark.message) for remark in remarks)])
         return None if right else "it runs there and gives something else than attention"
 
     def _remedy(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -116,47 +110,35 @@ class AttentionKernel(Accelerator):
         moved = "move the model to the device it will run on first" if device.type == "cpu" else "change its precision"
         return (f"take one that works there ({', '.join(working)}), or " if working else "") + moved
 
-    @contextmanager
-    def acting(self, run: Run) -> Iterator[None]:
-        """Answer the attention of the forwards inside, as the run's stage asks, and note it in the run."""
-        backend = self.backend_in(run.stage)
+    def enter(self, run: Run, lasting: None) -> Pass | None:
+        return None if self.neutral else AttentionPass(self)
+
+
+class AttentionPass(Pass):
+    """A kernel in one run: it answers the attention of every forward, as its stage asks."""
+
+    def __init__(self, kernel: AttentionKernel) -> None:
+        self._kernel = kernel
+        self._forwards = self._answered = 0
+
+    def forward(self, call: ForwardCall, next: Forward) -> Any:
+        kernel, backend = self._kernel, self._kernel.backend_in(call.step.stage)
+        self._forwards += 1
         if backend == NATIVE:
-            yield
-            return
-        with KernelMode(self.kernel(backend), f"{self.describe()}: the attention backend {backend!r}") as mode:
-            yield
-        run.attended |= mode.answered
+            return next(call)
+        name = f"{kernel.describe()}: the attention backend {backend!r}"
+        with KernelMode(kernel.kernel(backend), name, f"{type(kernel).__name__} {backend}") as mode:
+            output = next(call)
+        self._answered += mode.answered
+        return output
 
-
-class KernelMode(TorchFunctionMode):
-    """Lets a kernel answer the calls of scaled_dot_product_attention on four-dimensional tensors; all else passes."""
-
-    def __init__(self, attend: Attend, name: str) -> None:
-        super().__init__()
-        self._attend, self._name = attend, name
-        self.answered = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.unflatten:
-            # Dynamo knows the method, and can't trace its body, which calls super().
-            return args[0].unflatten(*args[1:], **kwargs)
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        call = AttentionCall(*args, **kwargs)
-        if call.query.dim() != 4:
-            return func(*args, **kwargs)
-        self.answered = True
-        try:
-            return self._attend(call)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            masked = "" if call.attn_mask is None else f" under a mask {tuple(call.attn_mask.shape)}"
-            raise UnsupportedModel(
-                f"{self._name} failed on queries {tuple(call.query.shape)} in {call.query.dtype} on "
-                f"{call.query.device}{masked}: {_first_line(error)}; take another backend, or leave it out"
-            ) from error
+    def idle(self) -> str | None:
+        if self._answered or not self._forwards:
+            return None
+        return (
+            f"{self._kernel.describe()} answered no call of attention in the run: the model's attention does not call "
+            "torch's scaled_dot_product_attention; set another attention processor, or leave it out"
+        )
 
 
 def _target(pipeline: Any, transformer: nn.Module) -> tuple[torch.device, torch.dtype, int]:
@@ -180,8 +162,3 @@ def _head_size(transformer: nn.Module) -> int:
             return int(query.out_features) // heads  # type: ignore[union-attr]
     size = getattr(getattr(transformer, "config", None), "attention_head_dim", 64)
     return size if isinstance(size, int) else 64
-
-
-def _first_line(remark: Warning | Exception | str) -> str:
-    text = str(remark).strip().split("\n")[0].rstrip(".: ")
-    return f"{type(remark).__name__}: {text}" if isinstance(remark, Exception) and text else text or repr(remark)

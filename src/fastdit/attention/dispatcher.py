@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdit.accelerator import Change, Effects
-from fastdit.attention.base import Attend, AttentionKernel
-from fastdit.blocks.attention import AttentionCall
+from fastdit.attention.base import AttentionKernel
+from fastdit.blocks.attention import Attend, AttentionCall
 from fastdit.config import register
 from fastdit.errors import InvalidConfig
 

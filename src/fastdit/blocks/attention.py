@@ -13,6 +13,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fastdit.blocks.chain import Forward, ForwardCall, Pass
+from fastdit.errors import UnsupportedModel
+from fastdit.record import Outcome
+
 
 class AttentionCall(NamedTuple):
     """One call of `scaled_dot_product_attention`: query [B, H, S, D], key and value [B, H_k, T, D], and its options.
@@ -47,8 +51,38 @@ class AttentionCall(NamedTuple):
         return nn.functional.scaled_dot_product_attention(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
 
+#: Computes attention: [B, H, S, D_v] of one call.
+Attend = Callable[[AttentionCall], torch.Tensor]
+
 #: Answers a call that it sees, or gives None for one that it leaves alone.
 See = Callable[[AttentionCall], torch.Tensor | None]
+
+
+class AttentionSight(Pass):
+    """Shows something the attention of some forwards; a subclass says of which, and what sees it."""
+
+    def __init__(self) -> None:
+        self._seen: SeenAttention | None = None
+
+    def sight(self, call: ForwardCall) -> SeenAttention | None:
+        """Give what sees the attention of a forward, and may answer it; None to leave it alone."""
+        raise NotImplementedError
+
+    def forward(self, call: ForwardCall, next: Forward) -> Any:
+        self._seen = self.sight(call)
+        if self._seen is None:
+            return next(call)
+        with self._seen:
+            return next(call)
+
+    def settled(self, call: ForwardCall, outcome: Outcome) -> None:
+        seen, self._seen = self._seen, None
+        if seen is not None and not seen.answered and outcome.action == "computed":
+            raise UnsupportedModel(
+                f"the schedule acts in the attention of {call.name} ({type(call.module).__name__}), and a forward that "
+                "ran whole called torch's scaled_dot_product_attention with text and image together nowhere; set an "
+                "attention processor that does, or take another selector or frame"
+            )
 
 
 class SeenAttention(TorchFunctionMode):
@@ -88,3 +122,43 @@ def weights_of(call: AttentionCall, queries: slice = slice(None)) -> Iterator[to
             rows = mask.expand(query.shape[0], heads, query.shape[2], key.shape[2])[:, head, queries]
             logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
         yield logits.softmax(dim=2)
+
+
+class KernelMode(TorchFunctionMode):
+    """Lets a kernel answer the calls of scaled_dot_product_attention on four-dimensional tensors; all else passes.
+
+    `name` is for people, `label` tells kernels apart in the key of an engine that was compiled under one.
+    """
+
+    def __init__(self, attend: Attend, name: str, label: str = "") -> None:
+        super().__init__()
+        self._attend, self._name, self.label = attend, name, label
+        self.answered = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:
+            # Dynamo knows the method, and can't trace its body, which calls super().
+            return args[0].unflatten(*args[1:], **kwargs)
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        call = AttentionCall(*args, **kwargs)
+        if call.query.dim() != 4:
+            return func(*args, **kwargs)
+        self.answered = True
+        try:
+            return self._attend(call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            masked = "" if call.attn_mask is None else f" under a mask {tuple(call.attn_mask.shape)}"
+            raise UnsupportedModel(
+                f"{self._name} failed on queries {tuple(call.query.shape)} in {call.query.dtype} on "
+                f"{call.query.device}{masked}: {first_line(error)}; take another backend, or leave it out"
+            ) from error
+
+
+def first_line(remark: Warning | Exception | str) -> str:
+    """Give the first line of what somebody else's code says."""
+    text = str(remark).strip().split("\n")[0].rstrip(".: ")
+    return f"{type(remark).__name__}: {text}" if isinstance(remark, Exception) and text else text or repr(remark)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from fastdit.accelerator import (
     Level,
     Need,
 )
-from fastdit.attention.base import KernelMode
+from fastdit.blocks.attention import KernelMode
 from fastdit.engine.arguments import (
     differences,
     is_canonical,
@@ -36,6 +36,11 @@ from fastdit.engine.key import (
     weights_of,
 )
 from fastdit.errors import EngineMismatch, InvalidConfig
+
+if TYPE_CHECKING:
+    from fastdit.blocks.chain import Pass
+    from fastdit.engine.workshop import Workshop
+    from fastdit.run import Run
 
 #: What runs an engine: it gets a module of the engine's structure and a call's arguments in canonical strides.
 Execute = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -91,6 +96,14 @@ class Engine(Accelerator):
             raise InvalidConfig(f"{name}'s on_failure is one of {', '.join(ON_FAILURE)}, got {self.on_failure!r}")
         if self.directory is not None and not isinstance(self.directory, str):
             raise InvalidConfig(f"{name}'s directory is a path as text, or None, got {self.directory!r}")
+
+    def lasting(self) -> Workshop:
+        from fastdit.engine.workshop import Workshop
+
+        return Workshop(self)
+
+    def enter(self, run: Run, lasting: Workshop) -> Pass:
+        return lasting.enter(run)
 
     @property
     def bakes_weights(self) -> bool:
@@ -183,21 +196,22 @@ def refuse_gradients() -> None:
         raise EngineMismatch("an engine gives no gradients; call the module under torch.no_grad()")
 
 
-def refuse_modes() -> None:
-    """Raise `EngineMismatch` where something besides the stack's attention kernel answers torch's functions.
+def answering_kernel() -> KernelMode | None:
+    """Give the stack's attention kernel that answers the model's attention; it is compiled in.
 
-    Compiled code does not call them; the kernel is compiled in.
+    Raises `EngineMismatch` where something else answers torch's functions, which compiled code does not call.
     """
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext  # the default device, which compilers know
 
-    known = (DeviceContext, KernelMode)
-    acting = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, known)]
-    if acting:
-        raise EngineMismatch(
-            f"{type(acting[-1]).__name__} answers calls of torch's functions, and an engine would leave it out; leave "
-            "one of the two out"
-        )
+    acting = _get_current_function_mode_stack()
+    for mode in acting:
+        if not isinstance(mode, (DeviceContext, KernelMode)):
+            raise EngineMismatch(
+                f"{type(mode).__name__} answers calls of torch's functions, and an engine would leave it out; leave "
+                "one of the two out"
+            )
+    return next((mode for mode in reversed(acting) if isinstance(mode, KernelMode)), None)
 
 
 def refusal(block: nn.Module, where: str) -> str | None:

@@ -23,9 +23,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastdit.attention.base import KernelMode
 from fastdit.attention.by_heads import attend_by_heads, takes
-from fastdit.blocks.attention import AttentionCall
+from fastdit.blocks.attention import AttentionCall, KernelMode
 from fastdit.engine.base import Engine, PieceCall
 from fastdit.engine.packed import packed_linear, packs
 from fastdit.errors import InvalidConfig

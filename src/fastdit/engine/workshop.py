@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.attention.base import NATIVE, AttentionKernel
+from fastdit.blocks.attention import KernelMode
+from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.engine.arguments import (
     canonical,
     mapped,
@@ -27,9 +28,9 @@ from fastdit.engine.base import (
     BuiltEngine,
     Engine,
     PieceCall,
+    answering_kernel,
     refusal,
     refuse_gradients,
-    refuse_modes,
 )
 from fastdit.engine.key import (
     EngineKey,
@@ -47,6 +48,7 @@ from fastdit.errors import (
     FastditError,
     UnsupportedModel,
 )
+from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.structure import structural_twin
 
@@ -90,6 +92,10 @@ class Workshop:
         self._registry = Registry(engine.directory)
         self._engines: dict[tuple[str, Hashable], BuiltEngine | None] = {}
         self._weights: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+    def enter(self, run: Run) -> EnginePass:
+        """Give what runs the blocks of one run."""
+        return EnginePass(self, run)
 
     def expected(self, model: nn.Module) -> int:
         """Count the engines that a model needs for one stage: one a kind of block, or one a block."""
@@ -182,53 +188,72 @@ class Workshop:
         return BuiltEngine(key, self.engine, execute, time.perf_counter() - start, kept)
 
 
-class EnginePass:
-    """One forward under an engine: answers the calls of blocks that run."""
+class EnginePass(Pass):
+    """An engine in one run: answers the calls of blocks that run."""
 
-    def __init__(self, workshop: Workshop, run: Run, model: nn.Module, kernel: AttentionKernel | None = None) -> None:
-        refuse_modes()
+    def __init__(self, workshop: Workshop, run: Run) -> None:
         self._workshop, self._run = workshop, run
-        backend = kernel.backend_in(run.stage) if kernel is not None else NATIVE
-        self._attention = "" if kernel is None or backend == NATIVE else f"{type(kernel).__name__} {backend}"
-        adapters = adapters_of(model)
-        if run.adapters.setdefault(id(model), adapters) != adapters:
-            # A LoRA was switched or scaled between two steps.
-            run.adapters[id(model)] = adapters
-            run.admitted.clear()
-        self._stage = _stage_of(run)
+        self._admitted: dict[int, Admission] = {}
+        self._adapters: dict[str, object] = {}
+        self._kernel: KernelMode | None = None
         self._environment: str | None = None
-        self._ran = self._eager = 0
+        self._stage: tuple[Any, ...] | None = None
+        self._called = False
+        self._ran = self._eager = self._forwards = self._blocks = 0
 
-    def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Any:
+        self._kernel = answering_kernel()
+        adapters = adapters_of(call.module)
+        if self._adapters.setdefault(call.name, adapters) != adapters:
+            # A LoRA was switched or scaled between two steps.
+            self._adapters[call.name] = adapters
+            self._admitted.clear()
+        self._stage, self._environment = _stage_of(self._run), None
+        self._called, self._ran, self._eager = True, 0, 0
+        self._forwards += 1
+        return next(call)
+
+    def outcome(self) -> Outcome:
+        """Name what ran the forward's blocks: the engine, "eager", both with their shares, or "none" if none ran."""
+        engine, ran, eager = type(self._workshop.engine).__name__, self._ran, self._eager
+        if not self._called:
+            ran = eager = 0
+        self._called = False
+        self._blocks += ran + eager
+        if ran and eager:
+            return Outcome(engine=f"{engine}, {eager} of {ran + eager} blocks eager")
+        return Outcome(engine=engine if ran else "eager" if eager else "none")
+
+    def idle(self) -> str | None:
+        if self._blocks or not self._forwards:
+            return None
+        return (
+            f"{self._workshop.engine.describe()} was asked for no block in {self._forwards} forwards, so it gained "
+            "nothing; leave it out, or what skips all blocks"
+        )
+
+    def block(self, call: BlockCall, next: Block) -> Any:
         """Run one block by its engine, which is built at the first call of its shape."""
-        if not issubclass(type(block), nn.Module):
-            return block(*args, **kwargs)  # something that stands in for a block has been run already
         refuse_gradients()
-        admission = self._run.admitted.get(id(block))
+        block = call.block
+        admission = self._admitted.get(id(block))
         if admission is None:
-            admission = self._run.admitted[id(block)] = self._workshop.admit(block, f"{name}.{index}")
+            admission = self._admitted[id(block)] = self._workshop.admit(block, f"{call.name}.{call.index}")
         if admission.module is block:
-            return self._run_piece(admission, args, kwargs)
+            return self._run_piece(admission, call.args, call.kwargs)
         # The hooks that the user put on the block run as ever, around the engine.
         hooked = structural_twin(block, {})
         hooked.__dict__["forward"] = lambda *args, **kwargs: self._run_piece(admission, args, kwargs)
-        return hooked(*args, **kwargs)
-
-    @property
-    def name(self) -> str:
-        """Say what ran the forward's blocks: the engine, "eager", both with their shares, or "none" if none ran."""
-        engine, ran, eager = type(self._workshop.engine).__name__, self._ran, self._eager
-        if ran and eager:
-            return f"{engine}, {eager} of {ran + eager} blocks eager"
-        return engine if ran else "eager" if eager else "none"
+        return hooked(*call.args, **call.kwargs)
 
     def _run_piece(self, admission: Admission, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = mapped(args, canonical), mapped(kwargs, canonical)
-        call = PieceCall(admission.module, args, kwargs, self._stage, self._attention)
+        attention = self._kernel.label if self._kernel is not None else ""
+        call = PieceCall(admission.module, args, kwargs, self._stage, attention)
         if self._environment is None:
             self._environment = environment_of(call.device)
         quick = (
-            admission.structure, admission.refusal, self._stage, self._attention, self._environment,
+            admission.structure, admission.refusal, self._stage, attention, self._environment,
             torch.is_inference_mode_enabled(), outline_of((args, kwargs)),
         )  # fmt: skip
         built = self._workshop.get(call, admission, quick)
@@ -244,8 +269,9 @@ class EnginePass:
             self._eager += 1
             return admission.module(*args, **kwargs)
         self._ran += 1
-        # The kernel is compiled in, so that its answers are not seen from here.
-        self._run.attended |= bool(self._attention)
+        if self._kernel is not None:
+            # It is compiled in, so that its answers are not seen by it.
+            self._kernel.answered = True
         return output
 
 

@@ -68,7 +68,7 @@ class _Recorder(StepCache):
         function = signal_for(site.block, self.kind)
         if function is None:
             raise UnsupportedModel(
-                f"{site.block.__class__.__name__} has no signal {self.kind!r} ({SIGNAL_KINDS[self.kind]}) described; "
+                f"{_block_class(site)} has no signal {self.kind!r} ({SIGNAL_KINDS[self.kind]}) described; "
                 "calibrate on another signal, or describe it in fastdit.models.signals"
             )
         return function(site.block, site.hidden_states, site.args, site.kwargs)
@@ -351,3 +351,7 @@ def _origin(pipeline: DiffusionPipeline, prompts: Sequence[str], call: Mapping[s
     options = [f"{name}={value}" for name, value in call.items() if isinstance(value, (bool, int, float))]
     model = f"{type(pipeline).__name__}{f' ({source})' if source else ''}{''.join(f', {option}' for option in options)}"
     return f"calibrated on {model}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}"
+
+
+def _block_class(site: Site) -> str:
+    return "the whole forward" if site.block is None else type(site.block.original).__name__

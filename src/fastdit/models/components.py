@@ -16,10 +16,10 @@ from fastdit.models.undescribed import why_not
 BARE = "transformer"
 
 #: The names under which pipelines have their transformers.
-DENOISERS = (BARE, "transformer_2")
+TRANSFORMERS = (BARE, "transformer_2")
 
 
-def denoisers_of(base: Any) -> dict[str, nn.Module]:
+def transformers_of(base: Any) -> dict[str, nn.Module]:
     """Find the transformers of a pipeline, or the bare module itself. Raises `UnsupportedModel` if there are none."""
     if isinstance(base, nn.Module):
         return {BARE: base}
@@ -28,7 +28,7 @@ def denoisers_of(base: Any) -> dict[str, nn.Module]:
             f"accelerate takes a diffusers pipeline or a torch module, got {type(base).__name__}; pass the pipeline "
             "object itself"
         )
-    found = {name: getattr(base, name, None) for name in DENOISERS}
+    found = {name: getattr(base, name, None) for name in TRANSFORMERS}
     modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
         components = ", ".join(cast(Any, base).components)

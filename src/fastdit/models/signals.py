@@ -29,8 +29,8 @@ SIGNAL_KINDS: dict[str, str] = {
 
 
 @lru_cache(maxsize=64)
-def _names(block_class: type[Any]) -> ArgumentNames:
-    return ArgumentNames(block_class.forward, defaults=True)
+def _names(forward: Callable[..., Any]) -> ArgumentNames:
+    return ArgumentNames(forward, defaults=True)
 
 
 def _by_name(function: _Named) -> Signal:
@@ -39,7 +39,7 @@ def _by_name(function: _Named) -> Signal:
     def signal(
         block: Any, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
-        given = _names(block.__class__)(args, kwargs)  # a stand-in answers to its block's class
+        given = _names(type(getattr(block, "original", block)).forward)(args, kwargs)
         found: torch.Tensor = function(block, hidden_states, given)
         return found
 
@@ -222,7 +222,7 @@ def _modulates(block: Any) -> bool:
 
 
 def signal_for(block: Any, kind: str) -> Signal | None:
-    """Find the signal of a kind for a block (or a proxy of one) by its class; None where the class has none described.
+    """Find the signal of a kind for a block, or what shows its parts, by its class; None where none is described.
 
     Raises `InvalidConfig` for an unknown kind.
     """
@@ -230,13 +230,14 @@ def signal_for(block: Any, kind: str) -> Signal | None:
         raise InvalidConfig(f"a signal is one of {', '.join(SIGNAL_KINDS)}, got {kind!r}")
     if kind == "hidden_states":
         return lambda block, hidden_states, args, kwargs: hidden_states
+    block = getattr(block, "original", block)
     if kind == "modulated" and not _modulates(block):
         return None
     table = _TABLES.get(kind, {})
-    names = [cls.__name__ for cls in block.__class__.__mro__]  # a stand-in for a block answers to its class
+    names = [cls.__name__ for cls in type(block).__mro__]
     return next((table[name] for name in names if name in table), None)
 
 
 def modulated_signal(block: Any) -> Signal | None:
-    """Find the modulated input's signal for a block (or a proxy of one) by its class."""
+    """Find the modulated input's signal for a block (or what shows the parts of one) by its class."""
     return signal_for(block, "modulated")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
@@ -11,12 +11,11 @@ from fastdit.step import SchedulePlan
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
-    from fastdit.blocks.attention import SeenAttention
+    from fastdit.blocks.chain import Pass
     from fastdit.layout import TokenLayout
     from fastdit.models.family import Family
-    from fastdit.step import StepContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +74,9 @@ class ScheduleRun:
         """Say why a step must run every block on every token, whatever caches would do; None where they decide."""
         return None
 
-    def attending(
-        self, context: StepContext, transformer: ModelMixin, arguments: Mapping[str, object]
-    ) -> SeenAttention | None:
-        """Give what sees, and may answer, the attention of one forward; nothing by default.
-
-        `arguments` are the forward's own, with the stage's latents in place.
-        """
-        return None
+    def passes(self) -> Sequence[Pass]:
+        """Give passes of its own that act beside the attention, inside of all that decides which blocks run."""
+        return ()
 
     def observe(self, velocity: torch.Tensor) -> None:
         """See the velocity that a step was taken with, in the pipeline's shape; nothing by default."""

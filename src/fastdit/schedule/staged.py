@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional
 
-from fastdit.blocks.attention import SeenAttention
+from fastdit.blocks.attention import AttentionSight, SeenAttention
+from fastdit.blocks.chain import ForwardCall, Pass
 from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout
 from fastdit.models.roles import text_comes_first
 from fastdit.schedule.base import Schedule, ScheduleRun
@@ -22,10 +23,9 @@ from fastdit.schedule.selectors.text_attention import SeenExchange, mean_exchang
 from fastdit.step import SchedulePlan
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
     from fastdit.models.family import Family
-    from fastdit.step import StepContext
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -107,11 +107,13 @@ class StagedRun(ScheduleRun):
     def forced(self, stage: int, stage_step: int) -> str | None:
         return "its attention chooses the tokens to refine" if self._shows_attention(stage, stage_step) else None
 
-    def attending(
-        self, context: StepContext, transformer: ModelMixin, arguments: Mapping[str, object]
-    ) -> SeenAttention | None:
-        layout = self._layout
-        if self._shows_attention(context.stage, context.stage_step):
+    def passes(self) -> Sequence[Pass]:
+        return [_Sight(self)] if self._by_query or self._selector.sees is Seen.TEXT_ATTENTION else []
+
+    def sight(self, call: ForwardCall) -> SeenAttention | None:
+        """Give what sees the attention of one forward, whose arguments have the stage's latents in place."""
+        layout, transformer, arguments = self._layout, call.module, call.arguments
+        if self._shows_attention(call.step.stage, call.step.stage_step):
             appended, first = self._family.appended(arguments, layout), text_comes_first(transformer)
             self._exchanges.append(SeenExchange(layout.tokens, appended, text_first=bool(first)))
             return self._exchanges[-1]
@@ -178,3 +180,14 @@ class StagedRun(ScheduleRun):
 
         noise: torch.Tensor = randn_tensor(tuple(shape), generator=self._generator, device=device, dtype=torch.float32)
         return noise
+
+
+class _Sight(AttentionSight):
+    """Shows a run the attention of the forwards that it wants to see."""
+
+    def __init__(self, staged: StagedRun) -> None:
+        super().__init__()
+        self._staged = staged
+
+    def sight(self, call: ForwardCall) -> SeenAttention | None:
+        return self._staged.sight(call)

@@ -22,57 +22,21 @@ from fastdit.accelerator import (
     Level,
     Need,
 )
+from fastdit.blocks.chain import Pass
 from fastdit.errors import InvalidConfig
-from fastdit.layout import TokenLayout
+from fastdit.run import STAGE_CHANGES, Run
 from fastdit.step import StepContext
+from fastdit.step_cache.block_pass import BlockCachePass, Learned
 from fastdit.step_cache.forecasters.base import Forecaster, is_forecaster
 from fastdit.step_cache.forecasters.reuse import Reuse
+from fastdit.step_cache.forward_pass import ForwardCachePass
 from fastdit.step_cache.policy import SkipPolicy
+from fastdit.step_cache.site import Memory, Site, Verdict, difference
 
-#: What to do with histories when a schedule changes the tokens.
-STAGE_CHANGES = ("reset", "carry")
+__all__ = ["SCOPES", "Memory", "Site", "StepCache", "Verdict", "difference"]
 
 #: What one decision stands for: all blocks that follow it, those of its own block list, or the whole forward.
 SCOPES = ("stack", "list", "forward")
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Where a gate looks, at the place where the skipped part would begin.
-
-    `entered` is the latents' stream as it came to the blocks, `hidden_states` what the leading blocks made of it (the
-    same tensor where there are none); `block`, `args` and `kwargs` are the next block's call. `sigma` is the noise
-    level where the run knows it, `layout` the token layout.
-    """
-
-    entered: torch.Tensor
-    hidden_states: torch.Tensor
-    block: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    context: StepContext
-    layout: TokenLayout | None = None
-    sigma: float | None = None
-
-
-@dataclasses.dataclass
-class Memory:
-    """What a gate remembers of one branch and stage: the signal it compares to, and what it has added up."""
-
-    signal: torch.Tensor | None = None
-    accumulated: float = 0.0
-
-    def restart(self) -> None:
-        """Begin to add up anew; called at every computed step, whatever it was computed for."""
-        self.accumulated = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """A gate's answer, with its reason for the record."""
-
-    compute: bool
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +86,19 @@ class StepCache(Accelerator):
         declared = super().effects
         if self.whole_forward:
             declared = dataclasses.replace(declared, needs=declared.needs - {Need.BLOCK_LISTS})
+        if self.stage_change == "carry":
+            declared = declared.adding(needs={Need.CARRIED_TOKENS})
         if self.forecast.amplifies:
             declared = declared.adding(needs={Need.PRECISE_ACTIVATIONS})
         if self.per_image:
             return declared.adding(changes={Change.BATCH_ROWS}, needs={Need.SEPARABLE_ROWS})
         return declared.adding(breaks={Break.BATCH_INVARIANCE})
+
+    def lasting(self) -> Learned:
+        return Learned()
+
+    def enter(self, run: Run, lasting: Learned) -> Pass:
+        return ForwardCachePass(self, run) if self.whole_forward else BlockCachePass(self, run, lasting)
 
     @property
     def whole_forward(self) -> bool:
@@ -192,9 +164,3 @@ class StepCache(Accelerator):
             return None
         gain = f"can skip at most {free} of {total_steps} steps" if free else f"can skip none of {total_steps} steps"
         return f"{self.describe()} {gain}: few-step models have little to reuse; run more steps, or leave it out"
-
-
-def difference(signal: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Mean |signal - before| and mean |before|, float32 [2], left on their device."""
-    moved = (signal - before).abs_().mean(dtype=torch.float32)
-    return torch.stack([moved, before.abs().mean(dtype=torch.float32)])

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,13 +14,11 @@ from fastdit.errors import FastditWarning
 from fastdit.layout import gather_tokens
 from fastdit.run import Run
 from fastdit.step import StepContext
-from fastdit.step_cache.base import (
-    Memory,
-    Site,
-    StepCache,
-    Verdict,
-)
 from fastdit.step_cache.forecasters.base import History
+from fastdit.step_cache.site import Memory, Site, Verdict
+
+if TYPE_CHECKING:
+    from fastdit.step_cache.base import StepCache
 
 Shapes = tuple[torch.Size, ...]
 
@@ -38,7 +36,7 @@ class GroupState:
 
 @dataclasses.dataclass
 class BranchState:
-    """All that a step cache keeps for one denoiser, branch and stage: its groups, by the part that they decide."""
+    """All that a step cache keeps for one transformer, branch and stage: its groups, by the part that they decide."""
 
     parts: dict[int, list[GroupState]] = dataclasses.field(default_factory=dict)
     #: By segment, which of its features belongs to the latents' stream.
@@ -85,12 +83,12 @@ class BranchState:
 
 
 class Decider:
-    """Takes the decisions of one forward for a cache."""
+    """Takes the decisions of a run for the cache of one transformer."""
 
     def __init__(
         self, cache: StepCache, run: Run, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda changes: changes
     ) -> None:
-        self._cache, self._run, self._reduce = cache, run, reduce
+        self.cache, self._run, self._reduce = cache, run, reduce
 
     def decide(
         self, groups: Sequence[GroupState], site: Site, shapes: Shapes, segment: int, forced: str | None = None
@@ -99,7 +97,7 @@ class Decider:
 
         `shapes` are those of a group's streams; `forced` computes whatever the gate says.
         """
-        cache, context = self._cache, site.context
+        cache, context = self.cache, site.context
         rows = [slice(None)] if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
         signal = cache.signal(site)
         own = [self._forced(group, context, shapes, segment) for group in groups]
@@ -127,12 +125,12 @@ class Decider:
     def _forced(self, group: GroupState, context: StepContext, shapes: Shapes, segment: int) -> str | None:
         """Say why a group must be computed. A group of other shapes is emptied."""
         if group.shapes is not None and group.shapes != shapes:
-            group.memory, group.histories, group.shapes = self._cache.memory(), {}, None
+            group.memory, group.histories, group.shapes = self.cache.memory(), {}, None
             group.consecutive = group.skipped = 0
             return "another shape"
-        if reason := self._cache.policy.forced(context, group.consecutive, group.skipped):
+        if reason := self.cache.policy.forced(context, group.consecutive, group.skipped):
             return reason
-        if self._cache.neutral:
+        if self.cache.neutral:
             return "neutral"
         if segment in group.histories and group.histories[segment].filled:
             return None
@@ -149,11 +147,10 @@ class Decider:
         if forced is not None:
             return Verdict(True, forced)
         if math.isfinite(change):
-            return self._cache.decide(group.memory, change, context)
-        self._run.doubts += 1
-        if self._run.doubts == 1:
+            return self.cache.decide(group.memory, change, context)
+        if self._run.doubt():
             warnings.warn(
-                f"{type(self._cache).__name__}: the signal of step {context.step} ({context.branch}) gives no finite "
+                f"{type(self.cache).__name__}: the signal of step {context.step} ({context.branch}) gives no finite "
                 "number; the step is computed. Look for NaN or inf in the latents or in the weights",
                 FastditWarning,
                 stacklevel=2,

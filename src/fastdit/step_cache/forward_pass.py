@@ -1,89 +1,89 @@
-"""One forward of a step cache that skips it whole."""
+"""A step cache that skips whole forwards, in a run: v = output - latents stands for the blocks' residual."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdit.blocks.observation import version_of
+from fastdit.blocks.chain import Forward, ForwardCall, Pass
+from fastdit.blocks.ports import version_of
 from fastdit.errors import IncompatibleStack, UnsupportedModel
-from fastdit.nested import (
-    Hole,
-    refilled,
-    select_rows,
-    tensors_of,
-)
+from fastdit.nested import Hole, refilled, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
-from fastdit.step import StepContext
-from fastdit.step_cache.base import Site, StepCache, Verdict
 from fastdit.step_cache.decision import BranchState, Decider, GroupState
-from fastdit.step_cache.tally import Tally
+from fastdit.step_cache.site import Site, Verdict
+from fastdit.step_cache.tally import Gains, Tally
+
+if TYPE_CHECKING:
+    from fastdit.step_cache.base import StepCache
 
 
-class ForwardPass:
-    """One forward of a cache that skips it whole: v = output - latents stands for the blocks' residual."""
+class ForwardCachePass(Pass):
+    """A step cache that skips whole forwards, in one run."""
+
+    outside_hooks = True
 
     def __init__(self, cache: StepCache, run: Run) -> None:
-        self._cache, self._run = cache, run
-        self._decider = Decider(cache, run)
+        self._configured, self._run = cache, run
+        self._deciders: dict[str, Decider] = {}
+        self._gains = Gains(cache)
+        self._tally: Tally | None = None
 
-    def begin(self, context: StepContext, state: BranchState) -> None:
-        """Start a forward."""
-        self._context, self._state = context, state
-        self._forced = state.enter(context.step)
-        self._tally = Tally()
-        self._tokens: int | None = None
-
-    def forward(
-        self, arguments: Mapping[str, Any], compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any]
-    ) -> Any:
-        """Give the forward's output, from `compute` or from the history, for each image or for all.
-
-        `compute` gets the arguments and the images that they are of, None for all.
-        """
-        given = next(iter(arguments.values()))
+    def forward(self, call: ForwardCall, next: Forward) -> Any:
+        """Give the forward's output, from what is inside or from the history, for each sample or for all."""
+        if call.name not in self._deciders:
+            self._deciders[call.name] = Decider(self._configured.for_transformer(call.module), self._run)
+        decider, run, step = self._deciders[call.name], self._run, call.step
+        self._cache = cache = decider.cache
+        state = run.state((call.name, step.branch), BranchState, carry=cache.stage_change == "carry")
+        self._state, self._step, self._tally = state, step, Tally()
+        given = call.latents
         latents = self._latents(given)
-        self._tokens = latents.shape[1] if latents.dim() == 3 else None
-        count = latents.shape[0] if self._cache.per_image else 1
-        groups = self._state.groups(0, count, self._cache.memory)
-        self._state.streams[0] = 0
-        site = Site(
-            latents, latents, None, (), dict(arguments), self._context, self._run.layout or self._run.grid,
-            self._run.sigma(self._context.step),
-        )  # fmt: skip
-        shape = latents[:1].shape if self._cache.per_image else latents.shape
-        verdicts = self._decider.decide(groups, site, (shape,), 0, self._forced)
+        if run.staged and cache.stage_change == "carry" and latents.dim() != 3:
+            raise IncompatibleStack(
+                f"{cache.describe()} keeps whole latents, and those of {call.name} change their shape with the stage; "
+                "set stage_change='reset', or use a cache that skips blocks"
+            )
+        self._tally.tokens = latents.shape[1] if latents.dim() == 3 else None
+        count = latents.shape[0] if cache.per_image else 1
+        groups = state.groups(0, count, cache.memory)
+        state.streams[0] = 0
+        site = Site(latents, latents, None, (), call.arguments, step, run.layout or run.grid, run.sigma(step.step))
+        shape = latents[:1].shape if cache.per_image else latents.shape
+        verdicts = decider.decide(groups, site, (shape,), 0, state.enter(step.step))
         self._tally.add(verdicts, groups, 0)
         computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
         if len(computing) < count:
             self._tally.saved[""] = 1.0 - len(computing) / count
         version = version_of(latents)
-        whole = self._output(arguments, latents, computing, count, compute)
+        whole = self._computed(call, latents, computing, count, next)
         if version_of(latents) != version:
             raise IncompatibleStack(
-                f"the forward writes into its latents in place, so {self._cache.describe()} can't know what it adds to "
+                f"the forward writes into its latents in place, so {cache.describe()} can't know what it adds to "
                 "them; use kernels that don't, or a stack without a step cache"
             )
         pieces = self._pieces(latents, groups, verdicts, whole)
         for index, (group, piece) in enumerate(zip(groups, pieces, strict=True)):
             own = latents if count == 1 else latents[index : index + 1]
-            if verdicts[index].compute and not self._cache.neutral:
-                history = group.histories.setdefault(0, self._cache.forecast.begin())
-                history.record(self._context.step, [piece - own])
+            if verdicts[index].compute and not cache.neutral:
+                history = group.histories.setdefault(0, cache.forecast.begin())
+                history.record(step.step, [piece - own])
                 group.shapes = (shape,)
-            self._cache.learn(group.memory, site, piece, verdicts[index].compute)
+            cache.learn(group.memory, site, piece, verdicts[index].compute)
         if whole is not None and len(computing) == count:
             return whole
         output = pieces[0] if count == 1 else torch.cat(pieces)
-        return refilled(self._state.shell, iter([output] if torch.is_tensor(given) else output.unbind()))
+        return refilled(state.shell, iter([output] if torch.is_tensor(given) else output.unbind()))
 
-    def end(self) -> Outcome:
-        """Say what was done."""
-        return self._tally.outcome(self._tokens)
+    def outcome(self) -> Outcome | None:
+        tally, self._tally = self._tally, None
+        return None if tally is None else self._gains.adding(tally, self._step.step)
+
+    def idle(self) -> str | None:
+        return self._gains.idle()
 
     def _latents(self, given: Any) -> torch.Tensor:
         """Give the latents in one tensor; a list of an image each, as some models take, is stacked."""
@@ -102,25 +102,17 @@ class ForwardPass:
             )
         return torch.stack(tensors)
 
-    def _output(
-        self,
-        arguments: Mapping[str, Any],
-        latents: torch.Tensor,
-        computing: list[int],
-        count: int,
-        compute: Callable[[Mapping[str, Any], torch.Tensor | None], Any],
+    def _computed(
+        self, call: ForwardCall, latents: torch.Tensor, computing: list[int], count: int, next: Forward
     ) -> Any:
-        """Run the forward for the images that are computed; None where there are none."""
+        """Run the forward for the samples that are computed; None where there are none."""
         if not computing:
             return None
-        images = None
         if len(computing) < count:
-            images = torch.tensor(computing, device=latents.device)
-            arguments = select_rows(dict(arguments), images, count)
-        output = compute(arguments, images)
-        given, tensors = next(iter(arguments.values())), tensors_of(output)
-        expected = [tensor.shape for tensor in tensors_of(given)]
-        if [tensor.shape for tensor in tensors] != expected:
+            call = call.of_samples(torch.tensor(computing, device=latents.device), count)
+        output = next(call)
+        tensors = tensors_of(output)
+        if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in tensors_of(call.latents)]:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise UnsupportedModel(
                 f"{self._cache.describe()} needs an output of the latents' own shape {tuple(latents.shape)}, and the "
@@ -143,5 +135,5 @@ class ForwardPass:
             if verdict.compute:
                 pieces.append(next(computed))
             else:
-                pieces.append(own + group.histories[0].predict(self._context.step)[0])
+                pieces.append(own + group.histories[0].predict(self._step.step)[0])
         return pieces

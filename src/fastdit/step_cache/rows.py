@@ -1,4 +1,4 @@
-"""Some images of a batch, run through a block by themselves; and the proof that a block allows it."""
+"""Some samples of a batch, run through a block by themselves; and the proof that a block allows it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastdit.blocks.observation import BlockPort, Port, outputs_of
+from fastdit.blocks.chain import Block, BlockCall
+from fastdit.blocks.ports import BlockPort, Port, outputs_of
 from fastdit.errors import UnsupportedModel
 from fastdit.nested import select_rows
 
@@ -17,30 +18,24 @@ _ROWS = (
 )
 
 
-def on_rows(
-    block: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    index: torch.Tensor,
-    batch: int,
-    carried: Mapping[Port, torch.Tensor],
-) -> Any:
-    """Call a block on some images of a batch; `carried` holds arguments that are of those images already."""
-    arguments: dict[Port, Any] = dict(enumerate(args))
-    arguments.update(kwargs)
+def on_rows(call: BlockCall, index: torch.Tensor, batch: int, carried: Mapping[Port, torch.Tensor]) -> BlockCall:
+    """Give a block's call for some samples of a batch; `carried` holds arguments that are of those samples already."""
+    arguments: dict[Port, Any] = dict(enumerate(call.args))
+    arguments.update(call.kwargs)
     chosen = {
         port: carried[port] if port in carried else select_rows(value, index, batch)
         for port, value in arguments.items()
     }
-    return block(*(chosen[place] for place in range(len(args))), **{key: chosen[key] for key in kwargs})
+    args = tuple(chosen[place] for place in range(len(call.args)))
+    return BlockCall(call.name, call.index, call.block, args, {key: chosen[key] for key in call.kwargs})
 
 
-def prove_rows(port: BlockPort, batch: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Show once that a block gives an image by itself what it gives it in a batch. Raises `UnsupportedModel`."""
-    whole = outputs_of(port, block(*args, **kwargs))
+def prove_rows(port: BlockPort, batch: int, call: BlockCall, run: Block) -> None:
+    """Show once that a block gives a sample by itself what it gives it in a batch. Raises `UnsupportedModel`."""
+    whole = outputs_of(port, run(BlockCall(call.name, call.index, call.block, call.args, call.kwargs)))
     first = torch.tensor([0], device=next(iter(whole.values())).device)
     try:
-        alone = outputs_of(port, on_rows(block, args, kwargs, first, batch, {}))
+        alone = outputs_of(port, run(on_rows(call, first, batch, {})))
     except (RuntimeError, ValueError, IndexError) as error:
         raise UnsupportedModel(_ROWS.format(port=f"{port.name}.{port.index}") + f" ({error})") from error
     for out in port.outputs:

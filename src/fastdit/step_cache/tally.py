@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastdit.record import Outcome
-from fastdit.step_cache.base import Verdict
 from fastdit.step_cache.decision import GroupState
+from fastdit.step_cache.site import Verdict
+
+if TYPE_CHECKING:
+    from fastdit.step_cache.base import StepCache
 
 
 @dataclass
@@ -16,6 +20,7 @@ class Tally:
 
     saved: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    tokens: int | None = None
     computed: int = 0
     reused: int = 0
     forecast: int = 0
@@ -35,9 +40,10 @@ class Tally:
             kinds = dict.fromkeys(verdict.reason for verdict in verdicts)
             self.reasons.append(next(iter(kinds)) if len(kinds) == 1 else "; ".join(v.reason for v in verdicts))
 
-    def outcome(self, tokens: int | None) -> Outcome:
-        """Give the sum."""
-        return Outcome(self.action, "; ".join(self.reasons) or "no block was called", self.saved, tokens)
+    @property
+    def outcome(self) -> Outcome:
+        """The sum."""
+        return Outcome(self.action, "; ".join(self.reasons) or "no block was called", self.saved, self.tokens)
 
     @property
     def action(self) -> str:
@@ -47,3 +53,28 @@ class Tally:
         if self.forecast:
             return "forecast"
         return "reused" if self.reused else "computed"
+
+
+class Gains:
+    """What a cache gained over a run."""
+
+    def __init__(self, cache: StepCache) -> None:
+        self._cache = cache
+        self._forwards = self._steps = self._skipped = 0
+
+    def adding(self, tally: Tally, step: int) -> Outcome:
+        """Add up one forward, and give what was done in it."""
+        self._forwards += 1
+        self._steps = max(self._steps, step + 1)
+        self._skipped += bool(tally.reused or tally.forecast)
+        return tally.outcome
+
+    def idle(self) -> str | None:
+        """Say why nothing was skipped in the run where something could have been; None where something was."""
+        cache = self._cache
+        if cache.neutral or self._skipped or not self._forwards or not cache.skippable(self._steps):
+            return None
+        return (
+            f"{cache.describe()} skipped none of {self._forwards} forwards, so it gained nothing; raise its threshold, "
+            "run more steps (few-step models have nothing to skip), or leave it out"
+        )

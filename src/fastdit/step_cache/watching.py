@@ -10,51 +10,47 @@ from typing import Any
 
 from torch import nn
 
-from fastdit.blocks.observation import Port, version_of
+from fastdit.blocks.ports import Port, version_of
 from fastdit.errors import IncompatibleStack
 from fastdit.nested import tensors_of
-from fastdit.structure import behaves_otherwise, structural_twin
+from fastdit.structure import behaves_otherwise
 
 
 class WatchedBlock:
-    """Looks like a block to a signal, and notes what the block's parts give it."""
+    """Shows a signal the parts of a block, and notes what they give it. `original` is the block itself."""
 
-    __slots__ = ("_answers", "_block")
+    __slots__ = ("_answers", "original")
 
-    def __init__(self, block: Any) -> None:
-        self._block = block
+    def __init__(self, block: nn.Module) -> None:
+        self.original = block
         self._answers: dict[str, _Answers] = {}
 
     def __getattr__(self, name: str) -> Any:
-        part = getattr(self._block, name)
+        part = getattr(self.original, name)
         if not isinstance(part, nn.Module):
             return part
         return self._answers.setdefault(name, _Answers(part))
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return self._block.__class__
+    def answers(self) -> dict[str, Any] | None:
+        """Give the parts that answer what they were asked before, in the place of the block's own.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block, its parts answering what they were asked before.
-
-        The block itself runs where its object carries behaviour of its own, such as hooks. Raises `IncompatibleStack`
-        where the block writes into an answer, which the gate still needs.
+        None where there are none, or where the block's object carries behaviour of its own, such as hooks.
         """
-        answers = {name: part for name, part in self._answers.items() if part.noted}
-        # A stand-in for a block answers to its block's class, and is no module itself.
-        if not answers or not issubclass(type(self._block), nn.Module) or behaves_otherwise(self._block):
-            return self._block(*args, **kwargs)
-        for part in answers.values():
+        noted = {name: part for name, part in self._answers.items() if part.noted}
+        if not noted or behaves_otherwise(self.original):
+            return None
+        for part in noted.values():
             part.replays = True
-        output = structural_twin(self._block, answers)(*args, **kwargs)
-        for name, part in answers.items():
-            if part.written:
+        return noted
+
+    def check(self) -> None:
+        """Raise `IncompatibleStack` where the block wrote into an answer, which the gate still needs."""
+        for name, part in self._answers.items():
+            if part.replays and part.written:
                 raise IncompatibleStack(
-                    f"{type(self._block).__name__} writes in place into what its {name} gives, and the cache's signal "
-                    "is made of that; use kernels that don't, or a cache without a modulated signal"
+                    f"{type(self.original).__name__} writes in place into what its {name} gives, and the cache's "
+                    "signal is made of that; use kernels that don't, or a cache without a modulated signal"
                 )
-        return output
 
 
 class _Answers:

@@ -21,29 +21,22 @@ from fastdit.accelerator import (
     Accelerator,
     Break,
     Change,
+    Effects,
     Level,
     Need,
 )
+from fastdit.blocks.chain import Pass
 from fastdit.config import is_count
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.models.roles import token_roles
+from fastdit.run import STAGE_CHANGES, Run
 from fastdit.step import StepContext
-from fastdit.step_cache.base import STAGE_CHANGES
 from fastdit.token_cache.attention_scores import AttentionScore
-from fastdit.token_cache.memory import BlockMemory, TokenState
+from fastdit.token_cache.choice import COMPUTED, PARTIAL, REUSED, Choice, undescribed
+from fastdit.token_cache.memory import TokenState
+from fastdit.token_cache.token_pass import TokenPass
 
-COMPUTED, PARTIAL, REUSED = "computed", "partial", "reused"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Where a token cache stands when it chooses the tokens of one block. `grid` is None where tokens form none."""
-
-    state: TokenState
-    memory: BlockMemory
-    context: StepContext
-    device: torch.device
-    grid: tuple[int, int] | None
+__all__ = ["COMPUTED", "PARTIAL", "REUSED", "Choice", "TokenCache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +76,14 @@ class TokenCache(Accelerator):
         return self.interval == 1
 
     @property
+    def effects(self) -> Effects:
+        declared = super().effects
+        return declared.adding(needs={Need.CARRIED_TOKENS}) if self.stage_change == "carry" else declared
+
+    def enter(self, run: Run, lasting: None) -> Pass | None:
+        return None if self.neutral else TokenPass(self, run)
+
+    @property
     def watches(self) -> AttentionScore | None:
         """Which score of the attention is taken at full steps, if any."""
         return None
@@ -116,13 +117,5 @@ class TokenCache(Accelerator):
             if isinstance(child, nn.ModuleList):
                 for block in child:
                     if token_roles(block) is None:
-                        raise UnsupportedModel(undescribed(self, f"{type(transformer).__name__}.{name}", block))
-
-
-def undescribed(cache: TokenCache, where: str, block: Any) -> str:
-    """Say that a block has no `TokenRoles`, and what to do."""
-    return (
-        f"{cache.describe()} recomputes tokens inside blocks, and fastdit has no description of {type(block).__name__} "
-        f"({where}); say which of its children are attention and feed-forward in a TokenRoles entry of "
-        "fastdit.models.roles.TOKEN_ROLES, or use an accelerator that treats blocks as a whole"
-    )
+                        where = f"{type(transformer).__name__}.{name}"
+                        raise UnsupportedModel(undescribed(self.describe(), where, block))

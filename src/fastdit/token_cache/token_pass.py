@@ -1,4 +1,4 @@
-"""One forward under a token cache: it answers every block call, and runs blocks whole, in part or not at all.
+"""A token cache in a run: it answers every block call, and runs blocks whole, in part or not at all.
 
 A block that runs is its class's own forward on a structural twin whose children are stood in for.
 """
@@ -10,46 +10,42 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.errors import FastditWarning, IncompatibleStack, UnsupportedModel
-from fastdit.layout import TokenLayout, gather_tokens
+from fastdit.layout import FineLayout, TokenLayout, gather_tokens
 from fastdit.models.roles import Role, TokenRoles, token_roles
 from fastdit.nested import map_tensors
 from fastdit.record import Outcome
 from fastdit.run import Run
-from fastdit.step import StepContext
-from fastdit.structure import structural_twin
 from fastdit.token_cache.attention_scores import watching
-from fastdit.token_cache.base import (
-    COMPUTED,
-    PARTIAL,
-    REUSED,
-    Choice,
-    TokenCache,
-    undescribed,
-)
+from fastdit.token_cache.choice import COMPUTED, PARTIAL, REUSED, Choice, undescribed
 from fastdit.token_cache.memory import BlockMemory, TokenState
 
+if TYPE_CHECKING:
+    from fastdit.token_cache.base import TokenCache
 
-class TokenPass:
-    """One forward under a token cache: answers the block calls of a structural twin.
 
-    `end` says what the forward did.
-    """
+class TokenPass(Pass):
+    """A token cache in one run."""
 
     def __init__(self, cache: TokenCache, run: Run) -> None:
         self._cache, self._run = cache, run
+        self._forwards = self._acted = 0
+        self._without_grid: set[int] = set()
+        self._outcome: Outcome | None = None
 
-    def begin(self, context: StepContext, state: TokenState, layout: TokenLayout | None = None) -> None:
-        """Start a forward. `layout` is where its image tokens lie, where that is known."""
+    def forward(self, call: ForwardCall, next: Forward) -> Any:
+        carry = self._cache.stage_change == "carry"
+        state = self._run.state((call.name, call.step.branch, "tokens"), TokenState, carry=carry)
         if not state.settled:
             state.drop()
         state.settled = False
-        self._context, self._state, self._layout = context, state, layout
+        self._context, self._state, self._layout = call.step, state, self._laid_out(call)
         self._image: torch.Tensor | None = None
         self._called: set[tuple[str, int]] = set()
         self._tally: list[tuple[int, int]] = []
@@ -57,14 +53,40 @@ class TokenPass:
         self._saved: dict[str, float] = {}
         self._reason = "no block was called"
         self._tokens: int | None = None
+        output = next(call)
+        self._outcome = self._end()
+        self._forwards += 1
+        self._acted += self._outcome.action != COMPUTED
+        return output
 
-    def call(self, name: str, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _laid_out(self, call: ForwardCall) -> TokenLayout | None:
+        """Say where the image tokens lie, where that is known."""
+        layout, latents = self._run.layout or self._run.grid, call.latents
+        patch = getattr(getattr(call.module, "config", None), "patch_size", None)
+        if layout is None and isinstance(latents, torch.Tensor) and latents.dim() == 4 and isinstance(patch, int):
+            return FineLayout(latents.shape[2] // patch, latents.shape[3] // patch)
+        return layout
+
+    def outcome(self) -> Outcome | None:
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def idle(self) -> str | None:
+        if self._acted or not self._forwards:
+            return None
+        return (
+            f"{self._cache.describe()} left out no token in {self._forwards} forwards, so it gained nothing; lower its "
+            "first or raise its interval, run more steps (few-step models have nothing to skip), or leave it out"
+        )
+
+    def block(self, call: BlockCall, next: Block) -> Any:
         """Answer one block call: run it in full or on the chosen tokens, or give its input and kept residual."""
-        if not issubclass(type(block), nn.Module):
-            return block(*args, **kwargs)  # something that stands in for a block has no children to run
+        if call.whole:
+            return next(call)
+        name, index, block, args, kwargs = call.name, call.index, call.block, call.args, call.kwargs
         roles = token_roles(block)
         if roles is None:
-            raise UnsupportedModel(undescribed(self._cache, f"{name}.{index}", block))
+            raise UnsupportedModel(undescribed(self._cache.describe(), f"{name}.{index}", block))
         if (name, index) in self._called:
             raise IncompatibleStack(
                 f"{name}.{index} is called more than once in a forward, so what is kept of it would be of another "
@@ -88,8 +110,9 @@ class TokenPass:
             output = _with_residual(roles, values, memory)
         else:
             text = values[roles.text].shape[1] if roles.joined and roles.text is not None else 0
-            visit = _Visit(self._cache, self._state, roles, memory, chosen, text, f"{name}.{index}")
-            output = visit.twin(block)(*args, **kwargs)
+            visit = _Visit(self._cache, self._state, memory, chosen, text, f"{name}.{index}")
+            call.children = {**(call.children or {}), **visit.children(block)}
+            output = next(call)
             self._saved.update(visit.saved)
             self._refresh(roles, memory, values, output, chosen)
         ran = 0 if action == REUSED else image.shape[1] if chosen is None else chosen.shape[1]
@@ -99,7 +122,7 @@ class TokenPass:
         self._image = _stream(roles, output, roles.image)
         return output
 
-    def end(self) -> Outcome:
+    def _end(self) -> Outcome:
         """Close the forward, whose results count from now on, and say what was done."""
         action = PARTIAL if len(self._actions) > 1 else next(iter(self._actions), COMPUTED)
         if action == PARTIAL:
@@ -164,8 +187,8 @@ class TokenPass:
         side = math.isqrt(tokens)
         if layout is None and side * side == tokens:
             return side, side
-        if self._context.stage not in self._run.stages_without_grid:
-            self._run.stages_without_grid.add(self._context.stage)
+        if self._context.stage not in self._without_grid:
+            self._without_grid.add(self._context.stage)
             self._warn_of_no_grid(tokens)
         return None
 
@@ -189,25 +212,23 @@ class _Visit:
         self,
         cache: TokenCache,
         state: TokenState,
-        roles: TokenRoles,
         memory: BlockMemory,
         chosen: torch.Tensor | None,
         text: int,
         path: str,
     ) -> None:
-        self._cache, self._state, self._roles, self._memory = cache, state, roles, memory
+        self._cache, self._state, self._roles, self._memory = cache, state, memory.roles, memory
         self._chosen, self._text, self._path = chosen, text, path
         self._called: set[str] = set()
         self.saved: dict[str, float] = {}
 
-    def twin(self, block: nn.Module) -> nn.Module:
-        """Give the block's structural twin whose children answer through this visit."""
-        children = {
+    def children(self, block: nn.Module) -> dict[str, nn.Module]:
+        """Give what stands in for the block's children and answers through this visit."""
+        return {
             name: _ChildTwin(self, name, role, child)
             for name, role in self._roles.roles.items()
             if (child := block._modules.get(name)) is not None
         }
-        return structural_twin(block, children)
 
     def answer(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer the call of one child."""

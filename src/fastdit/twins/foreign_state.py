@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastdit.accelerator import Change
+from fastdit.blocks.parallel import sequence_group
 
 #: Classes of layers that round what enters them, by name; their weights don't tell.
 ROUNDING_LAYERS: dict[str, str] = {
@@ -66,14 +67,6 @@ def _changes(module: nn.Module) -> Iterator[StateChange]:
             cause = f"{name or 'it'} is compiled"
             yield StateChange(Change.COMPILED_ATTENTION, cause, "accelerate a model whose blocks are not compiled")
             return
-
-
-def sequence_group(module: nn.Module) -> Any:
-    """Give the process group of diffusers' context parallelism on this module, or None."""
-    parallel: Any = getattr(module, "_parallel_config", None)
-    context = getattr(parallel, "context_parallel_config", None)
-    mesh: Any = getattr(context, "_flattened_mesh", None)
-    return None if mesh is None else mesh.get_group()
 
 
 def _attention_backend(module: nn.Module) -> str | None:

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import IncompatibleStack
-from fastdit.twins.foreign_state import sequence_group
 
 
-def through_hooks(module: nn.Module, arguments: dict[str, Any], forward: Callable[[dict[str, Any]], Any]) -> Any:
-    """Run `forward` between what the module's hooks do before and after it, outermost first.
+class HookPass(Pass):
+    """Runs what is inside between what the hooks on the module do before and after a forward, outermost first.
 
-    The hooks belong to the module object that the user holds, so a structural twin has none of its own. Raises
-    `IncompatibleStack` for a hook that replaces the forward, which can't be run around another one.
+    The hooks belong to the module object that the user holds, so a structural twin has none of its own; where the
+    module itself runs, they run with it. Raises `IncompatibleStack` for a hook that replaces the forward, which can't
+    be run around another one.
     """
-    hooks = list(_hooks(module))
-    for hook in hooks:
-        args, arguments = hook.pre_forward(module, **arguments)
-        if args:
-            raise IncompatibleStack(
-                f"{type(hook).__name__} turns the arguments of {type(module).__name__} into positional ones, which "
-                "can't be told apart here; take the hook off, or leave the stack out"
-            )
-    output = forward(arguments)
-    for hook in reversed(hooks):
-        output = hook.post_forward(module, output)
-    return output
+
+    def __init__(self, acts_on_blocks: bool) -> None:
+        self._acts_on_blocks = acts_on_blocks
+
+    def forward(self, call: ForwardCall, next: Forward) -> Any:
+        module = call.module
+        if not (self._acts_on_blocks or call.children):
+            return next(call)
+        hooks = _hooks(module)
+        if not hooks:
+            return next(call)
+        arguments = call.arguments
+        for hook in hooks:
+            args, arguments = hook.pre_forward(module, **arguments)
+            if args:
+                raise IncompatibleStack(
+                    f"{type(hook).__name__} turns the arguments of {type(module).__name__} into positional ones, which "
+                    "can't be told apart here; take the hook off, or leave the stack out"
+                )
+        output = next(call.with_arguments(arguments))
+        for hook in reversed(hooks):
+            output = hook.post_forward(module, output)
+        return output
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -44,16 +54,3 @@ def _hooks(module: nn.Module) -> list[Any]:
                 "hook off, or leave the stack out"
             )
     return [*([offload] if offload is not None else []), *found]
-
-
-def rank_sum(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Give what adds a tensor up over the ranks that share the module's sequence; as it is where nothing is shared."""
-    group = sequence_group(module)
-    if group is None:
-        return lambda tensor: tensor
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(tensor, group=group)
-        return tensor
-
-    return add

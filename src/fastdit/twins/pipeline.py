@@ -1,4 +1,4 @@
-"""The pipeline twin: an instance of the pipeline's class whose denoisers and scheduler are twins."""
+"""The pipeline twin: an instance of the pipeline's class whose transformers and scheduler are twins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fastdit.models.following import Following
 from fastdit.nested import map_tensors
-from fastdit.run import Run
+from fastdit.schedule.stage_pass import StagePass
 from fastdit.structure import same_object_twin
 from fastdit.twins.making import overriding, twin_class
 
@@ -25,7 +25,10 @@ class PipelineSession(Protocol):
     """What a pipeline twin needs of its controller."""
 
     base: Any
-    active: Run | None
+
+    @property
+    def stages(self) -> StagePass | None:
+        """The stages of the run that is open; None where none is, or it has no schedule."""
 
     def component(self, name: str) -> Any:
         """Give the component that the twin shows under a name."""
@@ -83,7 +86,7 @@ def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
     static = isinstance(inspect.getattr_static(cls, name), staticmethod)
 
     def lifted(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        latents = lift(session.active, latents)
+        latents = lift(session.stages, latents)
         return original(latents, *args, **kwargs) if static else original(self, latents, *args, **kwargs)
 
     return overriding(original, lifted)
@@ -95,8 +98,8 @@ def _following(session: PipelineSession, cls: type) -> Any:
 
     def following(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = original(self, *args, **kwargs)
-        run = session.active
-        return made if run is None else map_tensors(made, lambda full: Following(full, run.followed))
+        stages = session.stages
+        return made if stages is None else map_tensors(made, lambda full: Following(full, stages.followed))
 
     return overriding(original, following)
 
@@ -105,14 +108,12 @@ def lifting_component(component: Any, method: str, session: PipelineSession) -> 
     """Stand in for a component: latents of an interrupted run reach its `method` at full size."""
 
     def lifted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(component, method)(lift(session.active, latents), *args, **kwargs)
+        return getattr(component, method)(lift(session.stages, latents), *args, **kwargs)
 
     # A property, for a method that was replaced on the object itself (by a compiled one) comes before the class's.
     return same_object_twin(component, twin_class(type(component), {method: property(lambda self: lifted)}))
 
 
-def lift(run: Run | None, latents: torch.Tensor) -> torch.Tensor:
+def lift(stages: StagePass | None, latents: torch.Tensor) -> torch.Tensor:
     """Bring latents that a run left in an early stage to the full grid; others are returned as they are."""
-    if run is None or run.schedule is None or run.layout is None or run.layout.kind == "fine":
-        return latents
-    return run.schedule.lift(latents) if latents.shape[1:] == run.stage_shape else latents
+    return latents if stages is None else stages.lifted(latents)

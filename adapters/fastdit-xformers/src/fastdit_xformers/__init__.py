@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastdit.attention.base import Attend, AttentionKernel
-from fastdit.blocks.attention import AttentionCall
+from fastdit.attention.base import AttentionKernel
+from fastdit.blocks.attention import Attend, AttentionCall
 from fastdit.config import register
 
 __all__ = ["XFormers", "bias_of"]
