@@ -42,6 +42,7 @@ class BlockCall:
 class ForwardCall:
     """A transformer is called in a run: where it stands, its arguments by name, the children that a layout replaces.
 
+    A schedule puts its stage's own in their place; what is inside of it, and the record, see those.
     `select` gives the call for some samples of its batch, of which it gets the places [K].
     """
 

@@ -54,14 +54,13 @@ class StagePass(Pass):
         assert layout is not None
         forced = self._own.forced(step.stage, step.stage_step)
         if forced is not None:
-            step = dataclasses.replace(step, forced=forced)
+            call.step = dataclasses.replace(step, forced=forced)
         key = call.name, latents.shape[0]
         if key not in self._children:
             self._children[key] = family.child_overrides(call.module, layout, latents)
-        arguments = family.place(call.arguments, given, latents, layout)
-        select = partial(self._of_samples, layout)
-        output = next(ForwardCall(call.module, call.name, step, arguments, self._children[key], select))
-        return family.velocity(output, layout)
+        call.arguments, call.children = family.place(call.arguments, given, latents, layout), self._children[key]
+        call.select = partial(self._of_samples, layout)
+        return family.velocity(next(call), layout)
 
     def _of_samples(self, layout: TokenLayout, call: ForwardCall, index: torch.Tensor) -> ForwardCall:
         """Give the call for some samples of a batch, whose layouts may be their own."""
