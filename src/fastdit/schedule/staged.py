@@ -108,7 +108,7 @@ class StagedRun(ScheduleRun):
         return "its attention chooses the tokens to refine" if self._shows_attention(stage, stage_step) else None
 
     def passes(self) -> Sequence[Pass]:
-        return [_Sight(self)] if self._by_query or self._selector.sees is Seen.TEXT_ATTENTION else []
+        return [_Sight(self)] if self._by_query or self._recipe.selector.sees is Seen.TEXT_ATTENTION else []
 
     def sight(self, call: ForwardCall) -> SeenAttention | None:
         """Give what sees the attention of one forward, whose arguments have the stage's latents in place."""
