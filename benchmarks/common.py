@@ -24,7 +24,6 @@ from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out, parse
 from frechet import frechet_distance, influences, jackknife
 from measurements import with_seconds
-from training.small.render import draw, random_picture
 
 #: Renders that pictures are compared with by their Frechet distance.
 RENDERED = 400
@@ -139,7 +138,9 @@ def pipeline_of(mini: Architecture, dtype: torch.dtype | None = None) -> Any:
 
 
 def renders(count: int, seed: int) -> list[Image]:
-    """Draw what `count` held-out prompts ask for, as the training pictures were drawn."""
+    """Draw what `count` held-out prompts ask for, as the training pictures were drawn; needs the extra `train`."""
+    from training.small.render import draw, random_picture
+
     random = np.random.default_rng(seed)
     drawn = (draw(random_picture(parse(prompt), random), 256) for prompt in held_out(count, seed, background=True))
     return [fromarray((pixels * 255.0).astype(np.uint8)) for pixels in drawn]

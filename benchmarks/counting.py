@@ -1,6 +1,6 @@
 """FLOPs of whole runs, counted on the meta device from a model's configuration and a plan of steps and tokens.
 
-Two accountings stand side by side. `transformer` counts everything the denoiser multiplies, attention included.
+Two accountings stand side by side. `transformer` counts everything the transformer multiplies, attention included.
 `published` follows the tables of the RALU paper (arXiv 2507.08422): linear layers and convolutions only, attention
 left out, but with the text encoders and the decoder, and for RALU the extra decode of its edge selection. Guidance
 counts: a guided step is a forward of two rows, and both prompts are encoded.
@@ -91,7 +91,7 @@ class RunFlops:
         return self._steps[tokens]
 
     def transformer(self, stages: Iterable[Stage]) -> Flops:
-        """The denoiser over a whole run; text encoder and decoder left out."""
+        """The transformer over a whole run; text encoder and decoder left out."""
         return sum((self.step(stage.tokens) * stage.steps for stage in stages), Flops(0, 0))
 
     def published(self, stages: Iterable[Stage]) -> int:

@@ -1,8 +1,8 @@
 """Engines on a CPU: build seconds, seconds a step and error, at the shapes of RALU's three stages.
 
-Each configuration runs the denoiser of one random FLUX on the same inputs; the error is that of its output to the same
-model in float32. A compiled model in bfloat16 differs from an eager one by rounding less, so errors are not taken to
-the eager output.
+Each configuration runs the transformer of one random FLUX on the same inputs; the error is that of its output to the
+same model in float32. A compiled model in bfloat16 differs from an eager one by rounding less, so errors are not taken
+to the eager output.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ app = typer.Typer()
 
 
 def stage_inputs(pipeline: Any, side: int, text_tokens: int) -> list[dict[str, Any]]:
-    """The arguments of the denoiser's first forward in each of the three stages of RALU's published recipe."""
+    """The arguments of the transformer's first forward in each of the three stages of RALU's published recipe."""
     seen: dict[int, dict[str, Any]] = {}
     twin = accelerate(pipeline, [RALU.paper("4x")])
     call = random_call(pipeline, image_tokens_per_side=side, text_tokens=text_tokens)

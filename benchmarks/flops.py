@@ -25,7 +25,7 @@ def main(
     plain_steps: Annotated[int | None, typer.Option(help="Steps of the plain run; the model's own.")] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file; one by the model's name in the results.")] = None,
 ) -> None:
-    """Print TFLOPs with attention (the denoiser) and by the paper's accounting (linear layers, all parts)."""
+    """Print TFLOPs with attention (the transformer) and by the paper's accounting (linear layers, all parts)."""
     counter = RunFlops(model, height=pixels, width=pixels, text_tokens=text_tokens)
     side = pixels // counter.architecture.patch_pixels
     steps = plain_steps or counter.architecture.steps
@@ -39,7 +39,7 @@ def main(
         for name, stages in runs.items()
     }
     table = Table(title=f"{model}, {pixels} px, {counter.text_tokens} text tokens: TFLOPs (ratio to plain)")
-    for heading in ("run", "denoiser, attention included", "as the paper counts"):
+    for heading in ("run", "transformer, attention included", "as the paper counts"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     first = next(iter(rows.values()))
     for name, row in rows.items():

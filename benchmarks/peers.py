@@ -19,8 +19,9 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastdit.errors import FastditError
@@ -82,7 +83,9 @@ def configurations() -> list[Configuration]:
 
 def _first_block_caches() -> dict[str, Maker]:
     return {
-        f"diffusers FirstBlockCache {_short(threshold)}": functools.partial(_hooked, FirstBlockCacheConfig(threshold))
+        f"diffusers FirstBlockCache {_short(threshold)}": functools.partial(
+            _hooked, diffusers.FirstBlockCacheConfig(threshold)
+        )
         for threshold in (0.05, 0.09, 0.2)
     }
 
@@ -96,7 +99,7 @@ def _taylor_seers() -> dict[str, Maker]:
     return {
         f"diffusers TaylorSeer{' lite' if lite else ''} N{interval} W{before}": functools.partial(
             _hooked,
-            TaylorSeerCacheConfig(interval, before, taylor_factors_dtype=torch.float32, use_lite_mode=lite),
+            diffusers.TaylorSeerCacheConfig(interval, before, taylor_factors_dtype=torch.float32, use_lite_mode=lite),
         )
         for lite, interval, before in settings
     }
@@ -107,7 +110,7 @@ def _mag_caches() -> dict[str, Maker]:
 
     def make(threshold: float, longest: int, retention: float) -> MiniFluxPipeline:
         ratios = list(mag_ratios())
-        return _hooked(MagCacheConfig(threshold, longest, retention, STEPS, ratios))
+        return _hooked(diffusers.MagCacheConfig(threshold, longest, retention, STEPS, ratios))
 
     settings = ((0.03, 1, 0.2), (0.06, 3, 0.2), (0.15, 5, 0.1))
     return {
@@ -163,7 +166,7 @@ def _cache_dit() -> Any:
 @functools.cache
 def mag_ratios() -> tuple[float, ...]:
     """MagCache's curve for the embedded model: diffusers' own calibration, which prints it, on prompts of training."""
-    pipeline = _hooked(MagCacheConfig(num_inference_steps=STEPS, calibrate=True))
+    pipeline = _hooked(diffusers.MagCacheConfig(num_inference_steps=STEPS, calibrate=True))
     scenes = (Scene((name,), background) for name, background in zip(OBJECTS, itertools.cycle(BACKGROUNDS)))
     prompts = [scene.prompt() for scene in scenes if not scene.held_out][:8]
     with redirect_stdout(io.StringIO()) as printed:

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import typer
+
 import fastdit
 from fastdit.measure.environment import Environment
 from fastdit.measure.results import Results
@@ -49,7 +51,7 @@ def overhead(data: Mapping[str, Any]) -> list[str]:
 
 
 def flops(data: Mapping[str, Any]) -> list[str]:
-    lines = ["| run | denoiser, attention included | as the paper counts |", "|---|--:|--:|"]
+    lines = ["| run | transformer, attention included | as the paper counts |", "|---|--:|--:|"]
     first = next(iter(data["tflops"].values()))
     for name, row in data["tflops"].items():
         cells = (f"{row[key]:.1f} ({first[key] / row[key]:.2f}x)" for key in ("transformer", "published"))
@@ -239,7 +241,7 @@ def isolation(data: Mapping[str, Any]) -> list[str]:
         "## Where RALU's loss on the embedded pipeline comes from",
         f"{data['prompts']} held-out prompts in bfloat16, one setting changed at a time. *intact* is the judge's "
         "probability that a picture of a single object has no damage. Differences are paired by picture. FLOPs are the "
-        "denoiser's, so these are not equal times.",
+        "transformer's, so these are not equal times.",
         "\n".join(lines),
         machine(data),
     ]
@@ -305,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,6 +5,7 @@ Prints every count beside its bar with what lies behind it, and exits with 1 whe
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import sys
@@ -236,6 +237,7 @@ def _listed(numbers: Mapping[str, int]) -> tuple[str, ...]:
 
 def main() -> int:
     """Print the counts, and behind those that are over what they are made of; give the exit status."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     found = counts()
     for count in found:
         print(count)

@@ -1,4 +1,4 @@
-"""The recipe in one command: `python -m training.small all --directory DIR`, or one stage of it."""
+"""The recipe in one command, `python -m training.small all --directory DIR` in benchmarks/, or one stage of it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def text(directory: Directory = Path("fastdit-mini"), minutes: Minutes = 1.7) ->
 def transformer(
     directory: Directory = Path("fastdit-mini"),
     minutes: Minutes = 108.0,
-    go_on: Annotated[bool, typer.Option(help="Start from the denoiser that DIR already holds.")] = False,
+    go_on: Annotated[bool, typer.Option(help="Start from the transformer that DIR already holds.")] = False,
 ) -> None:
-    """Train the denoiser; needs the autoencoder and the text encoders."""
+    """Train the transformer; needs the autoencoder and the text encoders."""
     from training.small.transformer import train
 
     train(directory, minutes, go_on=go_on)
@@ -49,9 +49,9 @@ def transformer(
 def sd3(
     directory: Directory = Path("fastdit-mini"),
     minutes: Minutes = 68.0,
-    go_on: Annotated[bool, typer.Option(help="Start from the SD3 denoiser that DIR already holds.")] = False,
+    go_on: Annotated[bool, typer.Option(help="Start from the SD3 transformer that DIR already holds.")] = False,
 ) -> None:
-    """Train the SD3 denoiser on what the FLUX denoiser says; needs all parts but the judge."""
+    """Train the SD3 transformer on what the FLUX transformer says; needs all parts but the judge."""
     from training.small.sd3 import train
 
     train(directory, minutes, go_on=go_on)

@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: rendered pictures as latents, and embedded prompts."""
+"""What a transformer is trained on: rendered pictures as latents, and embedded prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop that trains a denoiser at several sizes at once, for a time."""
+"""The loop that trains a transformer at several sizes at once, for a time."""
 
 from __future__ import annotations
 

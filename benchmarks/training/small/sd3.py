@@ -1,4 +1,4 @@
-"""The SD3 denoiser: six and a half million parameters, taught by the FLUX denoiser.
+"""The SD3 transformer: six and a half million parameters, taught by the FLUX transformer.
 
 The student regresses the teacher's velocity at a guidance of 1, for a prompt or for none, at the same noisy latents.
 Unlike noise - x0 that target is the same whenever the same latents come by: less to average over, fewer samples to
@@ -48,7 +48,7 @@ _LATE = 0.35
 
 
 def build() -> SD3Transformer2DModel:
-    """Make an untrained denoiser whose blocks start as the identity."""
+    """Make an untrained transformer whose blocks start as the identity."""
     model = SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
@@ -135,8 +135,8 @@ def forward(model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, prompt
 def train(directory: Path, minutes: float, *, go_on: bool = False) -> None:
     """Train for some minutes and save the averaged weights, now and then and at the end.
 
-    Needs the autoencoder, the text encoders and the FLUX denoiser. `go_on` starts from the saved weights, at the late
-    mixture of sizes.
+    Needs the autoencoder, the text encoders and the FLUX transformer. `go_on` starts from the saved weights, at the
+    late mixture of sizes.
     """
     seed = 5 if go_on else 4
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The denoiser: a FLUX transformer of nine million parameters, trained at 128 and 256 pixels with guidance built in.
+"""A FLUX transformer of nine million parameters, trained at 128 and 256 pixels with guidance built in.
 
 Flow matching: x = (1 - sigma) x0 + sigma noise, target v = noise - x0. Guidance is learned as FLUX.1-dev has it, as an
 input g. A part of every late batch draws g and moves its target by (g - 1)(v(prompt) - v("")), both from the averaged
@@ -39,7 +39,7 @@ _LATE = 0.48
 
 
 def build() -> FluxTransformer2DModel:
-    """Make an untrained denoiser whose blocks start as the identity (modulation and output at zero)."""
+    """Make an untrained transformer whose blocks start as the identity (modulation and output at zero)."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -127,7 +127,7 @@ def train(directory: Path, minutes: float, *, go_on: bool = False) -> None:
 
 
 def save(model: FluxTransformer2DModel, directory: Path) -> None:
-    """Save a denoiser in bfloat16."""
+    """Save a transformer in bfloat16."""
     plain = build()
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(directory / "transformer")

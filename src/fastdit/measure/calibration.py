@@ -281,7 +281,7 @@ def calibrate_magcache(
     """Measure the magnitude curve of this pipeline at one step count, averaged over `prompts` (a few are enough).
 
     gamma_t = mean over tokens of ||r_t|| / ||r_(t-1)||, r the blocks' residual of the latents' stream. Where the
-    pipeline calls its denoiser once for each guidance branch, the second one gets a curve of its own; images that
+    pipeline calls its transformer once for each guidance branch, the second one gets a curve of its own; images that
     share a forward are averaged. `call` goes to the pipeline (height, width, guidance_scale, generator ...).
 
     Raises `InvalidConfig` for anything but one step count (a run of another takes the nearest entries) or where a
