@@ -78,35 +78,27 @@ class Acceleration:
             self._lasting = [(one, workshop if one.level is Level.ENGINE else kept) for one, kept in self._lasting]
         self._family = family_of(base) if isinstance(base, pipeline_type()) else None
         self._lock = threading.Lock()
-        self._opened: _Opened | None = None
+        self.open_run: _Opened | None = None
+        self.idle_is_plain = len(stack) == 0
         self._replaced: dict[str, Any] = {}
         self._twins: dict[str, tuple[TransformerTwin, nn.Module]] = {}
         for name, module in transformers_of(base).items():
             self._twin_of(name, module)
 
     @property
-    def open_run(self) -> OpenRun | None:
-        """The run that is open, with the chain of what acts in it."""
-        return self._opened
-
-    @property
     def active(self) -> Run | None:
         """The clock of the run that is open."""
-        return None if self._opened is None else self._opened.run
+        return None if self.open_run is None else self.open_run.run
 
     @property
     def stages(self) -> StagePass | None:
         """The stages of the run that is open, where it has a schedule."""
-        return None if self._opened is None else self._opened.stages
+        return None if self.open_run is None else self.open_run.stages
 
     @property
     def workshop(self) -> Workshop | None:
         """Where the engines of the twin are built, where the stack has an engine."""
         return next((kept for _, kept in self._lasting if isinstance(kept, Workshop)), None)
-
-    @property
-    def idle_is_plain(self) -> bool:
-        return len(self.stack) == 0
 
     def plan(self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None) -> Plan:
         """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
@@ -127,8 +119,8 @@ class Acceleration:
         """Give the component that the twin shows: transformers' and scheduler's twins, the base's own otherwise."""
         if isinstance(self.base, nn.Module):
             return self._twins[name][1]
-        if self._opened is not None and name in self._opened.components:
-            return self._opened.components[name]
+        if self.open_run is not None and name in self.open_run.components:
+            return self.open_run.components[name]
         value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
         return self._twin_of(name, value) if name in TRANSFORMERS and isinstance(value, nn.Module) else value
 
@@ -327,10 +319,10 @@ class Acceleration:
             completed = True
 
         try:
-            self._opened = _Opened(run, chain, stages, self._stand_ins(run, stages))
+            self.open_run = _Opened(run, chain, stages, self._stand_ins(run, stages))
             yield finished
         finally:
-            self._opened = None
+            self.open_run = None
             self.last_run = run.finish(completed=completed)
         if completed:
             for why in chain.idle():

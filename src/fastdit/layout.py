@@ -92,13 +92,16 @@ class TokenLayout(ABC):
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Give each token's (row, column) in the layout's frame, float32 [1 or B, tokens, 2]."""
-        cells = self.first_cells(device)
-        places = torch.stack([cells // self.columns, cells % self.columns], dim=2).float()
-        if self.frame == "coarse":
-            return places / 2.0
-        if self.spread:
-            places[:, : self.spread] += 0.5
-        return places
+        known: torch.Tensor | None = self.__dict__.get("_places")
+        if known is None or known.device != device:
+            cells = self.first_cells(device)
+            known = torch.stack([cells // self.columns, cells % self.columns], dim=2).float()
+            if self.frame == "coarse":
+                known = known / 2.0
+            elif self.spread:
+                known[:, : self.spread] += 0.5
+            object.__setattr__(self, "_places", known)  # every step of a stage asks for them
+        return known
 
     def complete(self, latents: torch.Tensor) -> torch.Tensor:
         """Give every cell of the fine grid a token: [copies of the coarse ones, in fours] ++ [the fine ones].

@@ -60,7 +60,12 @@ class FlopMeter:
 
         `children` stand in for some of the module's own in this call, and cost the same for all of its shapes.
         """
-        key = tuple((name, _kind(value)) for name, value in kwargs.items())
+        key = tuple(
+            [
+                (name, (value.shape, value.dtype) if isinstance(value, torch.Tensor) else _kind(value))
+                for name, value in kwargs.items()
+            ]
+        )
         if key not in self._specs:
             outlines = {name: twin_with(child, _Shape.of) for name, child in (children or {}).items()}
             self._specs[key] = map_tensors(dict(kwargs), _Shape.of), outlines
@@ -108,8 +113,6 @@ class _Shape:
 
 def _kind(value: Any) -> Hashable:
     """Tell values apart that make a forward cost differently; this runs at every step."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return repr(map_tensors(value, _Shape.of))

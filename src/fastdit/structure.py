@@ -50,7 +50,9 @@ def structural_twin(module: _Module, children: Mapping[str, Any], *, hooks: bool
 def behaves_otherwise(module: nn.Module) -> bool:
     """Whether a module's object carries behaviour or hooks of its own, which a structural twin would lose."""
     own = module.__dict__
-    return any(own.get(name) is not None for name in _BEHAVIOUR) or any(own.get(name) for name in _HOOKS)
+    if [*map(own.get, _BEHAVIOUR)].count(None) < len(_BEHAVIOUR):
+        return True
+    return any(map(own.get, _HOOKS))
 
 
 def meta_twin(module: _Module) -> _Module:

@@ -170,7 +170,7 @@ def test_both_transformers_of_wan_get_the_stage_s_frames() -> None:
     fast = accelerate(pipe, [TWO])
     assert torch.isfinite(tiny.run(fast, call)).all()
     steps = fast.fastdit.last_run.steps
-    assert {step.denoiser for step in steps if step.stage == 0} == {"transformer", "transformer_2"}
+    assert {step.transformer for step in steps if step.stage == 0} == {"transformer", "transformer_2"}
 
 
 def test_what_a_video_can_t_honour_is_refused_by_name() -> None:

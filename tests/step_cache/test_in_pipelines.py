@@ -420,12 +420,12 @@ def test_the_second_denoiser_of_a_run_starts_from_nothing_and_the_record_tells_t
     for branch in ("cond", "uncond"):
         steps = of_branch(fast, branch)
         assert [step.step for step in steps] == list(range(STEPS))
-        names = [step.denoiser for step in steps]
+        names = [step.transformer for step in steps]
         assert names == sorted(names) and set(names) == {"transformer", "transformer_2"}
         opening = steps[names.index("transformer_2")]
         assert (opening.action, opening.reason) == ("computed", "no history")
         assert actions(steps[: cache.policy.first]) == ["computed"] * cache.policy.first
-    assert fast.fastdit.last_run.to_json()["steps"][-1]["denoiser"] == "transformer_2"
+    assert fast.fastdit.last_run.to_json()["steps"][-1]["transformer"] == "transformer_2"
 
 
 def test_first_and_last_count_the_steps_of_the_run_and_not_those_of_a_denoiser() -> None:
@@ -433,7 +433,7 @@ def test_first_and_last_count_the_steps_of_the_run_and_not_those_of_a_denoiser()
     fast = accelerate(pipe, [FirstBlockCache(1e6, policy=SkipPolicy(first=2, last=2))])
     latents_of(fast, call)
     steps = of_branch(fast, "cond")
-    start = next(step.step for step in steps if step.denoiser == "transformer_2")
+    start = next(step.step for step in steps if step.transformer == "transformer_2")
     assert 2 < start < STEPS - 3
     assert [step.step for step in steps if step.action == "computed"] == [0, 1, start, STEPS - 2, STEPS - 1]
 

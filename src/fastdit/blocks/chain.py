@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastdit.nested import select_rows
+from fastdit.nested import select_rows, tensors_of
 from fastdit.record import Outcome
 from fastdit.step import StepContext
 from fastdit.structure import structural_twin
@@ -57,6 +57,12 @@ class ForwardCall:
     def latents(self) -> Any:
         """The first argument, which is where every diffusers transformer takes its latents: a tensor, or a list."""
         return next(iter(self.arguments.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward's latents are."""
+        latents = self.latents
+        return latents.device if isinstance(latents, torch.Tensor) else tensors_of(latents)[0].device
 
     def with_arguments(self, arguments: dict[str, Any]) -> ForwardCall:
         """Give this call with other arguments."""
@@ -123,13 +129,14 @@ class Chain:
                 self._block = partial(one.block, next=self._block)
             if type(one).forward is not Pass.forward:
                 self._forward = partial(one.forward, next=self._forward)
+        self._telling = [one for one in reversed(self.passes) if type(one).outcome is not Pass.outcome]
         self._settling = [one for one in self.passes if type(one).settled is not Pass.settled]
 
     def run(self, call: ForwardCall) -> tuple[Any, Outcome]:
         """Run a forward through all passes, and say what was done in it."""
         output = self._forward(call)
         found: Outcome | None = None
-        for one in reversed(self.passes):
+        for one in self._telling:
             own = one.outcome()
             if own is not None:
                 found = own.around(found)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fastdit.blocks.chain import BlockCall, ForwardCall, with_answers
-from fastdit.blocks.ports import BlockPort, Port, Strand, Wiring, outputs_of, read_port, returned, version_of
+from fastdit.blocks.ports import BlockPort, Port, Strand, Wiring, outputs_of, read_port, returned, versions_of
 from fastdit.errors import UnsupportedModel
 from fastdit.nested import map_tensors, tensors_of
 from fastdit.structure import structural_twin
@@ -46,11 +46,11 @@ class _Recorder:
 
     def answer(self, call: BlockCall) -> Any:
         tensors = tensors_of([call.args, call.kwargs])
-        versions = [version_of(tensor) for tensor in tensors]
+        versions = versions_of(tensors)
         uncounted = [(tensor, tensor.clone()) for tensor in tensors if tensor.is_inference()]
         output = run_unhooked(call)
         wrote = not all(bool(((tensor == copy) | (copy != copy)).all()) for tensor, copy in uncounted)
-        if wrote or [version_of(tensor) for tensor in tensors] != versions:
+        if wrote or versions_of(tensors) != versions:
             raise UnsupportedModel(
                 f"{type(self._module).__name__}: something writes into the inputs of {call.name}.{call.index} in "
                 "place, so what the blocks add can't be known; use kernels that don't, or a stack without a step cache"
@@ -138,7 +138,13 @@ def _own_containers(value: Any) -> Any:
 
 def wiring_key(arguments: Mapping[str, Any]) -> Hashable:
     """Name the kind of a call: which arguments are given, and the plain values that select a path."""
-    return tuple([(name, type(value), _selecting(value)) for name, value in arguments.items() if value is not None])
+    return tuple(
+        [
+            (name, type(value), None if isinstance(value, torch.Tensor) else _selecting(value))
+            for name, value in arguments.items()
+            if value is not None
+        ]
+    )
 
 
 def _selecting(value: Any) -> Hashable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,6 @@ def outputs_of(port: BlockPort, output: Any) -> dict[int, torch.Tensor]:
     return {place: item for place, item in enumerate(output) if isinstance(item, torch.Tensor)}
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """Count in-place writes to a tensor; tensors made in inference mode don't count theirs."""
-    return 0 if tensor.is_inference() else tensor._version
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Count the in-place writes to each tensor; those made in inference mode don't count theirs."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -115,7 +115,10 @@ class PackedFamily:
         return {**placed, **self._positions(arguments, appended.shape[1], layout, latents)}
 
     def velocity(self, output: Any, layout: TokenLayout) -> Any:
-        return refilled(output, (tokens[:, : layout.tokens] for tokens in tensors_of(output)))
+        count = layout.tokens
+        if isinstance(output, tuple) and len(output) == 1:
+            return (output[0][:, :count],)
+        return refilled(output, iter([tokens[:, :count] for tokens in tensors_of(output)]))
 
     def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
         if layout.images == 1:
@@ -133,7 +136,14 @@ class PackedFamily:
     def _positions(
         self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, latents: torch.Tensor
     ) -> dict[str, Any]:
-        """Make the ids of a layout; where images have places of their own, side by side [S, B * axes]."""
+        """Make the ids of a layout; where images have places of their own, side by side [S, B * axes].
+
+        A pipeline gives the same ids at every step, so what was made of them is kept with the layout.
+        """
+        given = arguments["img_ids"], arguments["txt_ids"], latents.shape[0], appended
+        known = layout.__dict__.get("_ids")
+        if known is not None and known[0][0] is given[0] and known[0][1] is given[1] and known[0][2:] == given[2:]:
+            return dict(known[1])
         ids, text = (_shared(arguments[name])[:, : self.axes] for name in ("img_ids", "txt_ids"))
         own = len(ids) - appended
         # Fractional places are exact in float32 and not in bfloat16, so the ids' dtype is not kept. The ids count from
@@ -142,7 +152,9 @@ class PackedFamily:
         places = nn.functional.pad(places, (1, self.axes - 3)) + ids[:own].float().amin(dim=0).floor()
         images = len(places)
         beside = torch.cat([places.transpose(0, 1).flatten(1), ids[own:].float().repeat(1, images)])
-        return {"img_ids": beside, "txt_ids": text.repeat(1, images)}
+        made = {"img_ids": beside, "txt_ids": text.repeat(1, images)}
+        object.__setattr__(layout, "_ids", (given, made))
+        return made
 
 
 def _shared(ids: torch.Tensor) -> torch.Tensor:

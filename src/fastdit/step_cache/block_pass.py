@@ -11,12 +11,12 @@ import torch
 from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.blocks.observation import observe, wiring_key
 from fastdit.blocks.parallel import rank_sum
-from fastdit.blocks.ports import BlockPort, outputs_of, read_port, returned, version_of
+from fastdit.blocks.ports import BlockPort, outputs_of, returned, versions_of
 from fastdit.errors import IncompatibleStack
 from fastdit.nested import tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
-from fastdit.step_cache.decision import BranchState, Decider, GroupState
+from fastdit.step_cache.decision import BranchState, Decider, GroupState, Shapes
 from fastdit.step_cache.rows import on_rows, prove_rows
 from fastdit.step_cache.segments import Cut, Segment
 from fastdit.step_cache.site import Site, Verdict
@@ -41,8 +41,8 @@ class Learned:
 class _Part:
     """The decision that some segments follow in one forward."""
 
-    def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site) -> None:
-        self.groups, self.verdicts, self.site = groups, verdicts, site
+    def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site, shapes: Shapes) -> None:
+        self.groups, self.verdicts, self.site, self.shapes = groups, verdicts, site, shapes
         self.computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
         self.whole = len(self.computing) == len(groups)
 
@@ -103,9 +103,10 @@ class BlockCachePass(Pass):
         part = self._parts.get(segment.part)
         if part is not None and part.whole and segment.first < place < segment.stop - 1:
             return next(call)  # inside of what is computed, nothing is seen to
-        values = [read_port(source, call.args, call.kwargs) for source in port.inputs]
+        values = [call.args[at] if isinstance(at, int) else call.kwargs[at] for at in port.inputs]
         if place == segment.enters and segment.decides:
-            self._entered = values[self._watched(segment, values)]
+            self._stream = self._watched(segment, values)
+            self._entered = values[self._stream]
         if place < segment.first:
             call.whole = True
             return next(call)
@@ -116,7 +117,7 @@ class BlockCachePass(Pass):
                 self._decide(segment, values, watched, call)
                 call.children = watched.answers()
             self._start, self._samples = values, []
-            self._versions = [version_of(value) for value in values]
+            self._versions = versions_of(values)
         part = self._parts[segment.part]
         if not part.whole:
             return self._in_part(segment, values, call, next)
@@ -135,7 +136,7 @@ class BlockCachePass(Pass):
 
     def _decide(self, segment: Segment, values: list[Any], block: WatchedBlock, call: BlockCall) -> None:
         assert self._entered is not None and self._tally is not None
-        hidden_states = values[self._watched(segment, values)]
+        hidden_states = values[self._stream]
         if self._tally.tokens is None and self._entered.dim() > 2:
             self._tally.tokens = self._entered.shape[self._cut.token_axis]
         run, each = self._run, self._cache.per_image
@@ -144,10 +145,10 @@ class BlockCachePass(Pass):
             run.sigma(self._step.step),
         )  # fmt: skip
         count = hidden_states.shape[0] if each else 1
-        shapes = tuple(value[:1].shape if each else value.shape for value in values)
+        shapes = tuple([value[:1].shape if each else value.shape for value in values])
         groups = self._state.groups(segment.part, count, self._cache.memory)
         verdicts = self._decider.decide(groups, site, shapes, segment.number, self._forced)
-        self._parts[segment.part] = _Part(groups, verdicts, site)
+        self._parts[segment.part] = _Part(groups, verdicts, site, shapes)
         self._tally.add(verdicts, groups, segment.number)
 
     def _in_part(self, segment: Segment, values: list[Any], call: BlockCall, next: Block) -> Any:
@@ -207,12 +208,11 @@ class BlockCachePass(Pass):
 
     def _keep(self, segment: Segment, part: _Part, port: BlockPort, ends: list[torch.Tensor | None]) -> None:
         """Keep the residuals of a computed segment. Raises if a block wrote into the tensors that entered it."""
-        for start, version in zip(self._start, self._versions, strict=True):
-            if version_of(start) != version:
-                raise IncompatibleStack(
-                    f"a block before {port.name}.{port.index} writes into its input in place, so the residual of the "
-                    "blocks can't be known; use kernels that don't, or a stack without a step cache"
-                )
+        if versions_of(self._start) != self._versions:
+            raise IncompatibleStack(
+                f"a block before {port.name}.{port.index} writes into its input in place, so the residual of the "
+                "blocks can't be known; use kernels that don't, or a stack without a step cache"
+            )
         if not self._cache.neutral:
             self._record(segment, part, ends)
         self._learn(segment, part, ends)
@@ -220,14 +220,16 @@ class BlockCachePass(Pass):
     def _record(self, segment: Segment, part: _Part, ends: Sequence[torch.Tensor | None]) -> None:
         features = [end - start for start, end in zip(self._start, ends, strict=True) if end is not None]
         watched = self._watched(segment, self._start)
-        self._state.streams[segment.number] = sum(end is not None for end in ends[:watched])
+        self._state.streams[segment.number] = watched - ends[:watched].count(None)
+        alone = len(part.groups) == 1
         for index in part.computing:
             group = part.groups[index]
             if segment.number not in group.histories:
                 group.histories[segment.number] = self._cache.forecast.begin()
-            group.histories[segment.number].record(self._step.step, [part.own(feature, index) for feature in features])
+            own = features if alone else [part.own(feature, index) for feature in features]
+            group.histories[segment.number].record(self._step.step, own)
             if segment.decides:
-                group.shapes = tuple(part.own(start, index).shape for start in self._start)
+                group.shapes = part.shapes
 
     def _learn(self, segment: Segment, part: _Part, ends: Sequence[torch.Tensor | None]) -> None:
         """Show the gate how the latents' stream left the last segment of its part."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Shapes = tuple[torch.Size, ...]
 
+#: The place in a batch of a group that is all of it.
+_WHOLE = [slice(None)]
+
 
 @dataclasses.dataclass
 class GroupState:
@@ -98,7 +101,7 @@ class Decider:
         `shapes` are those of a group's streams; `forced` computes whatever the gate says.
         """
         cache, context = self.cache, site.context
-        rows = [slice(None)] if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
+        rows = _WHOLE if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
         signal = cache.signal(site)
         own = [self._forced(group, context, shapes, segment) for group in groups]
         reasons = [forced or reason for reason in own]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
-from fastdit.blocks.ports import version_of
+from fastdit.blocks.ports import versions_of
 from fastdit.errors import IncompatibleStack, UnsupportedModel
 from fastdit.nested import Hole, refilled, tensors_of
 from fastdit.record import Outcome
@@ -58,9 +58,9 @@ class ForwardCachePass(Pass):
         computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
         if len(computing) < count:
             self._tally.saved[""] = 1.0 - len(computing) / count
-        version = version_of(latents)
+        versions = versions_of([latents])
         whole = self._computed(call, latents, computing, count, next)
-        if version_of(latents) != version:
+        if versions_of([latents]) != versions:
             raise IncompatibleStack(
                 f"the forward writes into its latents in place, so {cache.describe()} can't know what it adds to "
                 "them; use kernels that don't, or a stack without a step cache"

@@ -68,5 +68,5 @@ class SkipPolicy(Config):
 
     def _inside(self, step: int, total_steps: int) -> bool:
         """Whether a step lies in the window, whose ends are rounded to whole steps."""
-        begin, end = (math.floor(share * total_steps + 0.5) for share in self.window)
-        return begin <= step < end
+        begin, end = self.window
+        return math.floor(begin * total_steps + 0.5) <= step < math.floor(end * total_steps + 0.5)

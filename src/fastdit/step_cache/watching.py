@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from fastdit.blocks.ports import Port, version_of
+from fastdit.blocks.ports import versions_of
 from fastdit.errors import IncompatibleStack
 from fastdit.nested import tensors_of
 from fastdit.structure import behaves_otherwise
@@ -58,20 +59,26 @@ class _Answers:
 
     def __init__(self, part: nn.Module) -> None:
         self._part = part
-        self.noted: list[tuple[dict[Port, Any], Any, list[int]]] = []
+        self.noted: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+        self._tensors: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self.replays = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments: dict[Port, Any] = dict(enumerate(args))
-        arguments.update(kwargs)
         if self.replays:
-            for noted, output, _ in self.noted:
-                if arguments.keys() == noted.keys() and all(arguments[name] is noted[name] for name in noted):
+            for noted_args, noted_kwargs, output in self.noted:
+                given, noted = (*args, *kwargs.values()), (*noted_args, *noted_kwargs.values())
+                if [*kwargs] == [*noted_kwargs] and [*map(id, given)] == [*map(id, noted)]:  # the very same objects
                     return output
             return self._part(*args, **kwargs)
         output = self._part(*args, **kwargs)
-        if not any(tensor.is_inference() for tensor in tensors_of(output)):  # those don't count what is written to them
-            self.noted.append((arguments, output, _versions(output)))
+        tensors = tensors_of(output)
+        for tensor in tensors:
+            if tensor.is_inference():  # it doesn't count what is written to it
+                return output
+        self.noted.append((args, kwargs, output))
+        self._tensors += tensors
+        self._versions += versions_of(tensors)
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -80,8 +87,4 @@ class _Answers:
     @property
     def written(self) -> bool:
         """Whether something was written into an answer since it was given."""
-        return any(_versions(output) != versions for _, output, versions in self.noted)
-
-
-def _versions(output: Any) -> list[int]:
-    return [version_of(tensor) for tensor in tensors_of(output)]
+        return versions_of(self._tensors) != self._versions

@@ -13,7 +13,7 @@ from torch import nn
 from fastdit.blocks.chain import Chain, ForwardCall
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.meter import FlopMeter
-from fastdit.nested import ArgumentNames, tensors_of
+from fastdit.nested import ArgumentNames
 from fastdit.record import Outcome, StepRecord, Stopwatch
 from fastdit.run import Run
 from fastdit.structure import same_object_twin
@@ -66,7 +66,7 @@ class TransformerTwin:
         if not self.session.idle_is_plain:
             refuse_foreign_behaviour(self.module, self.name)
         call = ForwardCall(self.module, self.name, opened.run.enter(self.name), self._names(args, kwargs))
-        stopwatch = Stopwatch(tensors_of(call.latents)[0].device)
+        stopwatch = Stopwatch(call.device)
         output, outcome = opened.chain.run(call)
         stopwatch.stop()
         opened.run.note(stopwatch, self._record(opened.run, call, outcome), computed=outcome.action == "computed")
