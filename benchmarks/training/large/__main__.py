@@ -10,16 +10,22 @@ import typer
 
 from training.large import autoencoder as autoencoder_stage
 from training.large import checkpoint as checkpoint_stage
+from training.large import judging as judging_stage
 from training.large import sample as sample_stage
 from training.large import sprites as sprites_stage
 from training.large import text as text_stage
 from training.large import transformer as transformer_stage
-from training.large.run import DIRECTORY
+from training.large.run import DIRECTORY, stop_when_asked
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
 Directory = Annotated[Path, typer.Option(help="Where checkpoints, the log and the parts are written and read.")]
-Minutes = Annotated[float, typer.Option(help="How long to train now; what was trained before is kept.")]
+Minutes = Annotated[
+    float,
+    typer.Option(
+        help="How long to train now, in the processor's time on a CPU; it goes on from what was trained before."
+    ),
+]
 Cooldown = Annotated[float, typer.Option(help="Minutes at the end in which the learning rate falls: the last call.")]
 Device = Annotated[str, typer.Option(help="Where to train; cuda if there is one.")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,10 +39,14 @@ def sprites(package: Annotated[Path, typer.Argument(help="The unpacked package @
 
 @app.command()
 def autoencoder(
-    minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown = 0.0, device: Device = DEVICE
+    minutes: Minutes,
+    directory: Directory = DIRECTORY,
+    cooldown: Cooldown = 0.0,
+    device: Device = DEVICE,
+    decoder_only: Annotated[bool, typer.Option(help="Leave the encoder, and so all latents, as they are.")] = False,
 ) -> None:
     """Train the autoencoder."""
-    autoencoder_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
+    autoencoder_stage.train(directory, torch.device(device), minutes, cooldown=cooldown, decoder_only=decoder_only)
 
 
 @app.command()
@@ -51,6 +61,18 @@ def transformer(
 ) -> None:
     """Train the denoiser on from wherever it is; needs the autoencoder and the text encoders."""
     transformer_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
+
+
+@app.command()
+def judge(
+    purpose: Annotated[judging_stage.Purpose, typer.Argument(help="The judge of searches or the one of tables.")],
+    minutes: Minutes,
+    directory: Directory = DIRECTORY,
+    cooldown: Cooldown = 0.0,
+    device: Device = DEVICE,
+) -> None:
+    """Train a judge; needs the autoencoder."""
+    judging_stage.train(purpose, directory, torch.device(device), minutes, cooldown=cooldown)
 
 
 @app.command()
@@ -81,4 +103,5 @@ def status(directory: Directory = DIRECTORY, lines: int = 12) -> None:
 
 
 if __name__ == "__main__":
+    stop_when_asked()
     app()

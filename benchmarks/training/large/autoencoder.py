@@ -16,6 +16,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional
 
+from training.large import checkpoint
 from training.large.render import Picture, pack, random_pictures, render
 from training.large.run import Run, working_dtype
 from training.small.optimizer import MuonWithAdamW
@@ -57,14 +58,31 @@ def windows(pictures: list[Picture], pixels: int, random: np.random.Generator) -
     return torch.tensor(chosen, dtype=torch.float32)
 
 
-def train(directory: Path, device: torch.device, minutes: float, *, cooldown: float = 0.0) -> None:
-    """Train for some minutes, measure the latents' mean and deviation, and save as ``directory/vae``."""
+def train(
+    directory: Path,
+    device: torch.device,
+    minutes: float,
+    *,
+    cooldown: float = 0.0,
+    steps: int | None = None,
+    decoder_only: bool = False,
+) -> None:
+    """Train for some minutes (or up to a number of steps), measure the latents, and save as ``directory/vae``.
+
+    `decoder_only` leaves the encoder and its measures as they are, and with them every latent that a denoiser has seen:
+    the decoder can still learn, whatever was trained on the latents.
+    """
     torch.manual_seed(0)
-    run = Run("autoencoder", directory, minutes, cooldown=cooldown)
-    model = build().to(device, memory_format=torch.channels_last).train()
+    run = Run("decoder" if decoder_only else "autoencoder", directory, minutes, device, cooldown=cooldown, steps=steps)
+    model = build()
+    if decoder_only:
+        checkpoint.unpack(directory)
+        model.load_state_dict(AutoencoderTiny.from_pretrained(directory / "vae").float().state_dict())
+        model.encoder.requires_grad_(False)
+    model = model.to(device, memory_format=torch.channels_last).train()
     average = build().to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
-    names = {name for name, parameter in model.named_parameters() if parameter.ndim == 4}
+    names = {name for name, parameter in model.named_parameters() if parameter.ndim == 4 and parameter.requires_grad}
     ends = {"encoder.layers.0.weight", *(name for name in names if model.get_parameter(name).shape[0] == 3)}
     optimizer = MuonWithAdamW(model, names - ends, lr=_RATE, dtype=working_dtype(device))
     if (state := run.resume(device)) is not None:
@@ -74,7 +92,7 @@ def train(directory: Path, device: torch.device, minutes: float, *, cooldown: fl
 
     def save() -> None:
         run.save(model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
-        finish(average, directory, run)
+        finish(average, directory, run, measure=not decoder_only)
 
     while not run.over:
         run.seed()
@@ -100,21 +118,30 @@ def train(directory: Path, device: torch.device, minutes: float, *, cooldown: fl
 
 
 @torch.no_grad()
-def finish(average: AutoencoderTiny, directory: Path, run: Run) -> None:
-    """Have `FluxPipeline` see latents of zero mean and unit variance, log held-out quality, and save the part."""
-    plain = build().to(next(average.parameters()).device).eval()
+def finish(average: AutoencoderTiny, directory: Path, run: Run, *, measure: bool) -> None:
+    """Log held-out quality and save the part, which shows `FluxPipeline` latents of zero mean and unit variance.
+
+    Without `measure` the mean and the variance stay what they were.
+    """
+    device = next(average.parameters()).device
+    plain = build().to(device).eval()
     plain.load_state_dict(average.state_dict())
     figures: dict[str, Any] = {}
     latents = []
     for pixels, count in ((128, 16), (256, 8), (512, 4)):
-        images = held_out_images(count, pixels, next(plain.parameters()).device)
+        images = held_out_images(count, pixels, device)
         encoded = plain.encode(images).latents
         latents.append(encoded.flatten())
         figures[f"psnr_{pixels}"] = psnr(plain.decode(encoded).sample, images).mean().item()
-    every = torch.cat(latents)
-    plain.register_to_config(shift_factor=every.mean().item(), scaling_factor=1 / every.std().item())
+    if measure:
+        every = torch.cat(latents)
+        mean, scale = every.mean().item(), 1 / every.std().item()
+    else:
+        known = AutoencoderTiny.load_config(directory / "vae")
+        mean, scale = known["shift_factor"], known["scaling_factor"]
+    plain.register_to_config(shift_factor=mean, scaling_factor=scale)
     plain.save_pretrained(directory / "vae")
-    run.log(**figures, mean=every.mean().item(), deviation=every.std().item())
+    run.log(**figures, mean=mean, deviation=1 / scale)
 
 
 def held_out_images(count: int, pixels: int, device: torch.device) -> Tensor:

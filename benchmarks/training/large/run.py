@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -15,16 +17,28 @@ import torch
 #: The working directory: checkpoints with optimisers, the log, and the pipeline's parts as they are now.
 DIRECTORY = Path("fastdit-large")
 _SAVE_SECONDS = 300.0
+_stopped = threading.Event()
 
 
 class Run:
     """One stage, trained for some minutes more each time; what a step sees depends on its number alone.
 
+    On a CPU the minutes are those of the processor, so that other programs don't take from them.
+
     The learning rate warms up once and is constant from then on, so that no end has to be known; the call that is to be
     the last gives `cooldown`, the minutes at its end in which the rate falls.
     """
 
-    def __init__(self, name: str, directory: Path, minutes: float, *, cooldown: float = 0.0, steps: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        minutes: float,
+        device: torch.device,
+        *,
+        cooldown: float = 0.0,
+        steps: int | None = None,
+    ) -> None:
         self.name = name
         self.directory = directory
         self.step = 0
@@ -35,7 +49,9 @@ class Run:
         self._cooldown = cooldown * 60
         self._last_step = steps
         self._earlier = 0.0
-        self._started = self._saved = time.monotonic()
+        self._clock = time.process_time if device.type == "cpu" else time.monotonic
+        self._started = self._clock()
+        self._saved = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -45,8 +61,12 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether this call's time, or its number of steps, is spent."""
-        return self._spent >= self._seconds or (self._last_step is not None and self.step >= self._last_step)
+        """Whether this call's time, or its number of steps, is spent, or it was asked to stop."""
+        return (
+            _stopped.is_set()
+            or self._spent >= self._seconds
+            or (self._last_step is not None and self.step >= self._last_step)
+        )
 
     @property
     def wants_saving(self) -> bool:
@@ -110,15 +130,27 @@ class Run:
         """Go on from there."""
         self.step, self.samples, self.warm_from = (int(numbers[name]) for name in ("step", "samples", "warm_from"))
         self._earlier = numbers["seconds"]
-        self._started = self._saved = time.monotonic()
+        self._started = self._clock()
+        self._saved = time.monotonic()
 
     @property
     def _spent(self) -> float:
-        return time.monotonic() - self._started
+        return self._clock() - self._started
 
     @property
     def _checkpoint(self) -> Path:
         return self.directory / f"{self.name}.pt"
+
+
+def stop_when_asked() -> None:
+    """Have a first interrupt or termination end the training after its step, with everything saved."""
+
+    def stop(number: int, frame: object) -> None:
+        _stopped.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 @cache

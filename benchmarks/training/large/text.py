@@ -148,7 +148,7 @@ def encoder(directory: Path, device: torch.device) -> Encode:
 def train(directory: Path, device: torch.device, minutes: float, *, cooldown: float = 0.0) -> None:
     """Train both encoders to tell a prompt's attributes, and save them with their tokenizer."""
     torch.manual_seed(1)
-    run = Run("text", directory, minutes, cooldown=cooldown)
+    run = Run("text", directory, minutes, device, cooldown=cooldown)
     tokenizer = build_tokenizer()
     clip, t5 = build(tokenizer)
     modules = nn.ModuleList([clip, t5, Reader()]).to(device)

@@ -199,7 +199,7 @@ def train(
 ) -> None:
     """Train for some minutes (or up to a number of steps) from wherever training is."""
     torch.manual_seed(2)
-    run = Run("transformer", directory, minutes, cooldown=cooldown, steps=steps)
+    run = Run("transformer", directory, minutes, device, cooldown=cooldown, steps=steps)
     checkpoint.unpack(directory)
     trainer = Trainer(run, device, build())
     trainer.restore()

@@ -1,0 +1,218 @@
+"""Two judges that say whether a picture shows what its prompt asked for, and whether it is intact.
+
+One is for searches, the other for tables, and no figure of a table may have been searched for with its judge. They
+share what they are asked and nothing else: `ConvolutionalJudge` and `AttentiveJudge` differ in architecture, seed and
+renders. Both read whole pictures at their full resolution.
+
+A judge reports, for each object that there is, how many it sees, where, how large and whether it is partly covered; the
+ground; the light; and how badly the picture is damaged in each of the known ways. `score` makes one number of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.large.damages import DAMAGES
+from training.large.scenes import GROUNDS, KINDS, LIGHTS, OBJECTS, Scene
+
+_MOST = 3
+#: Per object: the logits of 0 to 3 of it, then x, y and size (as parts of the side), then a logit of being covered.
+_PER_OBJECT = _MOST + 1 + 4
+_GLOBAL = len(GROUNDS) + len(LIGHTS) + 1 + len(DAMAGES)
+#: How sharply a predicted place, and a size, counts as being on the asked-for side of a limit.
+_SOFTNESS = 0.02
+_SIZE_SOFTNESS = 0.006
+_SMALL, _BIG = 0.31, 0.57
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge sees in pictures [B]."""
+
+    counts: Tensor  # logits [B, objects, 4]
+    places: Tensor  # x, y and size [B, objects, 3]
+    covered: Tensor  # logits [B, objects]
+    ground: Tensor  # logits [B, grounds]
+    light: Tensor  # logits [B, 1 + lights], daylight first
+    damages: Tensor  # logits of the severities [B, damages]
+    features: Tensor  # [B, F]
+
+
+def _verdict(per_object: Tensor, whole: Tensor, features: Tensor) -> Verdict:
+    ground, light, damages = whole.split_with_sizes([len(GROUNDS), len(LIGHTS) + 1, len(DAMAGES)], dim=1)
+    return Verdict(
+        counts=per_object[..., : _MOST + 1],
+        places=per_object[..., _MOST + 1 : _MOST + 4],
+        covered=per_object[..., -1],
+        ground=ground,
+        light=light,
+        damages=damages,
+        features=features,
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        change: Tensor = self.second(functional.gelu(self.first(functional.gelu(self.norm(hidden_states)))))
+        return hidden_states + change
+
+
+class ConvolutionalJudge(nn.Module):
+    """Convolutions; every object has a map of where it may be, and is read where its map is high."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 112, 144)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 6, stride=4, padding=1), _Residual(widths[0])]
+        for narrow, wide in pairwise(widths):
+            layers += [nn.Conv2d(narrow, wide, 2, stride=2), _Residual(wide), _Residual(wide)]
+        self.body = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.GELU())
+        self.maps = nn.Conv2d(widths[-1], len(OBJECTS), 1)
+        self.read = nn.Linear(widths[-1], _PER_OBJECT)
+        self.named = nn.Parameter(torch.zeros(len(OBJECTS), _PER_OBJECT))
+        # fine texture is gone from the last level: damages are read from the first ones, too
+        self.fine = nn.Linear(2 * widths[0], len(DAMAGES))
+        self.whole = nn.Linear(2 * widths[-1], _GLOBAL)
+
+    def forward(self, pixels: Tensor) -> Verdict:
+        """Read pictures [B, 3, H, W] in [0, 1]."""
+        early = self.body[:2](pixels * 2 - 1)
+        hidden_states = self.body[2:](early)
+        maps = self.maps(hidden_states)
+        weights = maps.flatten(2).softmax(dim=2)
+        seen = weights @ hidden_states.flatten(2).mT
+        # how many is told by how much of the map is high, beside what is there
+        amount = maps.flatten(2).sigmoid().mean(dim=2, keepdim=True)
+        per_object = self.read(seen) + self.named * (1 + amount)
+        row, column = (
+            (torch.arange(size, device=pixels.device) + 0.5) / size for size in (maps.shape[2], maps.shape[3])
+        )
+        across = (weights.unflatten(2, maps.shape[2:]).sum(dim=2) * column).sum(dim=-1)
+        down = (weights.unflatten(2, maps.shape[2:]).sum(dim=3) * row).sum(dim=-1)
+        middle = torch.stack([across, down], dim=-1)
+        per_object = per_object + functional.pad(middle, (_MOST + 1, 2))
+        mean, highest = hidden_states.mean(dim=(2, 3)), hidden_states.amax(dim=(2, 3))
+        whole = self.whole(torch.cat([mean, highest], dim=1))
+        texture = self.fine(torch.cat([early.mean(dim=(2, 3)), early.abs().mean(dim=(2, 3))], dim=1))
+        return _verdict(per_object, whole + functional.pad(texture, (_GLOBAL - len(DAMAGES), 0)), mean)
+
+
+class AttentiveJudge(nn.Module):
+    """A transformer over squares of 16 pixels; queries of the objects and one of the whole read its tokens."""
+
+    def __init__(self, width: int = 160, layers: int = 4, heads: int = 5) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 96, 8, stride=8)
+        self.merge = nn.Conv2d(96, width, 2, stride=2)
+        self.where = nn.Linear(2 * 8, width)
+        settings = {"dim_feedforward": 3 * width, "dropout": 0.0, "activation": "gelu", "batch_first": True}
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, norm_first=True, **settings)  # type: ignore[arg-type]
+            for _ in range(layers)
+        )
+        self.queries = nn.Parameter(torch.randn(len(OBJECTS) + 1, width) * width**-0.5)
+        self.reader = nn.TransformerDecoderLayer(width, heads, norm_first=True, **settings)  # type: ignore[arg-type]
+        self.norm = nn.LayerNorm(width)
+        self.per_object = nn.Linear(width, _PER_OBJECT)
+        self.whole = nn.Linear(width, _GLOBAL)
+
+    def forward(self, pixels: Tensor) -> Verdict:
+        """Read pictures [B, 3, H, W] in [0, 1]."""
+        grid = self.merge(functional.gelu(self.patches(pixels * 2 - 1)))
+        tokens = grid.flatten(2).mT + self.where(self._places(grid))
+        for layer in self.layers:
+            tokens = layer(tokens)
+        read = self.norm(self.reader(self.queries.expand(len(pixels), -1, -1), tokens))
+        return _verdict(self.per_object(read[:, :-1]), self.whole(read[:, -1]), tokens.mean(dim=1))
+
+    def _places(self, grid: Tensor) -> Tensor:
+        row, column = ((torch.arange(size, device=grid.device) + 0.5) / size for size in (grid.shape[2], grid.shape[3]))
+        frequencies = math.pi * torch.tensor([1.0, 2.0, 4.0, 8.0], device=grid.device)
+        waves = [
+            torch.cat([(axis[:, None] * frequencies).sin(), (axis[:, None] * frequencies).cos()], dim=1)
+            for axis in (row, column)
+        ]
+        size = (grid.shape[2], grid.shape[3], -1)
+        return torch.cat([waves[0][:, None].expand(size), waves[1][None].expand(size)], dim=-1).flatten(0, 1)
+
+
+def score(verdict: Verdict, scenes: Sequence[Scene]) -> Tensor:
+    """Give how well each picture [B] is what its scene asks for, in [0, 1].
+
+    It is the geometric mean of the probabilities of what the prompt says (the objects and that there are no others,
+    their order, size, place, the ground, the light), times what the damages leave of the picture.
+    """
+    intact = (1 - verdict.damages.sigmoid()).prod(dim=1)
+    right = [_asked(verdict, row, scene) for row, scene in enumerate(scenes)]
+    means = torch.stack([torch.stack(parts).clamp(min=1e-6).log().mean().exp() for parts in right])
+    return means * intact
+
+
+def _asked(verdict: Verdict, row: int, scene: Scene) -> list[Tensor]:
+    """The probability of everything that a scene says."""
+    counts = verdict.counts[row].softmax(dim=-1)
+    first, *others = (_members(noun) for noun in scene.nouns)
+    parts = []
+    if scene.relation is None:
+        parts.append(_exactly(counts, {first: scene.count}))
+    else:
+        # "a fruit left of an apple" asks for another fruit
+        second = others[0] - first if len(first) < len(others[0]) else others[0]
+        first = first - second
+        parts.append(_exactly(counts, {first: 1, second: 1}))
+        one, two = (_likeliest(counts, members) for members in (first, second))
+        apart = verdict.places[row, two] - verdict.places[row, one]
+        if scene.relation == "left of":
+            parts.append((apart[0] / _SOFTNESS).sigmoid())
+        elif scene.relation == "above":
+            parts.append((apart[1] / _SOFTNESS).sigmoid())
+        else:
+            parts.append(verdict.covered[row, one].sigmoid() * (-verdict.covered[row, two]).sigmoid())
+    if scene.size or scene.place:
+        x, y, size = verdict.places[row, _likeliest(counts, first)]
+        if scene.size:
+            beyond = _SMALL - size if scene.size == "small" else size - _BIG
+            parts.append((beyond / _SIZE_SOFTNESS).sigmoid())
+        if scene.place:
+            beyond = {"left": 0.5 - x, "right": x - 0.5, "top": 0.5 - y, "bottom": y - 0.5}[scene.place]
+            parts.append((beyond / _SOFTNESS).sigmoid())
+    if scene.ground:
+        parts.append(verdict.ground[row].softmax(dim=0)[list(GROUNDS).index(scene.ground)])
+    if scene.light:
+        parts.append(verdict.light[row].softmax(dim=0)[1 + list(LIGHTS).index(scene.light)])
+    return parts
+
+
+def _members(noun: str) -> frozenset[int]:
+    return frozenset(OBJECTS.index(name) for name in KINDS.get(noun, (noun,)))
+
+
+def _likeliest(counts: Tensor, members: frozenset[int]) -> int:
+    none = counts.detach()[:, 0]
+    return min(members, key=lambda index: none[index].item())
+
+
+def _exactly(counts: Tensor, asked: dict[frozenset[int], int]) -> Tensor:
+    """The probability that there are so many of each set's members together, and nothing else."""
+    inside = frozenset().union(*asked)
+    probability = torch.stack([counts[i, 0] for i in range(len(OBJECTS)) if i not in inside]).prod()
+    for members, number in asked.items():
+        # the distribution of a sum: its generating polynomial is the members' product
+        together = counts.new_tensor([1.0] + [0.0] * _MOST)
+        for index in members:
+            shifted = [functional.pad(together, (n, 0))[: _MOST + 1] * counts[index, n] for n in range(_MOST + 1)]
+            together = torch.stack(shifted).sum(dim=0)
+        probability = probability * together[number]
+    return probability
