@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from training.large.run import Run
 from training.large.transformer import Phase, Trainer
 
 CPU = torch.device("cpu")
+_denoiser = checkpoint.denoiser
 
 
 @pytest.fixture
@@ -69,10 +69,9 @@ def test_what_is_published_is_small_and_training_goes_on_from_it(
     trainer.run.log(loss=1.0)
     trainer.run.save(**trainer.state())
     folder, fresh = tmp_path / "published", tmp_path / "fresh"
-    folder.mkdir()
     checkpoint.publish(directory, folder)
     checkpoint.unpack(fresh, folder)
-    published: Any = checkpoint.Denoiser(*_read(folder))
+    published = _denoiser(folder)
     monkeypatch.setattr(checkpoint, "denoiser", lambda: published)
     later = _trainer(fresh)
     assert (later.run.step, later.run.samples, later.run.warm_from) == (1, 3, 1)
@@ -82,6 +81,7 @@ def test_what_is_published_is_small_and_training_goes_on_from_it(
 
 
 def test_the_decoder_learns_on_while_latents_stay(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FOLDER", directory / "nothing")
     monkeypatch.setattr(autoencoder, "_BATCH", 1)
     monkeypatch.setattr(autoencoder, "_WINDOW", 32)
     monkeypatch.setattr(autoencoder, "held_out_images", lambda count, *_: torch.zeros(1, 3, 32, 32))
@@ -93,19 +93,6 @@ def test_the_decoder_learns_on_while_latents_stay(directory: Path, monkeypatch: 
     assert (before.config.shift_factor, before.config.scaling_factor) == (0.25, 2.0)
     assert (after.config.shift_factor, after.config.scaling_factor) == (0.25, 2.0)
     assert not torch.equal(before.decoder.layers[0].weight, after.decoder.layers[0].weight)
-
-
-def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
-    from safetensors.torch import load_file, safe_open
-
-    with safe_open(folder / "denoiser.safetensors", "pt") as file:
-        numbers = json.loads(file.metadata()["numbers"])
-    tensors = load_file(folder / "denoiser.safetensors")
-    model, average = (
-        {name.split(".", 1)[1]: tensor.float() for name, tensor in tensors.items() if name.startswith(kind)}
-        for kind in ("model.", "average.")
-    )
-    return model, average, numbers
 
 
 def test_every_prompt_fits_the_text_encoders_and_prompts_of_samples_are_held_out() -> None:

@@ -75,9 +75,13 @@ def train(
     torch.manual_seed(0)
     run = Run("decoder" if decoder_only else "autoencoder", directory, minutes, device, cooldown=cooldown, steps=steps)
     model = build()
-    if decoder_only:
-        checkpoint.unpack(directory)
+    checkpoint.unpack(directory)
+    if (directory / "vae").exists():
         model.load_state_dict(AutoencoderTiny.from_pretrained(directory / "vae").float().state_dict())
+        if (numbers := checkpoint.numbers_of(run.name)) is not None:
+            run.set_numbers(numbers)
+            run.warm_from = run.step
+    if decoder_only:
         model.encoder.requires_grad_(False)
     model = model.to(device, memory_format=torch.channels_last).train()
     average = build().to(device).requires_grad_(False)

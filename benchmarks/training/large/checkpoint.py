@@ -1,4 +1,4 @@
-"""What is published of a training: the pipeline's small parts, and the denoiser's weights and average, in float16.
+"""What is published of a training: the parts that there are, and the denoiser's weights and average, in float16.
 
 Optimisers stay behind. Their memory is some tens of steps long, and the learning rate warms up again without it.
 """
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "checkpoint"
 _PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler")
 _DENOISER = "denoiser.safetensors"
+_PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -29,45 +29,63 @@ class Denoiser:
     numbers: dict[str, float]
 
 
-def publish(directory: Path, folder: Path = FOLDER) -> None:
+def publish(directory: Path, folder: Path | None = None) -> None:
     """Write the checkpoint in `folder` from a working directory, over the one before."""
+    folder = folder or FOLDER
+    folder.mkdir(exist_ok=True)
     for part in _PARTS:
-        shutil.rmtree(folder / part, ignore_errors=True)
-        shutil.copytree(directory / part, folder / part)
-        for path in (folder / part).glob("*.safetensors"):
-            weights = {name: tensor.half() for name, tensor in load_file(path).items()}
-            save_file(weights, path, metadata={"format": "pt"})
+        if (directory / part).exists():
+            shutil.rmtree(folder / part, ignore_errors=True)
+            shutil.copytree(directory / part, folder / part)
+            for path in (folder / part).glob("*.safetensors"):
+                _halve(load_file(path), path)
     shutil.copy(directory / "log.jsonl", folder / "log.jsonl")
-    state = torch.load(directory / "transformer.pt", weights_only=True, map_location="cpu")
-    tensors = {
-        f"{kind}.{name}": tensor.half().contiguous()
-        for kind in ("model", "average")
-        for name, tensor in state[kind].items()
-    }
-    numbers = {name: value for name, value in state.items() if isinstance(value, (int, float))}
-    save_file(tensors, folder / _DENOISER, metadata={"numbers": json.dumps(numbers)})
+    progress = json.loads((folder / _PROGRESS).read_text()) if (folder / _PROGRESS).exists() else {}
+    for path in sorted(directory.glob("*.pt")):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        progress[path.stem] = {name: value for name, value in state.items() if isinstance(value, (int, float))}
+        if path.stem == "transformer":
+            kinds = ("model", "average")
+            tensors = {f"{kind}.{name}": tensor for kind in kinds for name, tensor in state[kind].items()}
+            _halve(tensors, folder / _DENOISER)
+    (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
 
 
-def unpack(directory: Path, folder: Path = FOLDER) -> None:
+def numbers_of(stage: str, folder: Path | None = None) -> dict[str, float] | None:
+    """Give how far a published stage is, if it is published."""
+    path = (folder or FOLDER) / _PROGRESS
+    found: dict[str, float] | None = json.loads(path.read_text()).get(stage) if path.exists() else None
+    return found
+
+
+def unpack(directory: Path, folder: Path | None = None) -> None:
     """Copy the published parts and the log to a working directory, where they are not there yet."""
+    folder = folder or FOLDER
     if not folder.exists():
         return
     for part in _PARTS:
         if not (directory / part).exists():
             shutil.copytree(folder / part, directory / part)
+    directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "log.jsonl").exists():
         shutil.copy(folder / "log.jsonl", directory / "log.jsonl")
 
 
-def denoiser(folder: Path = FOLDER) -> Denoiser | None:
+def denoiser(folder: Path | None = None) -> Denoiser | None:
     """Give the published denoiser, if there is one."""
-    path = folder / _DENOISER
+    path = (folder or FOLDER) / _DENOISER
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        numbers = json.loads(file.metadata()["numbers"])
-        kinds: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            kind, name = key.split(".", 1)
-            kinds[kind][name] = file.get_tensor(key).float()
+    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
+    for key, tensor in load_file(path).items():
+        kind, name = key.split(".", 1)
+        kinds[kind][name] = tensor.float()
+    numbers = numbers_of("transformer", folder)
+    assert numbers is not None
     return Denoiser(kinds["model"], kinds["average"], numbers)
+
+
+def _halve(weights: dict[str, Tensor], path: Path) -> None:
+    """Save weights in float16."""
+    half = {name: tensor.half().contiguous() for name, tensor in weights.items()}
+    save_file(half, path, metadata={"format": "pt"})
