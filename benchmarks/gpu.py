@@ -36,7 +36,7 @@ from fastdit.engine.aot import AOT
 from fastdit.engine.compile import Compile
 from fastdit.errors import NeverFired
 from fastdit.measure.statistics import Interval, ratio_of_medians
-from fastdit.record import Clock
+from fastdit.record import Stopwatch
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
 from fastdit.step_cache.coefficients import Coefficients
@@ -174,10 +174,10 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        clock = Clock(self.device)
+        clock = Stopwatch(self.device)
         self._run(row, row.steps)
         clock.stop()
-        row.seconds.append(clock.seconds())
+        row.seconds.append(clock.seconds)
         if self.device.type == "cuda":
             row.peak_bytes = max(row.peak_bytes or 0, torch.cuda.max_memory_allocated())
         if row.make is not None:

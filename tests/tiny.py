@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastdit import UnsupportedModel, testing
 from fastdit.testing import counted_calls, flux_transformer, seed_weights
 from fastdit.testing.tiny import Built, assembled, component
+from fastdit.testing.tiny import randn as randn
 
 Kwargs = dict[str, Any]
 
