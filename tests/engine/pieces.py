@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.engine.base import Engine, Execute, PieceCall
+from fastdit.engine.base import Engine
+from fastdit.engine.piece import Execute, PieceCall
 from fastdit.nested import map_tensors
 from fastdit.testing import seed_weights
 
@@ -81,8 +82,8 @@ class Written(Engine):
                 raise RuntimeError("the compiler gave up")
         factor = float(payload.read_text())
 
-        def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return map_tensors(module(*args, **kwargs), lambda tensor: factor * tensor)
+        def execute(call: PieceCall) -> Any:
+            return map_tensors(call.run(), lambda tensor: factor * tensor)
 
         return execute
 

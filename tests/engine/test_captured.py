@@ -19,6 +19,7 @@ from fastdit import (
     accelerate,
 )
 from fastdit.engine.captured import Captures
+from fastdit.engine.piece import PieceCall
 from fastdit.nested import map_tensors
 from fastdit.testing import EngineContract, generate
 
@@ -29,15 +30,11 @@ def rerun(run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[
     return output, lambda: output.copy_(run())
 
 
-def plainly(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module(*args, **kwargs)
-
-
 @torch.no_grad()
 def test_every_call_reads_its_own_arguments_and_keeps_its_own_output() -> None:
-    block, captures = pieces.Block(4), Captures(plainly, rerun)
+    block, captures = pieces.Block(4), Captures(PieceCall.run, rerun)
     first, second = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    found = [captures(block, (given,), {"scale": 2.0}) for given in (first, second)]
+    found = [captures(PieceCall(block, (given,), {"scale": 2.0})) for given in (first, second)]
     assert torch.equal(found[0], block(first, scale=2.0))
     assert torch.equal(found[1], block(second, scale=2.0))
 
@@ -45,9 +42,9 @@ def test_every_call_reads_its_own_arguments_and_keeps_its_own_output() -> None:
 @torch.no_grad()
 def test_blocks_that_share_an_engine_have_captures_of_their_own() -> None:
     one, other, given = pieces.Block(4), pieces.Block(4), torch.randn(2, 3, 4)
-    captures = Captures(plainly, rerun)
-    assert torch.equal(captures(one, (given,), {}), one(given))
-    assert torch.equal(captures(other, (given,), {}), other(given))
+    captures = Captures(PieceCall.run, rerun)
+    assert torch.equal(captures(PieceCall(one, (given,))), one(given))
+    assert torch.equal(captures(PieceCall(other, (given,))), other(given))
 
 
 @torch.no_grad()
@@ -58,14 +55,14 @@ def test_a_weight_that_moved_is_captured_again_and_one_changed_in_place_is_not()
         captured.append(1)
         return rerun(run, device)
 
-    block, given, captures = pieces.Block(4), torch.randn(2, 3, 4), Captures(plainly, counted)
-    captures(block, (given,), {})
+    block, given, captures = pieces.Block(4), torch.randn(2, 3, 4), Captures(PieceCall.run, counted)
+    captures(PieceCall(block, (given,)))
     block.linear.weight += 1.0
-    assert torch.equal(captures(block, (given,), {}), block(given))
+    assert torch.equal(captures(PieceCall(block, (given,))), block(given))
     assert len(captured) == 1
     before = block.linear.weight.data  # held, so that its memory is not given out again
     block.linear.weight.data = before + 1.0
-    assert torch.equal(captures(block, (given,), {}), block(given))
+    assert torch.equal(captures(PieceCall(block, (given,))), block(given))
     assert len(captured) == 2
 
 
@@ -74,8 +71,8 @@ def test_a_capture_is_forgotten_with_its_block() -> None:
     def frozen(run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
         return map_tensors(run(), torch.clone), lambda: None  # holds nothing of what it ran, as a graph does
 
-    block, captures = pieces.Block(4), Captures(plainly, frozen)
-    captures(block, (torch.randn(2, 3, 4),), {})
+    block, captures = pieces.Block(4), Captures(PieceCall.run, frozen)
+    captures(PieceCall(block, (torch.randn(2, 3, 4),)))
     gone = weakref.ref(block)
     del block
     gc.collect()

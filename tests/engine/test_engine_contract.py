@@ -18,16 +18,19 @@ from fastdit import (
 from fastdit.testing import EngineContract, generate
 
 
+@pytest.mark.exhaustive
 class TestCompile(EngineContract):
     engine = staticmethod(Compile)
 
 
+@pytest.mark.exhaustive
 class TestPackedCompile(EngineContract):
     @staticmethod
     def engine(**options: Any) -> Compile:
         return Compile(packed=True, **options)
 
 
+@pytest.mark.exhaustive
 class TestAOT(EngineContract):
     engine = staticmethod(AOT)
 
@@ -44,9 +47,11 @@ def test_the_smallest_weights_of_a_block_are_its_own_too_and_seen_when_they_chan
         found = pieces.run(fast, pieces.inputs())
         with torch.no_grad():
             torch.testing.assert_close(found, module(pieces.inputs()), rtol=1e-5, atol=1e-5)
+        assert {step.engine for step in fast.fastdit.last_run.steps} == {engine.__name__}
     assert len(fast.fastdit.workshop.builds) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", [Compile, AOT])
 def test_an_attention_kernel_is_compiled_in_and_keyed(engine: Any) -> None:
     pipeline, call = EngineContract().pipeline()

@@ -31,7 +31,7 @@ from fastdit import (
     accelerate,
 )
 from fastdit.engine import registry as registry_module
-from fastdit.engine.base import Execute, PieceCall
+from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.registry import Registry
 from fastdit.engine.scratch import scratch
 
@@ -93,6 +93,7 @@ def process(script: str, engine: Any, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.exhaustive
 @COMPILERS
 def test_a_process_that_is_killed_in_the_compiler_leaves_nothing_and_the_next_one_builds(
     engine: Any, tmp_path: Path
@@ -134,6 +135,7 @@ def test_what_a_killed_process_left_among_the_temporary_files_goes_and_a_living_
     living.join()
 
 
+@pytest.mark.exhaustive
 @COMPILERS
 def test_a_disk_that_is_full_while_the_compiler_writes_is_a_named_error_and_room_heals_it(
     engine: Any, tmp_path: Path
@@ -156,6 +158,7 @@ def healed(engine: Any, directory: Path) -> None:
     gc.collect()
 
 
+@pytest.mark.exhaustive
 @COMPILERS
 def test_every_file_of_a_compiled_engine_is_refused_once_it_is_cut_changed_or_missing(
     engine: Any, tmp_path: Path
@@ -207,7 +210,7 @@ def _dying(directory: Path, where: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if where == "the seal":
-        Registry._seal = die  # type: ignore[method-assign]
+        registry_module.seal = die
     else:
         setattr(registry_module.os if where == "replace" else registry_module.shutil, where, die)
     with Registry(directory).locked(KEY):

@@ -18,9 +18,10 @@ from fastdit import (
     Compile,
     EngineBuildFailed,
     EngineWarning,
+    NeverFired,
     accelerate,
 )
-from fastdit.engine.key import structure_of, weights_of
+from fastdit.engine.fingerprint import structure_of, weights_of
 from fastdit.testing import flux_transformer, generate, tiny_flux
 
 hf_accelerate = pytest.importorskip("accelerate")
@@ -42,6 +43,9 @@ ENGINES: dict[str, Callable[..., Any]] = {
 }
 
 EVERY_ENGINE = pytest.mark.parametrize("engine", ENGINES)
+ONE_ENGINE_FIRST = pytest.mark.parametrize(
+    "engine", ["Compile", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ENGINES if name != "Compile")]
+)
 
 
 def build() -> tiny.Built:
@@ -64,6 +68,7 @@ def clones(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
+@pytest.mark.exhaustive
 @EVERY_ENGINE
 def test_model_offload_works(engine: str) -> None:
     pipeline, call = build()
@@ -103,7 +108,7 @@ INSIDE: dict[str, Callable[[Any], None]] = {
 }
 
 
-@EVERY_ENGINE
+@ONE_ENGINE_FIRST
 @pytest.mark.parametrize("what", INSIDE)
 def test_what_acts_inside_a_block_is_refused_by_name_before_anything_is_built(engine: str, what: str) -> None:
     pipeline, call = build()
@@ -114,19 +119,20 @@ def test_what_acts_inside_a_block_is_refused_by_name_before_anything_is_built(en
     assert fast.fastdit.workshop.builds == []
 
 
-@EVERY_ENGINE
+@ONE_ENGINE_FIRST
 @pytest.mark.parametrize("what", sorted(set(INSIDE) - {"sequential offload"}))
 def test_what_acts_inside_a_block_runs_eagerly_where_that_was_asked_for(engine: str, what: str) -> None:
     pipeline, call = build()
     INSIDE[what](pipeline)
     fast = accelerate(pipeline, [ENGINES[engine](on_failure="eager")])
     expected = generate(pipeline, call)
-    with pytest.warns(EngineWarning, match="runs eagerly"):
+    with pytest.warns(EngineWarning, match="runs eagerly"), pytest.warns(NeverFired, match="ran eagerly"):
         found = generate(fast, call)
     assert torch.equal(found, expected)
     assert {step.engine for step in fast.fastdit.last_run.steps} == {"eager"}
 
 
+@pytest.mark.exhaustive
 @EVERY_ENGINE
 def test_a_lora_that_is_loaded_scaled_fused_and_unloaded_is_seen(engine: str) -> None:
     pipeline, call = build()
@@ -145,6 +151,7 @@ def test_a_lora_that_is_loaded_scaled_fused_and_unloaded_is_seen(engine: str) ->
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
 
 
+@pytest.mark.exhaustive
 @EVERY_ENGINE
 def test_a_lora_that_is_swapped_gives_the_swapped_model_s_picture(engine: str) -> None:
     pipeline, call = build()
@@ -159,6 +166,7 @@ def test_a_lora_that_is_swapped_gives_the_swapped_model_s_picture(engine: str) -
     assert all(not torch.allclose(one, outputs[0], atol=1e-2) for one in outputs[1:])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", ["Compile", "AOT"])
 def test_a_swap_of_padded_loras_builds_and_compiles_nothing(engine: str) -> None:
     from torch._dynamo.utils import counters
@@ -198,6 +206,7 @@ def quantised(seed: int = 0) -> Any:
     return pipeline, call
 
 
+@pytest.mark.exhaustive
 @EVERY_ENGINE
 def test_weights_that_torchao_quantised_work_or_are_refused_by_name(engine: str) -> None:
     pipeline, call = quantised()

@@ -29,6 +29,7 @@ SIZES = ((5, 4), (6, 4), (5, 5), (7, 4), (7, 5))
 TOKENS = tuple(rows * columns for rows, columns in SIZES)
 
 
+@pytest.mark.exhaustive
 class TestContract(EngineContract):
     @staticmethod
     def engine(**options: Any) -> Compile:
@@ -45,6 +46,7 @@ def agrees(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found - expected).norm() / expected.norm()) <= 1e-5
 
 
+@pytest.mark.exhaustive
 def test_any_number_of_named_stages_is_one_graph_for_a_kind_of_block(tmp_path: Path) -> None:
     pipeline, call = small()
     fast = accelerate(pipeline, [Compile(tokens=TOKENS, directory=str(tmp_path))])
@@ -59,6 +61,7 @@ def test_any_number_of_named_stages_is_one_graph_for_a_kind_of_block(tmp_path: P
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
+@pytest.mark.exhaustive
 def test_the_stages_of_a_schedule_are_one_graph() -> None:
     pipeline, call = small()
     schedule = RALU(steps=(2, 2), ends=(0.5,), lift=TokenCopy())
@@ -70,6 +73,7 @@ def test_the_stages_of_a_schedule_are_one_graph() -> None:
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
+@pytest.mark.exhaustive
 def test_packed_weights_and_named_stages_go_together() -> None:
     pipeline, call = small()
     fast = accelerate(pipeline, [Compile(tokens=TOKENS, packed=True)])
@@ -78,7 +82,7 @@ def test_packed_weights_and_named_stages_go_together() -> None:
         assert agrees(generate(fast, call, **size), generate(pipeline, call, **size))
 
 
-@pytest.mark.parametrize("tokens", [(20,), (20, 20), [20, 42], (1, 20), (20.0, 42)])
+@pytest.mark.parametrize("tokens", [(20,), (20, 20), [20], 20, (1, 20), (20.0, 42)])
 def test_tokens_that_are_no_stages_are_refused_by_name(tokens: Any) -> None:
     with pytest.raises(InvalidConfig, match="Compile's tokens"):
         Compile(tokens=tokens)

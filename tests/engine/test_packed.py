@@ -88,6 +88,7 @@ def test_its_operator_keeps_what_torch_asks_of_one() -> None:
     torch.library.opcheck(operator, (torch.randn(2, 3, 4), weight, None))
 
 
+@pytest.mark.exhaustive
 def test_all_engines_of_a_model_share_one_packed_form_of_each_weight() -> None:
     pipeline, call = EngineContract().pipeline()
     fast = accelerate(pipeline, [Compile(packed=True)])
@@ -103,6 +104,7 @@ def test_all_engines_of_a_model_share_one_packed_form_of_each_weight() -> None:
     assert LAID_OUT not in other and other[OPERATOR] >= 2 * len(layers)  # steps x layers
 
 
+@pytest.mark.exhaustive
 def test_it_is_as_near_to_exact_numbers_as_the_plain_model_in_bfloat16() -> None:
     pipeline = random_flux(FluxSize(double_blocks=1, single_blocks=1, heads=2, head_width=32), dtype=torch.bfloat16)
     call = {**random_call(pipeline, image_tokens_per_side=4, text_tokens=8), "num_inference_steps": 1}

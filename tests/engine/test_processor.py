@@ -20,10 +20,10 @@ from fastdit import (
     InvalidConfig,
     accelerate,
 )
-from fastdit.attention.by_heads import attend_by_heads
 from fastdit.blocks.attention import AttentionCall
 from fastdit.engine import processor
-from fastdit.engine.base import PieceCall
+from fastdit.engine.by_heads import attend_by_heads
+from fastdit.engine.piece import PieceCall
 from fastdit.testing import EngineContract, generate
 
 OPERATOR = "fastdit::attention_by_heads"
@@ -52,6 +52,7 @@ def called(fast: Any, call: dict[str, Any]) -> int:
     return sum(event.count for event in profiler.key_averages() if event.key == OPERATOR)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", [Compile, AOT])
 def test_where_heads_win_they_are_compiled_in_and_the_choice_is_kept(
     engine: Any, tmp_path: Path, heads_win: None, monkeypatch: pytest.MonkeyPatch
@@ -70,6 +71,7 @@ def test_where_heads_win_they_are_compiled_in_and_the_choice_is_kept(
         del fast
 
 
+@pytest.mark.exhaustive
 def test_with_heads_too_nothing_breaks_the_graph_and_nothing_is_compiled_after_a_warm_up(
     tmp_path: Path, heads_win: None
 ) -> None:
@@ -83,6 +85,7 @@ def test_with_heads_too_nothing_breaks_the_graph_and_nothing_is_compiled_after_a
     assert not counters["graph_break"]
 
 
+@pytest.mark.exhaustive
 def test_an_engine_with_heads_refuses_what_it_was_not_built_for_by_name(tmp_path: Path, heads_win: None) -> None:
     contract = EngineContract()
     contract.engine = functools.partial(AOT, directory=str(tmp_path))  # type: ignore[misc]
@@ -111,7 +114,7 @@ def test_a_kernel_of_the_stack_or_torch_s_where_that_was_asked_for_goes_before_i
 
 def test_another_choice_for_attention_is_refused_by_name() -> None:
     for engine in (Compile, AOT):
-        with pytest.raises(InvalidConfig, match=f"{engine.__name__}'s attention is one of fastest, torch"):
+        with pytest.raises(InvalidConfig, match=f"{engine.__name__}'s attention is one of 'fastest', 'torch'"):
             engine(attention="flash")
 
 

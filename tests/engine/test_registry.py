@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdit.engine import registry as registry_module
 from fastdit.engine.registry import Registry
+from fastdit.engine.sealed import _secret
 from fastdit.errors import EngineWarning, InvalidConfig
 
 
@@ -204,7 +204,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_read_and_blocks_nobody(tm
 def _keep_on_a_full_disk(directory: Path) -> None:
     source = made(directory.parent / "large", size=200_000)
     Registry(directory)  # the secret fits
-    registry_module._secret()
+    _secret()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     with warnings.catch_warnings(record=True) as said:

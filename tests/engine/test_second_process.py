@@ -27,6 +27,7 @@ print(json.dumps([[build.kept, build.seconds] for build in fast.fastdit.workshop
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", [Compile(), Compile(packed=True), AOT()], ids=lambda engine: engine.describe())
 def test_it_builds_nothing_and_gives_the_same_picture(engine: Any, tmp_path: Path) -> None:
     pipeline, call = EngineContract().pipeline()

@@ -12,7 +12,7 @@ from typing import Any
 import pieces
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pieces import Forgetful, Written
 from torch import nn
@@ -22,20 +22,24 @@ import tiny
 from fastdit import (
     AOT,
     RALU,
+    ClusCa,
     Compile,
+    DuCa,
     EngineBuildFailed,
     EngineMismatch,
     EngineWarning,
+    FastditWarning,
     FirstBlockCache,
     IncompatibleStack,
     InvalidConfig,
+    NeverFired,
     Stack,
     StepMask,
     ToCa,
     accelerate,
 )
 from fastdit.engine.arguments import canonical, canonical_strides, outline_of
-from fastdit.engine.key import sample_of, structure_of, weights_of
+from fastdit.engine.fingerprint import sample_of, structure_of, weights_of
 from fastdit.testing import generate, tiny_flux
 
 MASK = (True, False, True, False)
@@ -73,6 +77,7 @@ def test_a_kept_engine_of_no_use_is_built_again_and_that_is_said(tmp_path: Path)
         gc.collect()
 
 
+@settings(max_examples=6)
 @given(data=st.data())
 def test_a_kept_file_that_was_changed_never_makes_a_wrong_picture(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -109,12 +114,14 @@ def test_where_it_was_asked_for_a_failed_build_runs_eagerly_and_is_said_in_plan_
     pipeline, call = tiny_flux(steps=2)
     plain = generate(pipeline, call)
     fast = accelerate(pipeline, [Written(fails=True, on_failure="eager", directory=str(tmp_path))])
-    with pytest.warns(EngineWarning, match="runs eagerly") as said:
+    with pytest.warns(FastditWarning) as said:
         assert torch.equal(generate(fast, call), plain)
-    assert len(said) == 2  # one for each kind of block
+    # One for each kind of block, and that nothing was gained.
+    assert [one.category for one in said] == [EngineWarning, EngineWarning, NeverFired]
     assert {step.engine for step in fast.fastdit.last_run.steps} == {"eager"}
-    assert "FluxTransformerBlock float32[1, 16, 32] on cpu" not in fast.fastdit.explain(64, 64)
-    assert fast.fastdit.explain(64, 64).count("runs eagerly: RuntimeError: the compiler gave up") == 2
+    said_in_plan = fast.fastdit.explain(64, 64)
+    assert "FluxTransformerBlock float32[1, 16, 32] on cpu runs eagerly" in said_in_plan
+    assert said_in_plan.count("runs eagerly: RuntimeError: the compiler gave up") == 2
 
 
 def test_a_hook_inside_a_block_is_refused_by_name(tmp_path: Path) -> None:
@@ -199,10 +206,36 @@ def test_settings_of_the_process_that_compilers_bake_in_are_in_the_key(tmp_path:
     assert len(twin.fastdit.workshop.builds) == 2
 
 
-@pytest.mark.parametrize("other", [ToCa(), FirstBlockCache(0.1, per_image=True)])
+@pytest.mark.parametrize("other", [ToCa(), DuCa(), ClusCa(), FirstBlockCache(0.1, per_image=True)])
 def test_what_changes_inside_a_block_or_its_rows_is_a_derived_conflict(other: Any) -> None:
     with pytest.raises(IncompatibleStack, match=r"blocks that run as a whole|the same images in every block call"):
         Stack([other, Compile()])
+
+
+class Unasked(nn.Module):
+    """A model that has blocks and calls none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([pieces.Block(8)])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2.0 * hidden_states
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_engine_that_is_asked_for_no_block_in_a_whole_run_is_noticed(strict: bool, tmp_path: Path) -> None:
+    twin = accelerate(Unasked(), [Written(directory=str(tmp_path))], strict=strict)
+    with pytest.raises(NeverFired) if strict else pytest.warns(NeverFired, match=r"Written\(.*asked for no block"):
+        pieces.run(twin, pieces.inputs())
+    assert [step.engine for step in twin.fastdit.last_run.steps] == ["none"]
+
+
+def test_where_every_block_ran_eagerly_a_strict_run_is_an_error(tmp_path: Path) -> None:
+    engine = Written(fails=True, on_failure="eager", directory=str(tmp_path))
+    twin = accelerate(pieces.model(), [engine], strict=True)
+    with pytest.warns(EngineWarning), pytest.raises(NeverFired, match="all 3 blocks ran eagerly"):
+        pieces.run(twin, pieces.inputs())
 
 
 @pytest.mark.parametrize(

@@ -5,28 +5,20 @@ function mode sees them, which belongs to the thread and to that forward: nothin
 or a registry of the process, so no other model can follow. Compiled blocks are compiled again under it, as for any
 change of what they call, and what else watches attention (a token cache's scores) sees the calls as ever.
 
-Whether a kernel is there is decided by attending to a few tokens on the model's device, in its precision and head size.
+Whether a kernel is there is found out by trying it (`trial.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections import Counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import nn
 
-from fastdit.accelerator import (
-    Accelerator,
-    Break,
-    Change,
-    Effects,
-    Level,
-    Need,
-)
-from fastdit.blocks.attention import Attend, AttentionCall, KernelMode, first_line
+from fastdit.accelerator import Accelerator, Break, Change, Effects, Level, Need
+from fastdit.attention.trial import Target, failure_of, target_of
+from fastdit.blocks.attention import Attend, KernelMode
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import InvalidConfig, UnsupportedModel
 
@@ -80,34 +72,19 @@ class AttentionKernel(Accelerator):
                 f"stage{'s' if stages > 1 else ''}; name one, or one for each stage of a schedule"
             )
 
-    def check(self, pipeline: Any, transformer: Any) -> None:
-        device, dtype, head_size = _target(pipeline, transformer)
+    def check(self, pipeline: object, transformer: nn.Module) -> None:
+        target = target_of(pipeline, transformer)
         for backend in dict.fromkeys(self.backends):
-            if backend != NATIVE and (reason := self.trial(backend, device, dtype, head_size)):
+            if backend != NATIVE and (reason := failure_of(partial(self.kernel, backend), target)):
                 raise UnsupportedModel(
                     f"{self.describe()}: the attention backend {backend!r} can't be used for "
-                    f"{type(transformer).__name__} on {device} in {dtype} with heads of {head_size}: {reason}; "
-                    f"{self._remedy(device, dtype, head_size)}"
+                    f"{type(transformer).__name__} on {target}: {reason}; {self._remedy(target)}"
                 )
 
-    def trial(self, backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        """Attend to a few tokens for real; give the reason for which that failed, None where it did not."""
-        values = torch.linspace(-1.0, 1.0, 3 * 2 * 32 * head_size, device=device, dtype=torch.float32)
-        query, key, value = values.view(3, 1, 2, 32, head_size)
-        expected = ((query @ key.transpose(2, 3)) * head_size**-0.5).softmax(dim=3) @ value
-        call = AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype))
-        with warnings.catch_warnings(record=True) as remarks, torch.no_grad():
-            warnings.simplefilter("always")
-            try:
-                found = self.kernel(backend)(call)
-                right = found.shape == expected.shape and torch.allclose(found.float(), expected, atol=0.1)
-            except Exception as error:
-                return "; ".join([first_line(error), *(first_line(remark.message) for remark in remarks)])
-        return None if right else "it runs there and gives something else than attention"
-
-    def _remedy(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-        working = [name for name in self.alternatives() if self.trial(name, device, dtype, head_size) is None]
-        moved = "move the model to the device it will run on first" if device.type == "cpu" else "change its precision"
+    def _remedy(self, target: Target) -> str:
+        working = [name for name in self.alternatives() if failure_of(partial(self.kernel, name), target) is None]
+        cpu = target.device.type == "cpu"
+        moved = "move the model to the device it will run on first" if cpu else "change its precision"
         return (f"take one that works there ({', '.join(working)}), or " if working else "") + moved
 
     def enter(self, run: Run, lasting: None) -> Pass | None:
@@ -121,7 +98,7 @@ class AttentionPass(Pass):
         self._kernel = kernel
         self._forwards = self._answered = 0
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> object:
         kernel, backend = self._kernel, self._kernel.backend_in(call.step.stage)
         self._forwards += 1
         if backend == NATIVE:
@@ -139,26 +116,3 @@ class AttentionPass(Pass):
             f"{self._kernel.describe()} answered no call of attention in the run: the model's attention does not call "
             "torch's scaled_dot_product_attention; set another attention processor, or leave it out"
         )
-
-
-def _target(pipeline: Any, transformer: nn.Module) -> tuple[torch.device, torch.dtype, int]:
-    """Say where a transformer will run, in which precision, and how large its heads are."""
-    hook: Any = transformer.__dict__.get("_hf_hook")
-    own = next((weight.device for weight in transformer.parameters()), torch.device("cpu"))
-    device = getattr(pipeline, "_execution_device", None) or getattr(hook, "execution_device", None) or own
-    # Some weights are kept in another precision than the model computes in: a few in float32, or most of them packed.
-    held = Counter({torch.float32: 0})
-    for weight in transformer.parameters():
-        if weight.is_floating_point() and weight.element_size() > 1:
-            held[weight.dtype] += weight.numel()
-    return torch.device(device), held.most_common(1)[0][0], _head_size(transformer)
-
-
-def _head_size(transformer: nn.Module) -> int:
-    """Read the head size off the first attention module; 64, which every kernel has, where none says it."""
-    for part in transformer.modules():
-        heads, query = getattr(part, "heads", None), getattr(part, "to_q", None)
-        if isinstance(heads, int) and isinstance(getattr(query, "out_features", None), int):
-            return int(query.out_features) // heads  # type: ignore[union-attr]
-    size = getattr(getattr(transformer, "config", None), "attention_head_dim", 64)
-    return size if isinstance(size, int) else 64

@@ -30,16 +30,28 @@ _ROUNDING = ("sage", "_sage")
 @register
 @dataclasses.dataclass(frozen=True)
 class Attention(AttentionKernel):
-    """Compute attention with a backend of diffusers' dispatcher: "flash", "sage", "flex", "xformers", ...
+    """Compute attention with a kernel of diffusers' dispatcher: "flash", "sage", "flex", "xformers", ...
 
-    `backend` is a name of `diffusers.models.attention_dispatch.AttentionBackendName`, or a tuple of names, one for each
-    stage of the schedule. "native" leaves attention to torch, as the model does; with nothing else the outputs are
-    bit-equal to the plain pipeline's.
+    Every kernel computes softmax(scale q k^T + mask) v; those of "sage" round q and k to a few bits first.
 
-    `accelerate` raises `UnsupportedModel` where a few tokens can't be attended to on the model's device, and names
-    the backends that can. A backend that fails on what a model asks for (a mask that it does not take, for one) raises
-    the same from the call. Kernels of the Hub ("flash_hub", ...) are used once they are loaded, and are never
-    downloaded from here: `with attention_backend("flash_hub"): pass`, of the same module, loads one.
+    Args:
+        backend: A name of `diffusers.models.attention_dispatch.AttentionBackendName`, or a tuple of names, one for each
+            stage of the schedule. "native" leaves attention to torch, as the model does; with nothing else the outputs
+            are bit-equal to the plain pipeline's.
+
+    Raises:
+        InvalidConfig: where diffusers knows no backend of that name.
+        UnsupportedModel: from `accelerate`, where a few tokens can't be attended to on the model's device, with the
+            names of the backends that can; from a call, where the kernel fails on what the model asks for (a mask that
+            it does not take, for one). Nothing stands in for it in silence.
+
+    Kernels of the Hub ("flash_hub", ...) are used once they are loaded, and are never downloaded from here:
+    `with attention_backend("flash_hub"): pass`, of the same module, loads one.
+
+    >>> from fastdit import RALU, Attention, Stack
+    >>> stack = Stack([RALU("4x"), Attention(("native", "flash", "flash"))])  # three stages
+    >>> Attention("native").neutral
+    True
     """
 
     backend: str | tuple[str, ...]

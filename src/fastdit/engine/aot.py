@@ -5,32 +5,28 @@
 A package holds no weights. Every block has a runner of its own, whose constants are the module's tensors themselves, so
 an in-place change (a LoRA that is fused) is seen at the next call, and tensors that are replaced are bound anew. The
 compiled code checks nothing of its arguments and gives wrong numbers for a wrong stride; the checks are those of
-`engine.py`.
+`built.py` and of the workshop.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from fastdit.config import register
-from fastdit.engine.arguments import tensors_in
-from fastdit.engine.base import Execute, PieceCall
 from fastdit.engine.compile import inductor_in
-from fastdit.engine.flat import Flat, decoded, encoded
+from fastdit.engine.flat import Flat, Output
+from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.processor import ProcessorEngine
 from fastdit.errors import EngineMismatch, UnsupportedModel
-from fastdit.nested import refilled
 
-_PACKAGE, _OUTPUT, _CONSTANTS = "piece.pt2", "output.json", "constants.safetensors"
+_PACKAGE, _CONSTANTS = "piece.pt2", "constants.safetensors"
 _PREFIX = "piece."
 
 #: Weights stay outside, and none is taken for the number that all of it happens to be.
@@ -43,9 +39,27 @@ _SMALL = 8
 @register
 @dataclasses.dataclass(frozen=True)
 class AOT(ProcessorEngine):
-    """Run blocks from packages that AOTInductor compiled ahead of time."""
+    """Run blocks from packages that AOTInductor compiled ahead of time, which are loaded without any tracing.
 
-    def check(self, pipeline: Any, transformer: Any) -> None:
+    A second process starts in seconds. Packages hold no weights: all blocks of a kind share one, and a LoRA that is
+    loaded, scaled or fused is seen. The arithmetic is the model's in another order, as `Compile`'s.
+
+    Args:
+        on_failure: "error", or "eager" to run a piece that can't be built as it is.
+        attention: "fastest", or "torch" to leave attention on a CPU to torch's own kernel.
+        directory: where packages are kept, ~/.cache/fastdit/engines unless given.
+
+    Raises:
+        InvalidConfig: for other values.
+        UnsupportedModel: from `accelerate`, where this torch can't make packages without weights.
+        EngineBuildFailed: from a call, where a block can't be exported, has weights of a class of its own (quantised
+            ones), or gives something else than tensors, and `on_failure` is "error".
+
+    >>> AOT(on_failure="eager").describe()
+    "AOT(on_failure='eager')"
+    """
+
+    def check(self, pipeline: object, transformer: nn.Module) -> None:
         if not hasattr(torch._inductor.config.aot_inductor, "package_constants_in_so"):
             raise UnsupportedModel(
                 f"AOT needs a torch whose packages can go without weights, and this is {torch.__version__}; take a "
@@ -60,7 +74,7 @@ class AOT(ProcessorEngine):
         return packaged.execute
 
 
-def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContextManager[Any]]) -> None:
+def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContextManager[object]]) -> None:
     """Compile a piece and write its package, the shape of its output, and what it holds besides weights."""
     for name, tensor in _tensors(call.module):
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
@@ -68,10 +82,10 @@ def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContex
                 f"its weight {name} is a {type(tensor).__name__}, the parts of which a package can't be given; take "
                 "Compile()"
             )
-    output = call.module(*call.args, **call.kwargs)
+    Output.keep(call.run(), folder)
     with inductor_in(folder.with_suffix(".work")):
         with tracing():
-            exported = torch.export.export(Flat(call), tuple(tensors_in([call.args, call.kwargs])))
+            exported = torch.export.export(Flat(call), tuple(call.tensors))
         own = dict(_tensors(call.module))
         lifted = {
             name: value.detach().contiguous()
@@ -90,7 +104,6 @@ def _package(call: PieceCall, folder: Path, tracing: Callable[[], AbstractContex
             package_path=str(folder / _PACKAGE),
             inductor_configs={**_OUTSIDE, "always_keep_tensor_constants": keep},
         )
-    (folder / _OUTPUT).write_text(json.dumps(encoded(output)), encoding="utf-8")
     if lifted:
         from safetensors.torch import save_file
 
@@ -103,7 +116,7 @@ class _Packaged:
     def __init__(self, folder: Path, call: PieceCall) -> None:
         self._package = str(folder / _PACKAGE)
         self._device = call.device
-        self._output = decoded(json.loads((folder / _OUTPUT).read_bytes()))
+        self._output = Output(folder)
         self._lifted: dict[str, torch.Tensor] = {}
         if (folder / _CONSTANTS).exists():
             from safetensors.torch import load_file
@@ -112,8 +125,8 @@ class _Packaged:
         self._outlines = {name: _outline(tensor) for name, tensor in _tensors(call.module)}
         self._runners: weakref.WeakKeyDictionary[nn.Module, _Runner] = weakref.WeakKeyDictionary()
 
-    def execute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return refilled(self._output, iter(self.bound(module).run(tensors_in([args, kwargs]))))
+    def execute(self, call: PieceCall) -> object:
+        return self._output.of(self.bound(call.module).run(call.tensors))
 
     def bound(self, module: nn.Module) -> _Runner:
         """Give the runner of a module, with the tensors that the module has now."""
@@ -147,7 +160,7 @@ class _Runner:
             package, device_index=-1 if device.index is None else device.index
         )
         self._names = self._model.get_constant_fqns()
-        self._held: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        self._held: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor, int]] = []
 
     @property
     def bound(self) -> bool:
@@ -180,5 +193,5 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _outline(tensor: torch.Tensor) -> tuple[object, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

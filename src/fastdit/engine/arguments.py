@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 
 from fastdit.errors import EngineMismatch
-from fastdit.nested import PerImage
+from fastdit.nested import PerImage, map_tensors
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+_Nested = TypeVar("_Nested")
 
 
 class TensorOutline(NamedTuple):
@@ -30,13 +32,18 @@ class TensorOutline(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} on {self.device}"
 
 
-def outline_of(value: Any, where: str = "arguments") -> Hashable:
+def tensor_outline(tensor: torch.Tensor) -> TensorOutline:
+    """Give the outline of a tensor."""
+    return TensorOutline(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def outline_of(value: object, where: str = "arguments") -> Hashable:
     """Give the outline of nested arguments; equal ones may go to one engine.
 
     Raises `EngineMismatch` for a value of which nothing is known, since an engine could not tell it from another.
     """
     if isinstance(value, torch.Tensor):
-        return TensorOutline(tuple(value.shape), value.dtype, value.device)
+        return tensor_outline(value)
     if isinstance(value, _PLAIN):
         return type(value).__name__, value
     if isinstance(value, (tuple, list)):
@@ -53,46 +60,42 @@ def outline_of(value: Any, where: str = "arguments") -> Hashable:
 
 def outline_text(outline: Hashable) -> str:
     """Write an outline down, the same for equal ones, in this process and the next."""
-    if isinstance(outline, TensorOutline):
-        return str(outline)
-    if isinstance(outline, tuple):
+    if _is_nested(outline):
         return f"({', '.join(outline_text(item) for item in outline)})"
-    return repr(outline)
+    return str(outline) if isinstance(outline, TensorOutline) else repr(outline)
 
 
-def differences(expected: Hashable, found: Hashable, where: str = "") -> Iterator[str]:
+def differences(expected: Hashable, found: Hashable, where: str = "arguments") -> Iterator[str]:
     """Say where two outlines differ."""
     if expected == found:
         return
-    if not _nested(expected) or not _nested(found) or len(expected) != len(found):  # type: ignore[arg-type]
-        yield f"{where or 'the arguments'}: {outline_text(found)} instead of {outline_text(expected)}"
+    if not (_is_nested(expected) and _is_nested(found)) or len(expected) != len(found):
+        yield f"{where}: {outline_text(found)} instead of {outline_text(expected)}"
         return
-    for index, (one, other) in enumerate(zip(expected, found, strict=True)):  # type: ignore[call-overload]
-        keyed = _nested(one) and _nested(other) and isinstance(one[0], str) and one[0] == other[0]
-        yield from differences(one, other, f"{where}.{one[0]}" if keyed else where or f"argument {index}")
+    named = isinstance(expected[0], str) and expected[0] == found[0]
+    for one, other in zip(expected, found, strict=True):
+        yield from differences(one, other, f"{where}.{expected[0]}" if named else where)
 
 
-def _nested(outline: Hashable) -> bool:
+def _is_nested(outline: Hashable) -> TypeGuard[tuple[Hashable, ...]]:
     return isinstance(outline, tuple) and not isinstance(outline, TensorOutline)
 
 
-def mapped(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+def mapped(value: _Nested, function: Callable[[torch.Tensor], object]) -> _Nested:
     """Apply `function` to every tensor in nested arguments, those that hold something of each image among them."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        items = [mapped(item, function) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, Mapping):
-        return {key: mapped(item, function) for key, item in value.items()}
-    if isinstance(value, PerImage):
-        twin = copy.copy(value)
-        twin.__dict__.update(mapped(vars(value), function))
+
+    def of_one(item: torch.Tensor | PerImage) -> object:
+        if isinstance(item, torch.Tensor):
+            return function(item)
+        twin = copy.copy(item)
+        twin.__dict__.update(mapped(vars(item), function))
         return twin
-    return value
+
+    found: _Nested = map_tensors(value, of_one, (torch.Tensor, PerImage))
+    return found
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: object) -> list[torch.Tensor]:
     """List the tensors in nested arguments, in the order of `mapped`."""
     found: list[torch.Tensor] = []
     mapped(value, found.append)
@@ -108,18 +111,17 @@ def canonical_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def canonical(tensor: torch.Tensor) -> torch.Tensor:
-    """Give a tensor in canonical strides: itself, a view of it where it counts as contiguous, else a copy."""
-    strides = canonical_strides(tuple(tensor.shape))
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.stride() == strides:
-        return tensor
-    if tensor.is_contiguous():
-        return tensor.as_strided(tensor.shape, strides)
-    return tensor.contiguous()
-
-
 def is_canonical(tensor: torch.Tensor) -> bool:
     """Whether a tensor's strides are those that engines are built for."""
     return tensor.stride() == canonical_strides(tuple(tensor.shape))
+
+
+def canonical(tensor: torch.Tensor) -> torch.Tensor:
+    """Give a tensor in canonical strides: itself, a view of it where it counts as contiguous, else a copy."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if is_canonical(tensor):
+        return tensor
+    if tensor.is_contiguous():
+        return tensor.as_strided(tensor.shape, canonical_strides(tuple(tensor.shape)))
+    return tensor.contiguous()

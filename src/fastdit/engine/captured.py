@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdit.engine.arguments import mapped, tensors_in
-from fastdit.engine.base import Execute
+from fastdit.engine.piece import Execute, PieceCall
 from fastdit.nested import map_tensors
 
 #: Runs before a capture, as torch.cuda.CUDAGraph asks for, so that nothing is set up inside of it.
 _WARM_UPS = 2
 
 #: Gives the output of a function and what writes it anew from the same memory.
-Record = Callable[[Callable[[], Any], torch.device], tuple[Any, Callable[[], None]]]
+Record = Callable[[Callable[[], object], torch.device], tuple[object, Callable[[], None]]]
 
 
 class Captures:
@@ -33,39 +32,30 @@ class Captures:
         self._execute, self._record = execute, record or _CudaGraphs()
         self._blocks: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, call: PieceCall) -> object:
         """Give the output of a block, in memory of its own."""
-        addresses = [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
-        found = self._blocks.get(module)
+        addresses = [tensor.data_ptr() for tensor in (*call.module.parameters(), *call.module.buffers())]
+        found = self._blocks.get(call.module)
         if found is None or found.addresses != addresses:
-            found = _Capture(self._execute, self._record, module, args, kwargs, addresses)
-            self._blocks[module] = found
-        return found.replay(args, kwargs)
+            found = self._blocks[call.module] = _Capture(self._execute, self._record, call, addresses)
+        return found.replay(call)
 
 
 class _Capture:
     """One block's capture, with the memory that its arguments are copied to."""
 
-    def __init__(
-        self,
-        execute: Execute,
-        record: Record,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        addresses: list[int],
-    ) -> None:
+    def __init__(self, execute: Execute, record: Record, call: PieceCall, addresses: list[int]) -> None:
         self.addresses = addresses
-        own_args, own_kwargs = mapped(args, torch.clone), mapped(kwargs, torch.clone)
-        self._arguments = tensors_in([own_args, own_kwargs])
-        device = self._arguments[0].device
-        self._output, self._replay = record(lambda: execute(module, own_args, own_kwargs), device)
+        own = call.mapped(torch.clone)
+        self._arguments = own.tensors
+        self._output, self._replay = record(lambda: execute(own), own.device)
 
-    def replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for own, given in zip(self._arguments, tensors_in([args, kwargs]), strict=True):
+    def replay(self, call: PieceCall) -> object:
+        for own, given in zip(self._arguments, call.tensors, strict=True):
             own.copy_(given)
         self._replay()
-        return map_tensors(self._output, torch.clone)
+        output: object = map_tensors(self._output, torch.clone)
+        return output
 
 
 class _CudaGraphs:
@@ -74,7 +64,7 @@ class _CudaGraphs:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
+    def __call__(self, run: Callable[[], object], device: torch.device) -> tuple[object, Callable[[], None]]:
         with torch.cuda.device(device):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             stream = torch.cuda.Stream()

@@ -18,19 +18,18 @@ import itertools
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fastdit.config import register
-from fastdit.engine.arguments import tensors_in
-from fastdit.engine.base import Execute, PieceCall
 from fastdit.engine.captured import Captures
 from fastdit.engine.packed import refuse_unpackable
+from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.processor import ProcessorEngine
 from fastdit.engine.staged import StagedEngine, following_tokens, stage_of
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
@@ -43,41 +42,54 @@ _BOUNDED = {"isolate_recompiles", "recompile_limit"} <= set(inspect.signature(to
 #: What Dynamo raises where a call needs a second graph, by its names in different versions.
 _SECOND_GRAPH = ("FailOnRecompileLimitHit", "RecompileError")
 
-MODES = ("default", "max-autotune-no-cudagraphs")
-
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Compile(StagedEngine, ProcessorEngine):
-    """Run blocks as compiled by Inductor.
+    """Run blocks as compiled by Inductor, each kind of block in one graph or not at all.
 
-    `tokens` names the numbers of image tokens of the run's stages, and gives one graph for all of them, in which the
-    number of tokens is a variable; attention is torch's there. Without it every stage has an engine of its own.
+    The arithmetic is the model's, in another order: outputs agree to rounding and are not bit-equal. `warmup` builds
+    all that a call needs, seconds to minutes for each kind of block and stage, and a later process finds it on disk.
 
-    `packed` lays the weights of linear layers out for the processor, once for all stages: faster on CPUs, by how much
-    depends on the processor and the precision (float32 or bfloat16), for a second copy of these weights in memory,
-    which lives as long as they do. `cuda_graphs` captures every block of a model that is on a CUDA device and stays
-    there (`captured.py`): less time between kernels, for a second copy of what enters and leaves a block. `mode` is
-    torch.compile's; its modes that capture CUDA graphs are not offered, since one block's output would be overwritten
-    by the next one's.
+    Args:
+        tokens: the numbers of image tokens of the run's stages, such as (1024, 4096): one graph for all of them, in
+            which the number of tokens is a variable, and attention is torch's. Without it every stage has an engine of
+            its own, which is faster to run and takes longer to build.
+        packed: lay the weights of linear layers out for the processor, once for all stages: faster on CPUs, by how much
+            depends on the processor and the precision (float32 or bfloat16), for a second copy of these weights in
+            memory, which lives as long as they do.
+        cuda_graphs: capture every block of a model that is on a CUDA device and stays there: less time between kernels,
+            for a second copy of what enters and leaves a block.
+        on_failure: "error", or "eager" to run a piece that can't be built as it is.
+
+    To tinker with:
+        mode: torch.compile's; its modes that capture CUDA graphs are not offered, since one block's output would be
+            overwritten by the next one's.
+        attention: "fastest", or "torch" to leave attention on a CPU to torch's own kernel.
+        directory: where engines are kept, ~/.cache/fastdit/engines unless given.
+
+    Raises:
+        InvalidConfig: for other values, and for `cuda_graphs` beside `tokens`, since a captured graph has one shape.
+        UnsupportedModel: from `accelerate`, where the model is not on a device that `packed` or `cuda_graphs` is for.
+        EngineBuildFailed: from a call, where a block can't be compiled in one graph and `on_failure` is "error".
+
+    >>> from fastdit import RALU, Compile, Stack, TeaCache
+    >>> stack = Stack([RALU("4x"), TeaCache(0.25, "flux-dev"), Compile()])
+    >>> Compile(tokens=(1024, 4096)).describe()
+    'Compile(tokens=(1024, 4096))'
     """
 
     _: dataclasses.KW_ONLY
     packed: bool = False
     cuda_graphs: bool = False
-    mode: str = "default"
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("packed", "cuda_graphs"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidConfig(f"Compile's {name} is True or False, got {getattr(self, name)!r}")
         if self.cuda_graphs and self.tokens:
             raise InvalidConfig("a CUDA graph has one shape; leave tokens out of Compile(cuda_graphs=True)")
-        if self.mode not in MODES:
-            raise InvalidConfig(f"Compile's mode is one of {', '.join(MODES)}, got {self.mode!r}")
 
-    def check(self, pipeline: Any, transformer: Any) -> None:
+    def check(self, pipeline: object, transformer: nn.Module) -> None:
         super().check(pipeline, transformer)
         parameter = next(transformer.parameters(), None)
         device = torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
@@ -94,50 +106,46 @@ class Compile(StagedEngine, ProcessorEngine):
         if self.packed:
             refuse_unpackable(call.module, call.device)
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
-        piece = _piece(self.tracing(call, folder, shapes=len(shapes), packed=self.packed))
-        compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
-        with inductor_in(folder), following_tokens(call, shapes) as (args, kwargs):
-            # Dynamo traces at the first call, so that is where building happens.
-            compiled(call.module, args, kwargs)
+        tracing = self.tracing(call, folder, shapes=len(shapes), packed=self.packed)
 
-        def execute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def piece(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+            with tracing():
+                return module(*args, **kwargs)
+
+        compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
+        with inductor_in(folder), following_tokens(call, shapes) as first:
+            # Dynamo traces at the first call, so that is where building happens.
+            compiled(first.module, first.args, first.kwargs)
+
+        def execute(call: PieceCall) -> object:
             if len(shapes) > 1:
-                stage_of(tensors_in([args, kwargs]), shapes)
+                stage_of(call.tensors, shapes)
             try:
                 with nullcontext() if _BOUNDED else torch._dynamo.config.patch(error_on_recompile=True):
-                    return compiled(module, args, kwargs)
+                    return compiled(call.module, call.args, call.kwargs)
             except second_graph as error:
                 raise EngineMismatch(
-                    f"{self.describe()} for {type(module).__name__} met something that was not there when it was "
+                    f"{self.describe()} for {type(call.module).__name__} met something that was not there when it was "
                     f"built: {error}; change the model between runs, not in them"
                 ) from error
 
         return Captures(execute) if self.cuda_graphs else execute
 
 
-def _piece(tracing: Callable[[], AbstractContextManager[Any]]) -> Any:
-    """Make the function that is compiled."""
-
-    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with tracing():
-            return module(*args, **kwargs)
-
-    return run
+_Piece = Callable[[nn.Module, tuple[object, ...], Mapping[str, object]], object]
 
 
-def isolated(function: Any, **options: Any) -> Any:
+def isolated(function: _Piece, *, mode: str, dynamic: bool | None) -> _Piece:
     """Compile a function in one graph, apart from every other engine.
 
     Dynamo keeps what it compiled with a function's code object, and few of them; so an engine has a code of its own.
     """
-    own = types.FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}"),
-        function.__globals__,
-        closure=function.__closure__,
-    )
-    if _BOUNDED:
-        options |= {"isolate_recompiles": True, "recompile_limit": 1}
-    return torch.compile(own, fullgraph=True, **options)
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}")
+    own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    bounds: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 1} if _BOUNDED else {}
+    compiled: _Piece = torch.compile(own, fullgraph=True, mode=mode, dynamic=dynamic, **bounds)
+    return compiled
 
 
 @contextmanager

@@ -3,15 +3,22 @@ whether an engine that was made of it gives the piece's own numbers."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from fastdit.engine.arguments import mapped
-from fastdit.engine.base import PieceCall
+from fastdit.engine.piece import PieceCall
 from fastdit.errors import EngineBuildFailed, UnsupportedModel
-from fastdit.nested import Hole, tensors_of
+from fastdit.nested import Hole, refilled, tensors_of
+
+#: How an output is nested, as JSON: "tensor", null, or one of these in a tuple, a list or a dictionary.
+Nesting: TypeAlias = "str | dict[str, list[Nesting] | dict[str, Nesting]] | None"
+
+_OUTPUT = "output.json"
 
 
 class Flat(nn.Module):
@@ -24,33 +31,48 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         call, given = self.__dict__["_call"], iter(tensors)
-        args, kwargs = mapped([call.args, call.kwargs], lambda _: next(given))
+        args, kwargs = mapped((call.args, call.kwargs), lambda _: next(given))
         return tensors_of(self.piece(*args, **kwargs))
 
 
-def encoded(output: Any) -> Any:
-    """Write down how a piece's output is nested: "tensor", null, or one of these in a tuple, a list or a dictionary."""
+class Output:
+    """How the output of an engine is put together of its tensors; it is kept in the engine's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._nesting = _decoded(json.loads((folder / _OUTPUT).read_bytes()))
+
+    @staticmethod
+    def keep(output: object, folder: Path) -> None:
+        """Write down how an output is nested. Raises `UnsupportedModel` where it holds something else than tensors."""
+        (folder / _OUTPUT).write_text(json.dumps(_encoded(output)), encoding="utf-8")
+
+    def of(self, tensors: list[torch.Tensor]) -> object:
+        """Put an output together."""
+        return refilled(self._nesting, iter(tensors))
+
+
+def _encoded(output: object) -> Nesting:
     if isinstance(output, torch.Tensor):
         return "tensor"
     if output is None:
         return None
-    if type(output) in (tuple, list):
-        return {type(output).__name__: [encoded(item) for item in output]}
-    if type(output) is dict:
-        return {"dict": {name: encoded(item) for name, item in output.items()}}
+    if isinstance(output, (tuple, list)) and type(output) in (tuple, list):
+        return {type(output).__name__: [_encoded(item) for item in output]}
+    if isinstance(output, dict) and type(output) is dict:
+        return {"dict": {name: _encoded(item) for name, item in output.items()}}
     raise UnsupportedModel(f"its output holds a {type(output).__name__}, which a package can't give; use Compile()")
 
 
-def decoded(data: Any) -> Any:
-    """Undo `encoded`, with a hole for each tensor."""
+def _decoded(data: Nesting) -> object:
+    """Undo `_encoded`, with a hole for each tensor."""
     if data is None:
         return None
-    if data == "tensor":
+    if isinstance(data, str):
         return Hole()
     ((kind, items),) = data.items()
-    if kind == "dict":
-        return {name: decoded(item) for name, item in items.items()}
-    nested = [decoded(item) for item in items]
+    if isinstance(items, dict):
+        return {name: _decoded(item) for name, item in items.items()}
+    nested = [_decoded(item) for item in items]
     return tuple(nested) if kind == "tuple" else nested
 
 

@@ -14,22 +14,20 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastdit.attention.by_heads import attend_by_heads, takes
 from fastdit.blocks.attention import AttentionCall, KernelMode
-from fastdit.engine.base import Engine, PieceCall
+from fastdit.engine.base import Engine
+from fastdit.engine.by_heads import attend_by_heads, takes
 from fastdit.engine.packed import packed_linear, packs
-from fastdit.errors import InvalidConfig
-
-CHOICES = ("fastest", "torch")
+from fastdit.engine.piece import PieceCall
 
 _FILE = "attention.json"
 
@@ -37,30 +35,28 @@ _FILE = "attention.json"
 _GAIN = 1.1
 _REPEATS = 5
 
+#: The precision of a call of attention, and the shapes of its query, key and value.
+_Outline = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
 #: What was timed in this process: the outline of a call and the number of threads -> whether heads won.
-_TIMED: dict[Hashable, bool] = {}
+_TIMED: dict[tuple[_Outline, int], bool] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorEngine(Engine):
     """Base of the engines that compile torch's own operations, and on a CPU exchange some of them.
 
-    `attention` "fastest" takes, on a CPU and for calls without a mask, the faster one of torch's kernel and a few heads
-    at a time; "torch" leaves it to torch. A kernel of the stack's own goes before both.
+    Args:
+        attention: "fastest" takes, on a CPU and for calls without a mask, the faster one of torch's kernel and a few
+            heads at a time; "torch" leaves it to torch. A kernel of the stack's own goes before both.
     """
 
     _: dataclasses.KW_ONLY
-    attention: str = "fastest"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention not in CHOICES:
-            name = type(self).__name__
-            raise InvalidConfig(f"{name}'s attention is one of {', '.join(CHOICES)}, got {self.attention!r}")
+    attention: Literal["fastest", "torch"] = "fastest"
 
     def tracing(
         self, call: PieceCall, folder: Path, *, shapes: int = 1, packed: bool = False
-    ) -> Callable[[], AbstractContextManager[Any]]:
+    ) -> Callable[[], AbstractContextManager[object]]:
         """Give what a piece is traced under. What is chosen for its attention is written to `folder`, or read there.
 
         A piece of several `shapes` has torch's attention, since what is faster depends on the shape.
@@ -68,18 +64,19 @@ class ProcessorEngine(Engine):
         """
         if call.device.type != "cpu":
             return nullcontext
-        by_heads: frozenset[Hashable] = frozenset()
+        by_heads: frozenset[_Outline] = frozenset()
         if self.attention == "fastest" and not call.attention and shapes == 1:
             if not (folder / _FILE).exists():
                 (folder / _FILE).write_text(json.dumps(_faster_by_heads(call)), encoding="utf-8")
-            by_heads = frozenset(_hashable(outline) for outline in json.loads((folder / _FILE).read_bytes()))
+            kept = json.loads((folder / _FILE).read_bytes())
+            by_heads = frozenset((dtype, tuple(q), tuple(k), tuple(v)) for dtype, q, k, v in kept)
         return lambda: _OnProcessor(by_heads, packed=packed)
 
 
 class _OnProcessor(TorchFunctionMode):
     """Answers GELU, the attention calls of some outlines, and linear layers where asked, while a piece is traced."""
 
-    def __init__(self, by_heads: frozenset[Hashable], *, packed: bool = False) -> None:
+    def __init__(self, by_heads: frozenset[_Outline], *, packed: bool) -> None:
         super().__init__()
         self._by_heads, self._packed = by_heads, packed
 
@@ -104,9 +101,9 @@ def _gelu(values: torch.Tensor) -> torch.Tensor:
     return (exact * torch.sigmoid(2.0 * inner)).to(values.dtype)
 
 
-def _faster_by_heads(call: PieceCall) -> list[Hashable]:
+def _faster_by_heads(call: PieceCall) -> list[_Outline]:
     """Run a piece and time its attention calls both ways; give the outlines of those that are faster by heads."""
-    faster: dict[Hashable, None] = {}
+    faster: dict[_Outline, None] = {}
 
     def attend(asked: AttentionCall) -> torch.Tensor:
         if takes(asked):
@@ -119,7 +116,7 @@ def _faster_by_heads(call: PieceCall) -> list[Hashable]:
         return asked.by_torch()
 
     with KernelMode(attend, "the trial of attention by heads"):
-        call.module(*call.args, **call.kwargs)
+        call.run()
     return list(faster)
 
 
@@ -134,10 +131,5 @@ def _seconds(attend: Callable[[AttentionCall], torch.Tensor], call: AttentionCal
     return min(timings)
 
 
-def _outline(call: AttentionCall) -> tuple[Any, ...]:
-    """Name a call by its precision and the shapes of its query, key and value."""
-    return str(call.query.dtype), *(tuple(tensor.shape) for tensor in (call.query, call.key, call.value))
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
+def _outline(call: AttentionCall) -> _Outline:
+    return str(call.query.dtype), tuple(call.query.shape), tuple(call.key.shape), tuple(call.value.shape)

@@ -6,15 +6,17 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from torch.export import ExportedProgram
 
-from fastdit.config import is_count
-from fastdit.engine.arguments import mapped, outline_of, tensors_in
-from fastdit.engine.base import Engine, PieceCall
+from fastdit.config import Range
+from fastdit.engine.arguments import outline_of
+from fastdit.engine.base import Engine
 from fastdit.engine.flat import Flat
 from fastdit.engine.key import EngineKey
+from fastdit.engine.piece import PieceCall
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
 
 #: The shape of each tensor of a call, in order.
@@ -25,25 +27,25 @@ Shapes = tuple[tuple[int, ...], ...]
 class StagedEngine(Engine):
     """Base of the engines of which one may serve every stage of a run.
 
-    `tokens` names the numbers of image tokens that stages have, such as (1024, 4096) for 512 x 512 and 1024 x 1024
-    pixels of 16 a token. A call at one of them gets an engine for all of them; any other call gets one of its own, as
-    all do where nothing is named.
+    Args:
+        tokens: the numbers of image tokens that stages have, two or more, such as (1024, 4096) for 512 x 512 and
+            1024 x 1024 pixels of 16 a token. A call at one of them gets an engine for all of them; any other call gets
+            one of its own, as all do where nothing is named.
     """
 
     _: dataclasses.KW_ONLY
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[Annotated[int, Range(at_least=2)], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name, tokens = type(self).__name__, self.tokens
-        if not isinstance(tokens, tuple) or not all(is_count(count, 2) for count in tokens):
-            raise InvalidConfig(f"{name}'s tokens are whole numbers of image tokens from 2, got {tokens!r}")
-        if len(set(tokens)) < len(tokens) or len(tokens) == 1:
-            raise InvalidConfig(f"{name}'s tokens are at least two different numbers, or none, got {tokens!r}")
+        if len(set(self.tokens)) < len(self.tokens) or len(self.tokens) == 1:
+            raise InvalidConfig(
+                f"{type(self).__name__}'s tokens are at least two different numbers, or none, got {self.tokens!r}"
+            )
 
     def shapes(self, call: PieceCall) -> tuple[Shapes, ...]:
         """Give the shapes that an engine for a call takes: one a stage that it serves, or the call's own."""
-        own = tuple(tuple(tensor.shape) for tensor in tensors_in([call.args, call.kwargs]))
+        own = tuple(tuple(tensor.shape) for tensor in call.tensors)
         sizes = {size for shape in own for size in shape}
         present = [count for count in self.tokens if count in sizes]
         if len(present) != 1:  # none, or not to be told apart from something else of that size
@@ -61,8 +63,8 @@ class StagedEngine(Engine):
         if len(shapes) == 1:
             return key
         first = iter(shapes[0])
-        arguments = mapped((call.args, call.kwargs), lambda tensor: tensor.new_empty(()).expand(next(first)))
-        return dataclasses.replace(key, arguments=outline_of(arguments), stage=None)
+        at_first = call.mapped(lambda tensor: tensor.new_empty(()).expand(next(first)))
+        return dataclasses.replace(key, arguments=outline_of((at_first.args, at_first.kwargs)), stage=None)
 
 
 def stage_of(tensors: list[torch.Tensor], shapes: tuple[Shapes, ...]) -> int:
@@ -85,11 +87,14 @@ def _varying(shapes: tuple[Shapes, ...]) -> list[set[int]]:
 
 
 @contextmanager
-def following_tokens(call: PieceCall, shapes: tuple[Shapes, ...]) -> Iterator[tuple[Any, Any]]:
-    """Give a call's arguments to Dynamo, which traces inside, with a variable for each dimension that differs.
+def following_tokens(call: PieceCall, shapes: tuple[Shapes, ...]) -> Iterator[PieceCall]:
+    """Give a call as Dynamo, which traces inside, should take it: with a variable for each dimension that differs.
 
     Dimensions that happen to be of one size stay apart: image tokens may be as many as a token is wide, at one stage.
     """
+    if len(shapes) == 1:
+        yield call
+        return
     marks = iter(_varying(shapes))
 
     def marked(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,21 +103,18 @@ def following_tokens(call: PieceCall, shapes: tuple[Shapes, ...]) -> Iterator[tu
             torch._dynamo.mark_dynamic(alias, axis)
         return alias
 
-    if len(shapes) == 1:
-        yield call.args, call.kwargs
-        return
     tracing: Any = torch.fx.experimental._config
     with tracing.patch(use_duck_shape=False):
-        yield mapped(call.args, marked), mapped(call.kwargs, marked)
+        yield call.mapped(marked)
 
 
-def exported(call: PieceCall, shapes: tuple[Shapes, ...]) -> Any:
+def exported(call: PieceCall, shapes: tuple[Shapes, ...]) -> ExportedProgram:
     """Export a piece as one program for all of `shapes`. Raises `UnsupportedModel` where it takes but one of them."""
     from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
     varying = _varying(shapes)
     dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in varying)
-    tensors = tuple(tensors_in([call.args, call.kwargs]))
+    tensors = tuple(call.tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's remarks on itself
         program = torch.export.export(Flat(call), tensors, dynamic_shapes=(dynamic,) if any(dynamic) else None)

@@ -1,13 +1,32 @@
-"""What a warm-up built, and the bar that shows it while it does."""
+"""What it took to get engines: one, all those of a warm-up, and the bar that shows it while it does."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastdit.engine.workshop import Build
+
+@dataclass(frozen=True)
+class Build:
+    """What it took to get one engine: `kept` says that it was found on disk; `failure`, that there is none, and why."""
+
+    piece: str
+    shape: str
+    stage: tuple[Hashable, ...] | None
+    seconds: float
+    kept: bool = False
+    failure: str | None = None
+
+    def __str__(self) -> str:
+        if self.failure is not None:
+            return f"{self.piece} {self.shape} runs eagerly: {self.failure}"
+        where = ""
+        if self.stage is not None:
+            rows, columns, kind, *_ = self.stage
+            where = f", {kind} tokens of a {rows} x {columns} grid"
+        return f"{self.piece} {self.shape}{where}: {'kept' if self.kept else 'built'} in {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -26,17 +45,7 @@ class WarmUp:
         return dict(sums)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.builds)} engines in {self.seconds:.1f} s"]
-        for build in self.builds:
-            stage = (
-                ""
-                if build.stage is None
-                else f", {build.stage[2]} tokens of a {build.stage[0]} x {build.stage[1]} grid"
-            )
-            how = "kept" if build.kept else "built"
-            fate = f"runs eagerly: {build.failure}" if build.failure is not None else f"{how} in {build.seconds:.1f} s"
-            lines.append(f"  {build.piece} {build.shape}{stage}: {fate}")
-        return "\n".join(lines)
+        return "\n  ".join([f"{len(self.builds)} engines in {self.seconds:.1f} s", *map(str, self.builds)])
 
 
 @contextmanager

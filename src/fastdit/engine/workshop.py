@@ -1,8 +1,7 @@
-"""Where a twin's engines are built, found and run: `Workshop` for as long as the twin, `EnginePass` for one forward."""
+"""Where a twin's engines are built, found and run, for as long as the twin lives."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
@@ -11,61 +10,27 @@ import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fastdit.blocks.attention import KernelMode
-from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
-from fastdit.engine.arguments import (
-    canonical,
-    mapped,
-    outline_of,
-    tensors_in,
-)
-from fastdit.engine.base import (
-    BuiltEngine,
-    Engine,
-    PieceCall,
-    answering_kernel,
-    refusal,
-    refuse_gradients,
-)
-from fastdit.engine.key import (
-    EngineKey,
-    adapters_of,
-    environment_of,
-    structure_of,
-    weights_of,
-)
+from fastdit.engine.arguments import outline_of
+from fastdit.engine.built import BuiltEngine, refusal
+from fastdit.engine.fingerprint import structure_of, weights_of
+from fastdit.engine.key import EngineKey
+from fastdit.engine.piece import PieceCall
 from fastdit.engine.registry import Registry
 from fastdit.engine.scratch import scratch
-from fastdit.errors import (
-    EngineBuildFailed,
-    EngineMismatch,
-    EngineWarning,
-    FastditError,
-    UnsupportedModel,
-)
-from fastdit.record import Outcome
-from fastdit.run import Run
+from fastdit.engine.warmup import Build
+from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning, FastditError, UnsupportedModel
 from fastdit.structure import structural_twin
+
+if TYPE_CHECKING:
+    from fastdit.engine.base import Engine
 
 #: Engines of the process by where they are kept and the digests of their keys, each as long as some twin holds it.
 _LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class Build:
-    """What it took to get one engine: `kept` says that it was found on disk; `failure`, that there is none, and why."""
-
-    piece: str
-    shape: str
-    stage: tuple[Any, ...] | None
-    seconds: float
-    kept: bool = False
-    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +48,7 @@ class Admission:
 
 
 class Workshop:
-    """Builds the engines of one twin and hands them out. `builds` tells of each that was asked for, in order."""
+    """Builds the engines of one twin and runs calls by them. `builds` tells of each that was asked for, in order."""
 
     def __init__(self, engine: Engine, listener: Callable[[Build], None] | None = None) -> None:
         self.engine = engine
@@ -93,10 +58,6 @@ class Workshop:
         self._engines: dict[tuple[str, Hashable], BuiltEngine | None] = {}
         self._weights: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
-    def enter(self, run: Run) -> EnginePass:
-        """Give what runs the blocks of one run."""
-        return EnginePass(self, run)
-
     def expected(self, model: nn.Module) -> int:
         """Count the engines that a model needs for one stage: one a kind of block, or one a block."""
         blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
@@ -105,11 +66,7 @@ class Workshop:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Say which pieces run eagerly, since no engine could be built for them, and why."""
-        return tuple(
-            f"{build.piece} {build.shape} runs eagerly: {build.failure}"
-            for build in self.builds
-            if build.failure is not None
-        )
+        return tuple(str(build) for build in self.builds if build.failure is not None)
 
     def admit(self, block: nn.Module, where: str) -> Admission:
         """Look at a block before a run: what it is made of, and whether an engine may run it."""
@@ -122,18 +79,42 @@ class Workshop:
             self._engines = {quick: built for quick, built in self._engines.items() if quick[0] != before}
         return Admission(where, module, structure_of(block), weights, refusal(block, where))
 
-    def get(self, call: PieceCall, admission: Admission, quick: Hashable) -> BuiltEngine | None:
-        """Give the engine for a call; None where it could not be built and the piece then runs eagerly.
+    def run(self, call: PieceCall, admission: Admission, environment: str) -> tuple[object, bool]:
+        """Run a call by its engine, which is built at the first such call; say whether the engine ran, or the module.
 
-        `quick` stands for the call within this process. Raises `EngineBuildFailed` where that is what was asked for.
+        `environment` is what `environment_of` says at this forward. Raises `EngineBuildFailed` or `EngineMismatch`
+        where the engine can't run the call, unless its `on_failure` is "eager".
         """
+        built = self.get(call, admission, environment)
+        if built is None:
+            return call.run(), False
+        try:
+            return built.execute(call), True
+        except EngineMismatch as error:
+            if self.engine.on_failure == "error":
+                raise
+            warnings.warn(f"{admission.where} runs eagerly: {error}", EngineWarning, stacklevel=2)
+            return call.run(), False
+
+    def get(self, call: PieceCall, admission: Admission, environment: str) -> BuiltEngine | None:
+        """Give the engine for a call; None where it could not be built and the piece runs eagerly."""
+        quick = (
+            admission.structure, admission.refusal, call.stage, call.attention, environment,
+            torch.is_inference_mode_enabled(), outline_of((call.args, call.kwargs)),
+        )  # fmt: skip
         place = (admission.weights, quick)
         if place not in self._engines:
-            self._engines[place] = self._made(call, admission)
+            start = time.perf_counter()
+            built, failure = self._made(call, admission)
+            self._engines[place] = built
+            kept, seconds = built is not None and built.kept, time.perf_counter() - start
+            self.builds.append(Build(type(call.module).__name__, call.shape, call.stage, seconds, kept, failure))
+            if self.listener is not None:
+                self.listener(self.builds[-1])
         return self._engines[place]
 
-    def _made(self, call: PieceCall, admission: Admission) -> BuiltEngine | None:
-        start = time.perf_counter()
+    def _made(self, call: PieceCall, admission: Admission) -> tuple[BuiltEngine | None, str | None]:
+        """Give an engine of the process, one that is built now, or None and the reason."""
         try:
             if admission.refusal is not None:
                 raise UnsupportedModel(admission.refusal)
@@ -146,25 +127,16 @@ class Workshop:
             reason = str(error) if isinstance(error, FastditError) else f"{type(error).__name__}: {error}"
             failed = (
                 f"{self.engine.describe()} can't build {admission.where} ({type(call.module).__name__}) for "
-                f"tensors of {_shapes(call)}: {reason}"
+                f"tensors of {[list(tensor.shape) for tensor in call.tensors]}: {reason}"
             )
             if self.engine.on_failure == "error":
                 raise EngineBuildFailed(f"{failed}; set on_failure='eager' to run such pieces as they are") from error
             warnings.warn(f"{failed}; it runs eagerly", EngineWarning, stacklevel=2)
-            shape = str(max(_shapes(call), key=math.prod, default="no tensors"))
-            self._note(Build(type(call.module).__name__, shape, call.stage, time.perf_counter() - start, False, reason))
-            return None
-        self._note(Build(key.piece, key.shape, call.stage, time.perf_counter() - start, built.kept))
-        return built
-
-    def _note(self, build: Build) -> None:
-        self.builds.append(build)
-        if self.listener is not None:
-            self.listener(build)
+            return None, reason
+        return built, None
 
     def _build(self, key: EngineKey, call: PieceCall) -> BuiltEngine:
         """Build an engine, or make it of what is kept, while no other process does the same."""
-        start = time.perf_counter()
         folder = Path(tempfile.mkdtemp(dir=scratch()))
         with self._registry.locked(key):
             kept = self._registry.read(key, folder)
@@ -174,7 +146,7 @@ class Workshop:
                 if not kept:
                     raise
                 warnings.warn(
-                    f"the engine kept for {key.piece} {key.shape} is as it was written and of no use all the same "
+                    f"the engine kept for {key.piece} {call.shape} is as it was written and of no use all the same "
                     f"({type(error).__name__}: {error}); it is removed and built again",
                     EngineWarning,
                     stacklevel=2,
@@ -185,103 +157,4 @@ class Workshop:
                 kept, execute = False, self.engine.build(call, folder)
             if not kept:
                 self._registry.keep(key, folder)
-        return BuiltEngine(key, self.engine, execute, time.perf_counter() - start, kept)
-
-
-class EnginePass(Pass):
-    """An engine in one run: answers the calls of blocks that run."""
-
-    def __init__(self, workshop: Workshop, run: Run) -> None:
-        self._workshop, self._run = workshop, run
-        self._admitted: dict[int, Admission] = {}
-        self._adapters: dict[str, object] = {}
-        self._kernel: KernelMode | None = None
-        self._environment: str | None = None
-        self._stage: tuple[Any, ...] | None = None
-        self._called = False
-        self._ran = self._eager = self._forwards = self._blocks = 0
-
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
-        self._kernel = answering_kernel()
-        adapters = adapters_of(call.module)
-        if self._adapters.setdefault(call.name, adapters) != adapters:
-            # A LoRA was switched or scaled between two steps.
-            self._adapters[call.name] = adapters
-            self._admitted.clear()
-        self._stage, self._environment = _stage_of(self._run), None
-        self._called, self._ran, self._eager = True, 0, 0
-        self._forwards += 1
-        return next(call)
-
-    def outcome(self) -> Outcome:
-        """Name what ran the forward's blocks: the engine, "eager", both with their shares, or "none" if none ran."""
-        engine, ran, eager = type(self._workshop.engine).__name__, self._ran, self._eager
-        if not self._called:
-            ran = eager = 0
-        self._called = False
-        self._blocks += ran + eager
-        if ran and eager:
-            return Outcome(engine=f"{engine}, {eager} of {ran + eager} blocks eager")
-        return Outcome(engine=engine if ran else "eager" if eager else "none")
-
-    def idle(self) -> str | None:
-        if self._blocks or not self._forwards:
-            return None
-        return (
-            f"{self._workshop.engine.describe()} was asked for no block in {self._forwards} forwards, so it gained "
-            "nothing; leave it out, or what skips all blocks"
-        )
-
-    def block(self, call: BlockCall, next: Block) -> Any:
-        """Run one block by its engine, which is built at the first call of its shape."""
-        refuse_gradients()
-        block = call.block
-        admission = self._admitted.get(id(block))
-        if admission is None:
-            admission = self._admitted[id(block)] = self._workshop.admit(block, f"{call.name}.{call.index}")
-        if admission.module is block:
-            return self._run_piece(admission, call.args, call.kwargs)
-        # The hooks that the user put on the block run as ever, around the engine.
-        hooked = structural_twin(block, {})
-        hooked.__dict__["forward"] = lambda *args, **kwargs: self._run_piece(admission, args, kwargs)
-        return hooked(*call.args, **call.kwargs)
-
-    def _run_piece(self, admission: Admission, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = mapped(args, canonical), mapped(kwargs, canonical)
-        attention = self._kernel.label if self._kernel is not None else ""
-        call = PieceCall(admission.module, args, kwargs, self._stage, attention)
-        if self._environment is None:
-            self._environment = environment_of(call.device)
-        quick = (
-            admission.structure, admission.refusal, self._stage, attention, self._environment,
-            torch.is_inference_mode_enabled(), outline_of((args, kwargs)),
-        )  # fmt: skip
-        built = self._workshop.get(call, admission, quick)
-        if built is None:
-            self._eager += 1
-            return admission.module(*args, **kwargs)
-        try:
-            output = built.execute(admission.module, args, kwargs)
-        except EngineMismatch as error:
-            if self._workshop.engine.on_failure == "error":
-                raise
-            warnings.warn(f"{admission.where} runs eagerly: {error}", EngineWarning, stacklevel=2)
-            self._eager += 1
-            return admission.module(*args, **kwargs)
-        self._ran += 1
-        if self._kernel is not None:
-            # It is compiled in, so that its answers are not seen by it.
-            self._kernel.answered = True
-        return output
-
-
-def _stage_of(run: Run) -> tuple[Any, ...] | None:
-    """Name the token layout of the picture: its grid, and how that is split."""
-    layout = run.layout or run.grid
-    if layout is None:
-        return None
-    return layout.rows, layout.columns, layout.kind, layout.frame
-
-
-def _shapes(call: PieceCall) -> list[list[int]]:
-    return [list(tensor.shape) for tensor in tensors_in([call.args, call.kwargs])]
+        return BuiltEngine(key, self.engine, execute, kept)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from fastdit.acceleration import accelerate
-from fastdit.engine.arguments import canonical, mapped
-from fastdit.engine.base import BuiltEngine, Engine, PieceCall
+from fastdit.engine.arguments import canonical
+from fastdit.engine.base import Engine
+from fastdit.engine.built import BuiltEngine
+from fastdit.engine.piece import PieceCall
 from fastdit.engine.workshop import Workshop
 from fastdit.errors import EngineMismatch
 from fastdit.nested import tensors_of
@@ -69,11 +71,11 @@ class EngineContract:
 
     def _refuse_wrong_calls(self, engine: BuiltEngine, piece: PieceCall) -> None:
         right = engine(piece)
-        hidden = piece.kwargs["hidden_states"]
-        rope = piece.kwargs["image_rotary_emb"]
+        given: Call = piece.kwargs
+        hidden, rope = given["hidden_states"], given["image_rotary_emb"]
 
         def changed(**kwargs: object) -> PieceCall:
-            return replace(piece, kwargs={**piece.kwargs, **kwargs})
+            return replace(piece, kwargs={**given, **kwargs})
 
         wrong = {
             "shape": changed(hidden_states=hidden[:, :-1].contiguous()),
@@ -81,7 +83,7 @@ class EngineContract:
             "stride": changed(hidden_states=hidden.transpose(1, 2).contiguous().transpose(1, 2)),
             "stride of one image": changed(hidden_states=hidden.as_strided(hidden.shape, (999, *hidden.stride()[1:]))),
             "dtype": changed(hidden_states=hidden.bfloat16()),
-            "batch 2 after 1": changed(hidden_states=hidden.repeat(2, 1, 1), temb=piece.kwargs["temb"].repeat(2, 1)),
+            "batch 2 after 1": changed(hidden_states=hidden.repeat(2, 1, 1), temb=given["temb"].repeat(2, 1)),
             "an argument less": changed(image_rotary_emb=None),
             "another nesting": changed(image_rotary_emb=list(rope)),
             "another module": replace(piece, module=self.pipeline()[0].transformer.single_transformer_blocks[0]),
@@ -159,10 +161,9 @@ class EngineContract:
         handle = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
         generate(pipeline, call, num_inference_steps=1)
         handle.remove()
-        args, kwargs = mapped(calls[0], canonical)
-        piece = PieceCall(block, args, kwargs, (4, 4, "fine", "coarse"))
+        piece = PieceCall(block, *calls[0], (4, 4, "fine", "coarse")).mapped(canonical)
         workshop = Workshop(self.engine())
         with torch.no_grad():
-            engine = workshop.get(piece, workshop.admit(block, "transformer_blocks.0"), "quick")
+            engine = workshop.get(piece, workshop.admit(block, "transformer_blocks.0"), "here")
         assert engine is not None
         return engine, piece

@@ -12,39 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import threading
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from fastdit.config import register
-from fastdit.engine.arguments import tensors_in
-from fastdit.engine.base import Execute, PieceCall
-from fastdit.engine.flat import decoded, encoded, prove
-from fastdit.engine.staged import (
-    Shapes,
-    StagedEngine,
-    exported,
-    stage_of,
-)
-from fastdit.errors import (
-    EngineBuildFailed,
-    EngineMismatch,
-    InvalidConfig,
-    UnsupportedModel,
-)
-from fastdit.nested import refilled, tensors_of
+from fastdit.engine.flat import Output, prove
+from fastdit.engine.piece import Execute, PieceCall
+from fastdit.engine.staged import Shapes, StagedEngine, exported, stage_of
+from fastdit.errors import EngineBuildFailed, EngineMismatch, UnsupportedModel
+from fastdit.nested import tensors_of
 
 __all__ = ["OpenVINO"]
 
-PRECISIONS = ("f32", "bf16")
-
-_BLOB, _OUTPUT = "engine.blob", "output.json"
+_BLOB = "engine.blob"
 
 #: The largest error relative to the block's own output for which an engine is kept; bfloat16 anywhere allows more.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -63,16 +49,9 @@ class OpenVINO(StagedEngine):
     """
 
     _: dataclasses.KW_ONLY
-    precision: str = "f32"
+    precision: Literal["f32", "bf16"] = "f32"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.precision not in PRECISIONS:
-            raise InvalidConfig(f"OpenVINO's precision is one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-
-    @property
-    def bakes_weights(self) -> bool:
-        return True
+    bakes_weights: ClassVar[bool] = True
 
     @property
     def settings(self) -> str:
@@ -81,15 +60,14 @@ class OpenVINO(StagedEngine):
         except PackageNotFoundError:
             return f"{super().settings}, no openvino"
 
-    def check(self, pipeline: Any, transformer: Any) -> None:
+    def check(self, pipeline: object, transformer: nn.Module) -> None:
         _openvino()
         device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
         if device.type != "cpu":
             raise UnsupportedModel(f"OpenVINO() runs on the CPU and the model is on {device}; use Compile() there")
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
-        tensors = tensors_in([call.args, call.kwargs])
-        shapes, built = self.shapes(call), (folder / _BLOB).exists()
+        tensors, shapes, built = call.tensors, self.shapes(call), (folder / _BLOB).exists()
         if not built:
             (folder / _BLOB).write_bytes(self._convert(call, shapes))
         compiled = _openvino().Core().import_model(io.BytesIO((folder / _BLOB).read_bytes()), "CPU", self._properties)
@@ -98,15 +76,14 @@ class OpenVINO(StagedEngine):
             raise UnsupportedModel(f"this processor computes in {used} where {self.precision} was asked for")
         request = _Request(compiled)
         if not built:
-            output = call.module(*call.args, **call.kwargs)
+            output = call.run()
             prove(tensors_of(output), request.infer(tensors), self._tolerance(call))
-            (folder / _OUTPUT).write_text(json.dumps(encoded(output)), encoding="utf-8")
-        nesting = decoded(json.loads((folder / _OUTPUT).read_bytes()))
+            Output.keep(output, folder)
         proved = {stage_of(tensors, shapes)} if len(shapes) == 1 or not built else set()
-        return _Proved(request, shapes, nesting, self._tolerance(call), proved).execute
+        return _Proved(request, shapes, Output(folder), self._tolerance(call), proved).execute
 
     @property
-    def _properties(self) -> dict[str, Any]:
+    def _properties(self) -> dict[str, object]:
         return {
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -132,7 +109,7 @@ class OpenVINO(StagedEngine):
 
     def _tolerance(self, call: PieceCall) -> float:
         asked = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        tensors = [*call.module.parameters(), *tensors_in([call.args, call.kwargs])]
+        tensors = [*call.module.parameters(), *call.tensors]
         return max(_TOLERANCE.get(dtype, 0.0) for dtype in (asked, *(tensor.dtype for tensor in tensors)))
 
 
@@ -156,22 +133,22 @@ class _Proved:
 
     request: _Request
     shapes: tuple[Shapes, ...]
-    nesting: Any
+    output: Output
     tolerance: float
     proved: set[int]
 
-    def execute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = tensors_in([args, kwargs])
+    def execute(self, call: PieceCall) -> object:
+        tensors = call.tensors
         stage = stage_of(tensors, self.shapes)
         found = self.request.infer(tensors)
         if stage not in self.proved:
             try:
-                prove(tensors_of(module(*args, **kwargs)), found, self.tolerance)
+                prove(tensors_of(call.run()), found, self.tolerance)
             except EngineBuildFailed as error:
-                where = f"OpenVINO's engine of {type(module).__name__} at {self.shapes[stage]}"
+                where = f"OpenVINO's engine of {type(call.module).__name__} at {self.shapes[stage]}"
                 raise EngineMismatch(f"{where}: {error}") from error
             self.proved.add(stage)
-        return refilled(self.nesting, iter(found))
+        return self.output.of(found)
 
 
 def _shared(tensor: torch.Tensor) -> Any:

@@ -11,35 +11,27 @@ blocks of one kind share that cache, so that one of them is built and the others
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fastdit.config import register
-from fastdit.engine.arguments import tensors_in
-from fastdit.engine.base import Execute, PieceCall
-from fastdit.engine.flat import decoded, encoded, prove
-from fastdit.engine.registry import cache_home
-from fastdit.engine.staged import (
-    Shapes,
-    StagedEngine,
-    exported,
-    stage_of,
-)
+from fastdit.engine.flat import Output, prove
+from fastdit.engine.piece import Execute, PieceCall
+from fastdit.engine.sealed import cache_home, digest_of
+from fastdit.engine.staged import Shapes, StagedEngine, exported, stage_of
 from fastdit.errors import EngineBuildFailed, EngineMismatch, UnsupportedModel
-from fastdit.nested import refilled, tensors_of
+from fastdit.nested import tensors_of
 
 from .cache import sealed_cache
 
 __all__ = ["TensorRT"]
 
-_PROGRAM, _OUTPUT = "engine.ep", "output.json"
+_PROGRAM = "engine.ep"
 
 #: The largest error relative to the block's own output for which an engine is kept.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -56,15 +48,13 @@ class TensorRT(StagedEngine):
     `accelerate` raises `UnsupportedModel` where torch-tensorrt can't be imported or the model is not on a CUDA device.
     """
 
-    @property
-    def bakes_weights(self) -> bool:
-        return True
+    bakes_weights: ClassVar[bool] = True
 
     @property
     def settings(self) -> str:
         return f"{super().settings}, {_version('torch-tensorrt')}, {_version('tensorrt-cu13-libs')}"
 
-    def check(self, pipeline: Any, transformer: Any) -> None:
+    def check(self, pipeline: object, transformer: nn.Module) -> None:
         device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
         if device.type != "cuda":
             raise UnsupportedModel(f"TensorRT() needs a CUDA device and the model is on {device}; move the pipeline")
@@ -74,9 +64,9 @@ class TensorRT(StagedEngine):
         shapes, built = self.shapes(call), (folder / _PROGRAM).exists()
         if not built:
             self._compile(call, shapes, folder)
-            (folder / _OUTPUT).write_text(json.dumps(encoded(call.module(*call.args, **call.kwargs))), encoding="utf-8")
+            Output.keep(call.run(), folder)
         program = _torch_tensorrt().load(str(folder / _PROGRAM)).module()
-        engine = _Profiled(program, shapes, decoded(json.loads((folder / _OUTPUT).read_bytes())))
+        engine = _Profiled(program, shapes, Output(folder))
         if not built:
             engine.prove(call)
         return engine.execute
@@ -84,13 +74,12 @@ class TensorRT(StagedEngine):
     def _compile(self, call: PieceCall, shapes: tuple[Shapes, ...], folder: Path) -> None:
         """Compile a piece with a profile for each of `shapes`, or refit what was compiled for other weights."""
         torch_tensorrt = _torch_tensorrt()
-        tensors = tensors_in([call.args, call.kwargs])
         program = exported(call, shapes)
         cache = cache_home() / "tensorrt"
         cache.mkdir(parents=True, exist_ok=True)
         compiled = torch_tensorrt.dynamo.compile(
             program,
-            arg_inputs=inputs_of(torch_tensorrt.Input, tensors, shapes),
+            arg_inputs=inputs_of(torch_tensorrt.Input, call.tensors, shapes),
             device=call.device,
             require_full_compilation=True,
             min_block_size=1,
@@ -107,8 +96,7 @@ class TensorRT(StagedEngine):
 
     def _fingerprint(self, call: PieceCall) -> str:
         """Name everything that makes an engine except the weights."""
-        texts = self.key(call, weights="").to_json()
-        return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
+        return digest_of(self.key(call, weights="").to_json())
 
 
 def inputs_of(make: Any, tensors: list[torch.Tensor], shapes: tuple[Shapes, ...]) -> list[Any]:
@@ -124,33 +112,30 @@ def inputs_of(make: Any, tensors: list[torch.Tensor], shapes: tuple[Shapes, ...]
 class _Profiled:
     """A loaded program that is switched to a profile when the stage changes, and proved once at each."""
 
-    def __init__(self, program: nn.Module, shapes: tuple[Shapes, ...], nesting: Any) -> None:
-        self._program, self._nesting = program, nesting
-        self._shapes = shapes
+    def __init__(self, program: nn.Module, shapes: tuple[Shapes, ...], output: Output) -> None:
+        self._program, self._shapes, self._output = program, shapes, output
         self._engines = list(_engines_in(program))
         self._active: int | None = None
         self._proved: set[int] = set()
         if not self._engines:
             raise EngineBuildFailed("the compiled program holds no TensorRT engine; report this to fastdit-tensorrt")
 
-    def execute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def execute(self, call: PieceCall) -> object:
         """Run a call."""
-        tensors = tensors_in([args, kwargs])
-        found = self._run(tensors)
+        found = self._run(call.tensors)
         if self._active not in self._proved:
             try:
-                self._compare(module(*args, **kwargs), found)
+                self._compare(call, found)
             except EngineBuildFailed as error:
-                raise EngineMismatch(f"TensorRT's engine of {type(module).__name__}: {error}") from error
-        return refilled(self._nesting, iter(found))
+                raise EngineMismatch(f"TensorRT's engine of {type(call.module).__name__}: {error}") from error
+        return self._output.of(found)
 
     def prove(self, call: PieceCall) -> None:
         """Raise `EngineBuildFailed` unless the engine gives the module's own numbers for a call."""
-        found = self._run(tensors_in([call.args, call.kwargs]))
-        self._compare(call.module(*call.args, **call.kwargs), found)
+        self._compare(call, self._run(call.tensors))
 
-    def _compare(self, output: Any, found: list[torch.Tensor]) -> None:
-        expected = tensors_of(output)
+    def _compare(self, call: PieceCall, found: list[torch.Tensor]) -> None:
+        expected = tensors_of(call.run())
         prove(expected, found, max(_TOLERANCE.get(tensor.dtype, 0.0) for tensor in expected))
         self._proved.add(self._active or 0)
 

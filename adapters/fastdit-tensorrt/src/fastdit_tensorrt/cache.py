@@ -7,13 +7,13 @@ fingerprint of all that makes it but its weights. What is kept is a pickle, whic
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdit.engine.registry import Registry
+from fastdit.engine.sealed import digest_of
 
 _FILE = "engine.bin"
 
@@ -28,7 +28,7 @@ class CacheKey:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(f"{self.fingerprint} {self.graph}".encode()).hexdigest()[:32]
+        return digest_of(self.to_json())
 
     def to_json(self) -> dict[str, str]:
         return {
@@ -45,14 +45,14 @@ class SealedEngines:
     def __init__(self, directory: str | None, piece: str, fingerprint: str) -> None:
         self._registry, self._piece, self._fingerprint = Registry(directory), piece, fingerprint
 
-    def save(self, hash: str, blob: bytes, *args: Any, **kwargs: Any) -> None:
+    def save(self, hash: str, blob: bytes, *args: object, **kwargs: object) -> None:
         """Keep an engine under torch-tensorrt's name for it."""
         key = CacheKey(self._piece, self._fingerprint, hash)
         with tempfile.TemporaryDirectory() as folder, self._registry.locked(key):
             Path(folder, _FILE).write_bytes(blob)
             self._registry.keep(key, Path(folder))
 
-    def load(self, hash: str, *args: Any, **kwargs: Any) -> bytes | None:
+    def load(self, hash: str, *args: object, **kwargs: object) -> bytes | None:
         """Give an engine as it was kept; None where there is none, or it is not as it was written."""
         key = CacheKey(self._piece, self._fingerprint, hash)
         with tempfile.TemporaryDirectory() as folder, self._registry.locked(key):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdit.attention import by_heads
-from fastdit.attention.by_heads import attend_by_heads, takes
 from fastdit.blocks.attention import AttentionCall
+from fastdit.engine import by_heads
+from fastdit.engine.by_heads import attend_by_heads, takes
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

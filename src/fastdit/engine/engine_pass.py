@@ -1,0 +1,101 @@
+"""An engine in one run: it answers the calls of the blocks that the other levels let run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+
+from fastdit.blocks.attention import KernelMode
+from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
+from fastdit.engine.arguments import canonical, mapped
+from fastdit.engine.built import answering_kernel, refuse_gradients
+from fastdit.engine.fingerprint import adapters_of
+from fastdit.engine.key import environment_of
+from fastdit.engine.piece import PieceCall
+from fastdit.engine.workshop import Admission, Workshop
+from fastdit.record import Outcome
+from fastdit.run import Run
+from fastdit.structure import structural_twin
+
+
+class EnginePass(Pass):
+    """Runs each block that is called by its engine, which the workshop builds at the first call of its shape."""
+
+    def __init__(self, workshop: Workshop, run: Run) -> None:
+        self._workshop, self._run = workshop, run
+        self._admitted: dict[int, Admission] = {}
+        self._adapters: dict[str, object] = {}
+        self._kernel: KernelMode | None = None
+        self._environment: str | None = None
+        self._stage: tuple[Hashable, ...] | None = None
+        self._called = False
+        self._ran = self._eager = 0
+        self._in_run: Counter[str] = Counter()
+
+    def forward(self, call: ForwardCall, next: Forward) -> object:
+        self._kernel = answering_kernel()
+        adapters = adapters_of(call.module)
+        if self._adapters.setdefault(call.name, adapters) != adapters:
+            # A LoRA was switched or scaled between two steps.
+            self._adapters[call.name] = adapters
+            self._admitted.clear()
+        self._stage, self._environment = _stage_of(self._run), None
+        self._called, self._ran, self._eager = True, 0, 0
+        self._in_run["forwards"] += 1
+        return next(call)
+
+    def outcome(self) -> Outcome:
+        """Name what ran the forward's blocks: the engine, "eager", both with their shares, or "none" if none ran."""
+        engine, ran, eager = type(self._workshop.engine).__name__, self._ran, self._eager
+        if not self._called:
+            ran = eager = 0
+        self._called = False
+        self._in_run.update(ran=ran, eager=eager)
+        if ran and eager:
+            return Outcome(engine=f"{engine}, {eager} of {ran + eager} blocks eager")
+        return Outcome(engine=engine if ran else "eager" if eager else "none")
+
+    def idle(self) -> str | None:
+        ran, eager, forwards = (self._in_run[name] for name in ("ran", "eager", "forwards"))
+        if ran or not forwards:
+            return None
+        why = f"all {eager} blocks ran eagerly" if eager else "it was asked for no block"
+        return (
+            f"{self._workshop.engine.describe()} ran nothing in {forwards} forwards, since {why}; leave it out, or "
+            f"{'make the blocks such as can be built' if eager else 'use a model that calls its block lists'}"
+        )
+
+    def block(self, call: BlockCall, next: Block) -> object:
+        refuse_gradients()
+        block = call.block
+        admission = self._admitted.get(id(block))
+        if admission is None:
+            admission = self._admitted[id(block)] = self._workshop.admit(block, f"{call.name}.{call.index}")
+        if admission.module is block:
+            return self._run_piece(admission, call.args, call.kwargs)
+        # The hooks that the user put on the block run as ever, around the engine.
+        hooked = structural_twin(block, {})
+        hooked.__dict__["forward"] = lambda *args, **kwargs: self._run_piece(admission, args, kwargs)
+        return hooked(*call.args, **call.kwargs)
+
+    def _run_piece(self, admission: Admission, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        args, kwargs = mapped((args, kwargs), canonical)
+        attention = self._kernel.label if self._kernel is not None else ""
+        call = PieceCall(admission.module, args, kwargs, self._stage, attention)
+        if self._environment is None:
+            self._environment = environment_of(call.device)
+        output, ran = self._workshop.run(call, admission, self._environment)
+        self._ran += ran
+        self._eager += not ran
+        if ran and self._kernel is not None:
+            # It is compiled in, so that its answers are not seen by it.
+            self._kernel.answered = True
+        return output
+
+
+def _stage_of(run: Run) -> tuple[Hashable, ...] | None:
+    """Name the token layout of the picture: its grid, and how that is split."""
+    layout = run.layout or run.grid
+    if layout is None:
+        return None
+    return layout.rows, layout.columns, layout.kind, layout.frame

@@ -1,0 +1,160 @@
+"""What a module is: a digest of its structure and a checksum of its weights, neither of which runs it.
+
+The structure is all that a module computes by besides the values of its weights: classes and their source, plain
+attributes, shapes of weights, LoRA layers and their scales.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+#: How many elements of every weight its checksum looks at.
+SAMPLES = 64
+_GOLDEN = 0.618
+
+#: How deep objects among a module's attributes are looked into.
+_DEPTH = 4
+
+#: What peft's layers remember of how they were made; it says where each layer is, and changes nothing.
+_PEFT_NOTES = frozenset({"kwargs"})
+
+_INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
+
+
+def structure_of(module: nn.Module) -> str:
+    """Give a digest of all that a module computes by, besides the values of its weights.
+
+    Two blocks of equal structure differ in their weights alone, so one engine serves both.
+    """
+    parts = [_part(name, part) for name, part in module.named_modules()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def adapters_of(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Say which LoRA layers of a module act, and how strongly: what may change between two steps of one run."""
+    return tuple(
+        (str(getattr(part, "active_adapters", "")), str(part.scaling), str(getattr(part, "merged_adapters", "")))
+        for part in module.modules()
+        if isinstance(getattr(part, "scaling", None), dict)
+    )
+
+
+def weights_of(module: nn.Module) -> str:
+    """Give a checksum of the values of a module's weights, by a sample of each: cheap enough for every run.
+
+    It looks at 64 elements of every weight, evenly spread, so it sees whatever changes a weight as a whole (another
+    checkpoint, a LoRA that is fused, scaled or unfused in place), and may miss an edit of a few elements by hand.
+    """
+    return _sampled([*module.parameters(), *module.buffers()])
+
+
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Give 64 elements of a tensor, or about as many, spread over its rows and columns; a view where that can be."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    step, width = max(1, tensor.numel() // SAMPLES), tensor.shape[-1] if tensor.dim() > 1 else tensor.numel()
+    if step >= width > 1:
+        # Whole rows further would be the same column again; a golden part of a row further, all get their turn.
+        further = next(part for part in itertools.count(round(_GOLDEN * width)) if math.gcd(part, width) == 1)
+        step += further - step % width
+    return tensor.reshape(-1)[::step]
+
+
+def _part(name: str, part: nn.Module) -> tuple[object, ...]:
+    passed_over = _INTERNALS | _PEFT_NOTES if type(part).__module__.startswith("peft.") else _INTERNALS
+    own = {key: value for key, value in vars(part).items() if key not in passed_over}
+    tensors = [(key, _tensor(tensor)) for key, tensor in (*part._parameters.items(), *part._buffers.items())]
+    return name, _class_of(part), part.training, tensors, _described(own, _DEPTH)
+
+
+def _tensor(tensor: torch.Tensor | None) -> object:
+    if tensor is None:
+        return None
+    kind, shape = type(tensor).__name__, tuple(tensor.shape)
+    own = kind, shape, tensor.stride(), str(tensor.dtype), str(tensor.device), tensor.requires_grad
+    held, how = _parts_of(tensor)
+    return (own, [(name, _tensor(part)) for name, part in held.items()], _described(how, _DEPTH)) if held else own
+
+
+def _parts_of(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], object]:
+    """Give the tensors that a tensor of a class of its own holds (packed values, scales), by name, and how it reads
+    them; none for one that is plain, or that does not say."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return {}, None
+    names, how = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}, how
+
+
+def _described(value: object, depth: int) -> object:
+    """Describe an attribute: plain values as they are, tensors by content, objects by class and attributes."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), str(value.dtype), _sampled([value])
+    if isinstance(value, type):
+        return _class(cast(Hashable, value))
+    if depth == 0 or isinstance(value, nn.Module):  # a child of the module has an entry of its own
+        return _class_of(value)
+    if isinstance(value, Mapping):
+        return [(str(key), _described(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [_described(item, depth - 1) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(item) for item in value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__module__, value.__qualname__, _source_of(inspect.unwrap(value))
+    return _class_of(value), _described(getattr(value, "__dict__", {}), depth - 1)
+
+
+def _class_of(value: object) -> object:
+    return _class(cast(Hashable, type(value)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _class(cls: type) -> tuple[object, ...]:
+    """Name a class with the source of the files that define it and its bases."""
+    sources = [_source_of(base) for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+    return cls.__module__, cls.__qualname__, tuple(sources)
+
+
+def _source_of(thing: object) -> str:
+    try:
+        path = inspect.getsourcefile(thing)  # type: ignore[arg-type]
+    except TypeError:
+        path = None
+    return _file(path) if path is not None and Path(path).exists() else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def _sampled(tensors: Iterable[torch.Tensor]) -> str:
+    with torch.no_grad():
+        plain = [part for tensor in tensors for part in _unpacked(tensor.detach())]
+        picked = [sample_of(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
+        digest = hashlib.sha256()
+        for device in dict.fromkeys(tensor.device for tensor in picked):
+            # One transfer for all the weights of a device.
+            together = torch.cat([tensor.double() for tensor in picked if tensor.device == device])
+            digest.update(together.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _unpacked(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    held, _ = _parts_of(tensor)
+    if not held:
+        yield tensor
+    for part in held.values():
+        yield from _unpacked(part)

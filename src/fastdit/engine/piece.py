@@ -1,0 +1,56 @@
+"""A piece of a model, as an engine meets it: a call of it, and what runs such calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import nn
+
+from fastdit.engine.arguments import mapped, tensor_outline, tensors_in
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceCall:
+    """One call of a piece of a model: what an engine is built for, and what it runs.
+
+    `stage` names the token layout of the picture, None where it is not known; `attention` names the kernel of the stack
+    that answers the model's attention, "" where none does.
+    """
+
+    module: nn.Module
+    args: tuple[object, ...] = ()
+    kwargs: dict[str, object] = dataclasses.field(default_factory=dict)
+    stage: tuple[Hashable, ...] | None = None
+    attention: str = ""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the arguments, in order."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call runs."""
+        tensors = self.tensors
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    @property
+    def shape(self) -> str:
+        """The largest tensor of the arguments, for a reader."""
+        largest = max(self.tensors, key=torch.Tensor.numel, default=None)
+        return "no tensors" if largest is None else str(tensor_outline(largest))
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PieceCall:
+        """Give the call with `function` of each tensor in its place."""
+        args, kwargs = mapped((self.args, self.kwargs), function)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def run(self) -> object:
+        """Run the piece as it is."""
+        return self.module(*self.args, **self.kwargs)
+
+
+#: What runs an engine: it gets a call of a module of the engine's structure, its tensors in canonical strides.
+Execute = Callable[[PieceCall], object]
