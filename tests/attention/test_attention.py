@@ -29,6 +29,7 @@ from fastdit import (
     accelerate,
 )
 from fastdit.testing import AcceleratorContract
+from fastdit.testing.tiny import randn
 
 # Tiny models gain nothing from fused kernels, and torch says so.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -93,7 +94,9 @@ def test_models_that_do_not_know_the_dispatcher_take_a_backend_too(name: str, an
     assert "_native_math" in answered
 
 
-@pytest.mark.parametrize("stop", [False, True], ids=["to the end", "after an error"])
+@pytest.mark.parametrize(
+    "stop", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["after an error", "to the end"]
+)
 def test_the_process_and_the_user_s_models_know_nothing_of_it(stop: bool) -> None:
     pipe, call = tiny.flux()
     other, _ = tiny.flux(seed=1)
@@ -254,6 +257,7 @@ def test_a_model_whose_attention_never_reaches_torch_s_warns_that_nothing_fired(
         tiny.run(accelerate(pipe, [Attention("flex")], strict=True), call)
 
 
+@pytest.mark.exhaustive
 def test_caches_act_the_same_over_another_kernel() -> None:
     pipe, call = tiny.flux(size=128, steps=8)
     for cache in (FirstBlockCache(1.0), ToCa(3, 0.25, first=2, score="attention"), ToCa(3, 0.25, first=2)):
@@ -273,6 +277,7 @@ def test_a_kernel_that_rounds_is_not_extrapolated_over() -> None:
     Stack([FirstBlockCache(0.1, forecast=Taylor(1)), Attention("flash")])
 
 
+@pytest.mark.exhaustive
 def test_compiled_blocks_are_compiled_once_more_for_each_kernel_and_call_no_other() -> None:
     from torch._dynamo.testing import CompileCounter
 
@@ -331,17 +336,17 @@ MASKS = {
     "none": None,
     "keys": (torch.arange(7) < 5).view(1, 1, 1, 7).expand(2, 1, 1, 7),
     "pairs": torch.arange(6).view(6, 1) >= torch.arange(7) - 2,
-    "pairs of each image": (tiny.randn(2, 1, 6, 7, seed=3) > -1.0) | (torch.arange(7) == 0),
-    "added": tiny.randn(2, 4, 6, 7, seed=4),
+    "pairs of each image": (randn(2, 1, 6, 7, seed=3) > -1.0) | (torch.arange(7) == 0),
+    "added": randn(2, 4, 6, 7, seed=4),
 }
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"enable_gqa": True}], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", ["_native_math", "flex"])
+@pytest.mark.parametrize("backend", ["_native_math", pytest.param("flex", marks=pytest.mark.exhaustive)])
 def test_masks_and_options_mean_what_torch_says(backend: str, mask: str, options: dict[str, Any]) -> None:
     heads = 2 if "enable_gqa" in options else 4
-    query, key, value = (tiny.randn(2, h, s, 8, seed=h + s) for h, s in ((4, 6), (heads, 7), (heads, 7)))
+    query, key, value = (randn(2, h, s, 8, seed=h + s) for h, s in ((4, 6), (heads, 7), (heads, 7)))
     full_key, full_value = (tensor.repeat_interleave(4 // heads, dim=1) for tensor in (key, value))
     scores = query @ full_key.transpose(2, 3) * options.get("scale", 8**-0.5)
     allowed = MASKS[mask]
@@ -355,7 +360,7 @@ def test_masks_and_options_mean_what_torch_says(backend: str, mask: str, options
 
 
 def test_an_option_that_a_backend_would_drop_is_an_error_not_another_result() -> None:
-    query = tiny.randn(1, 2, 4, 8, seed=0)
+    query = randn(1, 2, 4, 8, seed=0)
     twin = accelerate(Masked(), [Attention("flex")])
     with pytest.raises(UnsupportedModel, match="does not take dropout_p"), twin.fastdit.run(num_inference_steps=1):
         twin(query, query, query, {"dropout_p": 0.5})

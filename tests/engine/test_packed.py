@@ -33,7 +33,11 @@ def counted(function: Any) -> dict[str, int]:
     return {event.key: event.count for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+BFLOAT16_HERE = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bfloat16 = pytest.mark.skipif(not BFLOAT16_HERE, reason="oneDNN multiplies no bfloat16 on this processor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_a_linear_layer_of_any_number_of_tokens_and_strides(dtype: torch.dtype, bias: bool) -> None:
     layer = nn.Linear(24, 40, bias=bias, dtype=dtype)
@@ -104,6 +108,7 @@ def test_all_engines_of_a_model_share_one_packed_form_of_each_weight() -> None:
     assert LAID_OUT not in other and other[OPERATOR] >= 2 * len(layers)  # steps x layers
 
 
+@needs_bfloat16
 @pytest.mark.exhaustive
 def test_it_is_as_near_to_exact_numbers_as_the_plain_model_in_bfloat16() -> None:
     pipeline = random_flux(FluxSize(double_blocks=1, single_blocks=1, heads=2, head_width=32), dtype=torch.bfloat16)
@@ -129,6 +134,13 @@ def test_another_precision_is_refused_by_name(dtype: torch.dtype) -> None:
     fast = accelerate(pieces.model().to(dtype), [Compile(packed=True)])
     with pytest.raises(EngineBuildFailed, match=f"weight of linear is a Parameter of {dtype}"):
         pieces.run(fast, pieces.inputs().to(dtype))
+
+
+def test_bfloat16_is_refused_by_name_on_a_processor_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    fast = accelerate(pieces.model().to(torch.bfloat16), [Compile(packed=True)])
+    with pytest.raises(EngineBuildFailed, match="in bfloat16, which oneDNN does not multiply on this processor"):
+        pieces.run(fast, pieces.inputs().to(torch.bfloat16))
 
 
 def test_autocast_is_refused_by_name() -> None:

@@ -52,6 +52,11 @@ def refuse_unpackable(module: nn.Module, device: torch.device) -> None:
                 f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, and packed are plain ones of "
                 "float32 or bfloat16; leave `packed` out"
             )
+        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise UnsupportedModel(
+                f"the weight of {name} is in bfloat16, which oneDNN does not multiply on this processor (it takes "
+                "AVX-512); leave `packed` out"
+            )
 
 
 def packs(hidden_states: Tensor, weight: Tensor) -> bool:

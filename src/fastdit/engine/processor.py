@@ -3,7 +3,7 @@
     gelu(x) = x / 2 (1 + tanh(u(x))) = x sigmoid(2 u(x)),    u(x) = sqrt(2 / pi) (x + 0.044715 x^3)
 
 The two forms of GELU are equal, and a vector of tanh costs three times what one of exp does. For attention see
-`attention/by_heads.py`: which way is faster depends on the processor, the precision and the size, so both are timed on
+`by_heads.py`: which way is faster depends on the processor, the precision and the size, so both are timed on
 the attention calls that the piece makes, once for each shape in a process. What was found is kept with the engine.
 For linear layers with packed weights see `packed.py`.
 """
