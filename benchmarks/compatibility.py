@@ -22,8 +22,8 @@ refused by name. A cell says how many combinations of forecaster (Reuse, Taylor,
 def main(out: Path = Path("benchmarks/results/compatibility.json"), page: Path = Path("docs/compatibility.md")) -> None:
     """Run the combinations, save what came of each, and write the page."""
     found = []
-    for names, stack in combinations():
-        found.append(tried(names, stack))
+    for names in combinations():
+        found.append(tried(names))
         if len(found) % 50 == 0:
             print(f"{len(found)} combinations tried", flush=True)
     save(out, {"combinations": found})

@@ -1,30 +1,47 @@
-"""Every combination of accelerators runs and keeps its promises, or is refused by name with a reason."""
+"""Accelerators of all levels run together and keep their promises, or are refused by name with a reason."""
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from pathlib import Path
 
 import pytest
 
-from combinations import Names, combinations, tried
+import combinations
+from combinations import Names, pairs, stated, tried
 from fastdit import Stack
 
-#: The forecasters are covered one by one by the contract; here the plain and an extrapolating one stand for them.
-ROWS = list(combinations(("Reuse", "Taylor")))
+ROWS = list(pairs())
 
 
-@pytest.mark.parametrize(("names", "stack"), ROWS, ids=["-".join(filter(None, names)) for names, _ in ROWS])
-def test_a_combination_runs_and_keeps_its_promises_or_is_refused_with_a_reason(
-    names: Names, stack: Stack | str
-) -> None:
-    found = tried(names, stack)
+@pytest.fixture(autouse=True)
+def engines_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path))
+
+
+def test_any_two_parts_are_in_one_row_and_run_unless_they_conflict() -> None:
+    """Whatever is in no row that runs was in one that is refused."""
+    running = [row for row in ROWS if isinstance(stated(row), Stack)]
+    refused = [row for row in ROWS if row not in running]
+    axes = [list(getattr(combinations, table)) for table in ("SCHEDULES", "TOKEN_CACHES", "ATTENTIONS", "ENGINES")]
+    places = [Names._fields.index(name) for name in ("schedule", "token_cache", "attention", "engine")]
+    for (a, xs), (b, ys) in itertools.combinations(zip(places, axes, strict=True), 2):
+        for x, y in itertools.product(xs, ys):
+            assert any(row[a] == x and row[b] == y for row in running) or any(
+                row[a] == x and row[b] == y for row in refused
+            ), (x, y)
+    assert len(running) < 120
+
+
+@pytest.mark.parametrize("names", ROWS, ids="-".join)
+def test_a_combination_runs_and_keeps_its_promises_or_is_refused_with_a_reason(names: Names) -> None:
+    found = tried(names)
     assert found.refusal is None or len(found.refusal) > 40
 
 
 def test_what_is_refused_is_refused_for_the_effects_that_were_declared() -> None:
-    refused: dict[Names, Any] = {names: stack for names, stack in ROWS if isinstance(stack, str)}
-    for schedule, step_cache, _, option, token_cache in refused:
-        curve_and_schedule = step_cache == "MagCache" and schedule != "none"
-        same_rows = token_cache != "none" or "the query's frame" in schedule
-        assert curve_and_schedule or (option == "per image" and same_rows)
-    assert refused
+    for row in combinations.combinations():
+        curve_and_schedule = row.step_cache == "MagCache" and row.schedule != "none"
+        same_rows = row.token_cache != "none" or "the query's frame" in row.schedule
+        expected = curve_and_schedule or (row.option == "per image" and same_rows)
+        assert isinstance(stated(row), str) is expected, row

@@ -33,7 +33,17 @@ with warnings.catch_warnings():
 DESCRIBED = {name for family in families() for name in family.pipelines}
 
 
-@pytest.mark.parametrize("name", sorted(DESCRIBED & set(PIPELINES) & set(CLASSES)))
+#: One family of packed tokens, one of frames, one of whole frames; all others belong to the exhaustive part.
+FEW = ("FluxPipeline", "StableDiffusion3Pipeline", "WanPipeline")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FEW else pytest.mark.exhaustive)
+        for name in sorted(DESCRIBED & set(PIPELINES) & set(CLASSES))
+    ],
+)
 def test_every_described_pipeline_with_a_tiny_one_takes_stages_of_its_kind(name: str) -> None:
     row = supported(CLASSES[name])
     family = next(family for family in families() if name in family.pipelines)

@@ -92,6 +92,7 @@ def test_a_saved_pipeline_makes_the_same_picture(mini: Any, tmp_path: Path) -> N
     assert torch.equal(latents(again, num_inference_steps=2), latents(mini, num_inference_steps=2))
 
 
+@pytest.mark.exhaustive
 def test_the_judge_finds_what_held_out_prompts_asked_for(mini: Any) -> None:
     prompts = held_out(8, 7, kind="single", background=True)
     images = mini(prompts, generator=torch.Generator().manual_seed(7), output_type="pt").images
@@ -123,6 +124,7 @@ def test_an_empty_stack_is_bit_equal(mini: Any) -> None:
     assert torch.equal(latents(accelerate(mini, []), **call), latents(mini, **call))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "cache", [TeaCache(0.2, (1.0, 0.0)), FirstBlockCache(0.1), EasyCache(0.1)], ids=lambda cache: type(cache).__name__
 )
@@ -133,6 +135,7 @@ def test_caches_skip_steps_and_stay_near_the_plain_picture(mini: Any, cache: Any
     assert (made - plain).norm() < 0.3 * plain.norm()
 
 
+@pytest.mark.exhaustive
 def test_a_schedule_s_pictures_still_show_what_was_asked(mini: Any) -> None:
     prompts = held_out(8, 7, kind="single", background=True)
     fast = accelerate(mini, [RALU("2x")])

@@ -72,6 +72,7 @@ def test_a_seed_gives_the_same_picture_twice(mini: Any) -> None:
     assert np.array_equal(first, second)
 
 
+@pytest.mark.exhaustive
 def test_the_judge_reads_renders_that_it_never_saw() -> None:
     render = pytest.importorskip("training.small.render")
     random = np.random.default_rng(4242)
@@ -86,6 +87,7 @@ def test_the_judge_reads_renders_that_it_never_saw() -> None:
         assert judge.score(pixels, prompts).mean() > 0.8
 
 
+@pytest.mark.exhaustive
 def test_the_judge_refuses_destroyed_pictures_and_wrong_prompts() -> None:
     render = pytest.importorskip("training.small.render")
     random = np.random.default_rng(77)
@@ -104,6 +106,7 @@ def test_what_a_prompt_leaves_open_is_not_judged() -> None:
     assert wanted(parse("an apple right of a ball")) == wanted(parse("a ball left of an apple"))
 
 
+@pytest.mark.exhaustive
 def test_three_steps_are_worse_than_twelve_by_the_judge(mini: Any) -> None:
     prompts = held_out(16, 5, kind="single", background=True)
     scores = []
