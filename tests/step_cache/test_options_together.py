@@ -12,15 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import tiny
 from fastdit import (
     DMD,
-    FORA,
     RALU,
     BottleneckSampling,
     ClusCa,
-    DBCache,
     DuCa,
     EasyCache,
     FirstBlockCache,
@@ -37,29 +36,24 @@ from fastdit import (
     Stack,
     StepMask,
     Taylor,
-    TaylorSeer,
     TeaCache,
     ToCa,
     UnsupportedModel,
     accelerate,
 )
+from fastdit.testing.tiny import counted_calls
 from pairwise import Row, all_pairs, pairs_of, pairwise
 
-from fastdit.testing.contract import counted_calls
-
-STEPS = 9
+STEPS = 6
 GATES: dict[str, Any] = {
     "no gate": None,
     "TeaCache": TeaCache(1.0, (1.0, 0.0)),
     "FirstBlockCache": FirstBlockCache(1.0),
-    "DBCache": DBCache(1.0, 1, 0, first=1),
-    "EasyCache": EasyCache(1.0),
+    "EasyCache": EasyCache(100.0),
     "SeaCache": SeaCache(1.0),
     "MagCache": MagCache(0.5, MagnitudeCurve(tuple(1.0 - 0.01 * step for step in range(STEPS)))),
     "Interval": Interval(2),
-    "StepMask": StepMask((1, 1, 0) * 3),
-    "TaylorSeer": TaylorSeer(2, first=2),
-    "FORA": FORA(2),
+    "StepMask": StepMask((1, 1, 0) * 2),
 }
 FORECASTS: dict[str, Any] = {
     "Reuse": Reuse(),
@@ -70,10 +64,10 @@ FORECASTS: dict[str, Any] = {
 }
 SCHEDULES: dict[str, Any] = {
     "no schedule": None,
-    "RALU": RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3),
-    "ProgressiveResolution": ProgressiveResolution((5, 4)),
-    "BottleneckSampling": BottleneckSampling((3, 3, 3)),
-    "JustInTime": JustInTime((3, 3, 3)),
+    "RALU": RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3),
+    "ProgressiveResolution": ProgressiveResolution((3, 3)),
+    "BottleneckSampling": BottleneckSampling((2, 2, 2)),
+    "JustInTime": JustInTime((2, 2, 2)),
 }
 TOKENS: dict[str, Any] = {
     "all tokens": None,
@@ -105,7 +99,6 @@ def allowed(row: Row) -> bool:
     return not (
         (gate == "no gate" and (scope in ("list", "forward") or each or row.get("forecast", "Reuse") != "Reuse"))
         or (GATES.get(gate) is not None and scope and scope not in GATES[gate].scopes)
-        or (gate == "TaylorSeer" and row.get("forecast", "PublishedTaylor") != "PublishedTaylor")
         or (gate == "MagCache" and staged)
         or (gate == "SeaCache" and model in ("wan", "pixart"))
         or (scope == "forward" and (model == "pixart" or (model == "z-image" and each)))
@@ -118,7 +111,7 @@ def allowed(row: Row) -> bool:
 def _carries(model: str, scope: str, each: bool) -> bool:
     """Whether histories can follow the tokens from stage to stage, or fail to in one of the ways tested below."""
     if model in ("flux2", "z-image"):
-        return model == "flux2" and scope in ("", "forward")
+        return scope in ("", "forward")
     return model != "sd3" or not (scope == "forward" or each)
 
 
@@ -129,10 +122,13 @@ def stack_of(row: Row) -> list[Any]:
     """The accelerators that a row names."""
     gate, tokens = GATES[row["gate"]], TOKENS[row["tokens"]]
     if gate is not None:
-        options = {"scope": row["scope"], "per_image": row["images"] == "each", "stage_change": row["change"]}
-        if row["gate"] != "TaylorSeer":
-            options["forecast"] = FORECASTS[row["forecast"]]
-        gate = dataclasses.replace(gate, **options)
+        gate = dataclasses.replace(
+            gate,
+            forecast=FORECASTS[row["forecast"]],
+            scope=row["scope"],
+            per_image=row["images"] == "each",
+            stage_change=row["change"],
+        )
     if tokens is not None:
         tokens = dataclasses.replace(tokens, stage_change=row["change"])
     return [part for part in (SCHEDULES[row["schedule"]], gate, tokens) if part is not None]
@@ -165,17 +161,18 @@ def test_two_options_together_keep_every_promise(row: Row) -> None:
     if stack.schedule is not None:
         call = {name: value for name, value in call.items() if name != "num_inference_steps"}
     first = tiny.run(fast, call, output_type="latent")
-    refiners = getattr(pipe.transformer, "noise_refiner", ())  # Z-Image has blocks that are not of the main stack
-    with counted_calls(pipe.transformer, [*tiny.main_blocks(pipe.transformer), *refiners]) as counts:
+    lists = [child for child in pipe.transformer.children() if isinstance(child, nn.ModuleList)]
+    with counted_calls(pipe.transformer, [block for blocks in lists for block in blocks]) as counts:
         second = tiny.run(fast, call, output_type="latent")
     record = fast.fastdit.last_run
     assert torch.isfinite(first).all()
     assert torch.equal(first, second)
     assert record.completed and record.doubts == 0
     acted = record.skipped + record.partial > 0
-    assert acted or (len(stack) == 1 and stack.schedule is not None) or row["gate"] == "EasyCache" or not stack
+    assert acted or stack.schedule is not None or not stack
     assert torch.equal(first, plain) == (not acted and stack.schedule is None)
-    if not (stack.token_cache or row["images"] == "each"):
+    if not stack.schedule and not stack.token_cache and row["images"] == "together" and row["model"] in ("flux", "sd3"):
+        # To count blocks is to run the model on the meta device, for each shape and each twin.
         assert sum(step.blocks_run for step in record.steps) == sum(counts)
     if row["change"] == "reset":
         for one, other in zip(record.steps, record.steps[1:], strict=False):
@@ -186,8 +183,8 @@ def test_the_rows_hold_every_pair_and_are_few() -> None:
     met = {pair for row in ROWS for pair in pairs_of(row)}
     impossible = [pair for pair in all_pairs(FACTORS) if pair not in met]
     assert all(any(allowed(row) for row in ROWS if pair <= set(row.items())) is False for pair in impossible)
-    assert len(met) > 450
-    assert len(ROWS) < 100
+    assert len(met) > 350
+    assert len(ROWS) < 70
 
 
 PLACES = st.tuples(st.integers(0, 3), st.integers(0, 3))
@@ -217,10 +214,12 @@ def test_pairwise_rows_are_allowed_the_same_each_time_and_hold_every_pair_that_c
     assert len(rows) <= len(possible)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(RuntimeError, AttributeError), reason="histories are lifted as if of the image alone"
-)
-@pytest.mark.parametrize(("model", "scope"), [("flux2", "stack"), ("z-image", "list"), ("z-image", "forward")])
+#: The first step of the second stage is skipped.
+SKIPS_A_SWITCH = StepMask((1, 1, 0, 0, 1, 1), stage_change="carry")
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="histories are lifted as if of the image alone")
+@pytest.mark.parametrize(("model", "scope"), [("flux2", "stack"), ("z-image", "list")])
 def test_a_history_that_is_not_of_the_image_s_tokens_alone_is_not_carried_and_that_is_said(
     model: str, scope: str
 ) -> None:
@@ -228,7 +227,9 @@ def test_a_history_that_is_not_of_the_image_s_tokens_alone_is_not_carried_and_th
     pipe, call, _ = pipeline(model)
     call = {name: value for name, value in call.items() if name != "num_inference_steps"}
     with pytest.raises((IncompatibleStack, UnsupportedModel), match="stage_change"):
-        tiny.run(accelerate(pipe, [SCHEDULES["RALU"], Interval(2, scope=scope, stage_change="carry")]), call)
+        tiny.run(
+            accelerate(pipe, [SCHEDULES["RALU"], StepMask((1, 1, 0, 0, 1, 1), scope=scope, stage_change="carry")]), call
+        )
 
 
 @pytest.mark.xfail(
@@ -237,6 +238,6 @@ def test_a_history_that_is_not_of_the_image_s_tokens_alone_is_not_carried_and_th
 def test_images_decided_one_by_one_are_carried_in_a_guided_batch_too() -> None:
     pipe, call, _ = pipeline("sd3")
     call = {name: value for name, value in call.items() if name != "num_inference_steps"}
-    fast = accelerate(pipe, [SCHEDULES["RALU"], Interval(2, per_image=True, stage_change="carry")])
-    together = accelerate(pipe, [SCHEDULES["RALU"], Interval(2, stage_change="carry")])
+    fast = accelerate(pipe, [SCHEDULES["RALU"], dataclasses.replace(SKIPS_A_SWITCH, per_image=True)])
+    together = accelerate(pipe, [SCHEDULES["RALU"], SKIPS_A_SWITCH])
     torch.testing.assert_close(tiny.run(fast, call), tiny.run(together, call), rtol=1e-3, atol=1e-4)

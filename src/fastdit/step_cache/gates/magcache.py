@@ -67,7 +67,7 @@ class MagCache(ThresholdGate):
         default_factory=lambda: SkipPolicy(last=0, max_consecutive=5, window=(0.1, 1.0))
     )
 
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.OWN_TIMESTEPS})
+    needs: ClassVar = frozenset({Need.OWN_TIMESTEPS})
 
     def __post_init__(self) -> None:
         super().__post_init__()

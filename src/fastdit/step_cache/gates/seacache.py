@@ -56,7 +56,7 @@ class SeaCache(AccumulatingGate):
     power: Positive = 2.0
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(max_consecutive=2))
 
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.TOKEN_GRID, Need.WHOLE_FRAME})
+    needs: ClassVar = frozenset({Need.TOKEN_GRID, Need.WHOLE_FRAME})
     scopes: ClassVar = ("stack",)
 
     def signal(self, site: Site) -> torch.Tensor | None:

@@ -52,7 +52,7 @@ class TeaCache(AccumulatingGate):
     threshold: AtLeastZero = 0.25
     coefficients: Coefficients | str | tuple[float, ...] | None = None
 
-    needs: ClassVar = frozenset({Need.BLOCK_LISTS, Need.MODULATED_SIGNAL})
+    needs: ClassVar = frozenset({Need.MODULATED_SIGNAL})
     scopes: ClassVar = ("stack",)
 
     def __post_init__(self) -> None:
