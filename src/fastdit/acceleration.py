@@ -23,7 +23,7 @@ from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
 from fastdit.layout import FineLayout
 from fastdit.models.components import BARE, TRANSFORMERS, pipeline_type, require_family, transformers_of
 from fastdit.models.family import family_of
-from fastdit.nested import named_arguments
+from fastdit.nested import Args, Kwargs, Value, named_arguments
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
 from fastdit.record import RunRecord
 from fastdit.run import Run
@@ -61,7 +61,7 @@ class _Opened(OpenRun):
     """A run that is open, with what stands in for components while it is."""
 
     stages: StagePass | None
-    components: Mapping[str, Any]
+    components: Mapping[str, Value]
 
 
 class Acceleration:
@@ -80,7 +80,7 @@ class Acceleration:
         self._lock = threading.Lock()
         self.open_run: _Opened | None = None
         self.idle_is_plain = len(stack) == 0
-        self._replaced: dict[str, Any] = {}
+        self._replaced: Kwargs = {}
         self._twins: dict[str, tuple[TransformerTwin, nn.Module]] = {}
         for name, module in transformers_of(base).items():
             self._twin_of(name, module)
@@ -115,7 +115,7 @@ class Acceleration:
         """Give the plan as text."""
         return str(self.plan(height, width, num_inference_steps))
 
-    def component(self, name: str) -> Any:
+    def component(self, name: str) -> Value:
         """Give the component that the twin shows: transformers' and scheduler's twins, the base's own otherwise."""
         if isinstance(self.base, nn.Module):
             return self._twins[name][1]
@@ -124,7 +124,7 @@ class Acceleration:
         value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
         return self._twin_of(name, value) if name in TRANSFORMERS and isinstance(value, nn.Module) else value
 
-    def replace(self, name: str, value: Any) -> None:
+    def replace(self, name: str, value: Value) -> None:
         """Take a component assigned on the twin; the base keeps its own."""
         if name in self._twins and value is self._twins[name][1]:
             return
@@ -134,7 +134,7 @@ class Acceleration:
             self.stack.check_state(name, value)
         self._replaced[name] = value
 
-    def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, twin: Any, args: Args, kwargs: Kwargs) -> Value:
         """Run one call of the pipeline's class in a run of its own."""
         function = type(self.base).__call__
         bound = _signature(function).bind(twin, *args, **kwargs)
@@ -200,7 +200,7 @@ class Acceleration:
                 else "a bare module is warmed up in your own loop: one step of each shape in `with twin.fastdit.run(1)`"
             )
         parameters = inspect.signature(type(self.base).__call__).parameters
-        own: dict[str, Any] = {"output_type": "latent", "height": height, "width": width}
+        own: Kwargs = {"output_type": "latent", "height": height, "width": width}
         if "prompt_embeds" not in call:
             own["prompt"] = ""
         given = {name: value for name, value in own.items() if name in parameters and value is not None} | call
@@ -228,7 +228,7 @@ class Acceleration:
             known = self._twins[name] = twin, transformer_twin(twin, self)
         return known[1]
 
-    def _begun(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[Run, StagePass | None]:
+    def _begun(self, given: Mapping[str, Value], arguments: Mapping[str, Value]) -> tuple[Run, StagePass | None]:
         """Check a call's arguments and make its run; nothing has happened yet if this raises."""
         plan, schedule, family = None, self.stack.schedule, self._family
         if schedule is not None:
@@ -261,9 +261,9 @@ class Acceleration:
         inside = [one for one in passes if not one.outside_hooks]
         return Chain([*outside, HookPass(any(one.acts_on_blocks for one in inside)), *inside] if passes else [])
 
-    def _stand_ins(self, run: Run, stages: StagePass | None) -> dict[str, Any]:
+    def _stand_ins(self, run: Run, stages: StagePass | None) -> Kwargs:
         """Make what stands in for components in a run: the scheduler, and those that get latents of an early stage."""
-        made: dict[str, Any] = {}
+        made: Kwargs = {}
         if getattr(self.base, "scheduler", None) is not None and not isinstance(self.base, nn.Module):
             made["scheduler"] = scheduler_twin(self.component("scheduler"), run, stages)
         if stages is not None and self._family is not None:
@@ -335,7 +335,7 @@ def _lifted(pipeline: Any, stack: Stack) -> tuple[str, ...]:
     return family.pipeline_overrides() if family is not None else ()
 
 
-def _lifted_result(stages: StagePass | None, arguments: Mapping[str, Any], result: Any) -> Any:
+def _lifted_result(stages: StagePass | None, arguments: Mapping[str, Value], result: Value) -> Value:
     """Bring the latents of a run that was interrupted in an early stage to full size, where latents were asked for."""
     if stages is None or arguments.get("output_type") != "latent":
         return result

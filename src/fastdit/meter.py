@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastdit.errors import UnsupportedModel
-from fastdit.nested import map_tensors
+from fastdit.nested import Value, map_tensors
 from fastdit.structure import meta_twin, structural_twin, twin_with
 
 
@@ -26,7 +26,7 @@ class FlopCount:
     blocks: tuple[str, ...]
 
 
-def count(module: nn.Module, *args: Any, **kwargs: Any) -> FlopCount:
+def count(module: nn.Module, *args: Value, **kwargs: Value) -> FlopCount:
     """Count one forward of `module` for arguments of these shapes; tensors may be real or on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +55,7 @@ class FlopMeter:
         self._specs: dict[Hashable, Any] = {}
         self._counts: dict[Hashable, FlopCount] = {}
 
-    def key(self, kwargs: Mapping[str, Any], children: Mapping[str, nn.Module] | None = None) -> Hashable:
+    def key(self, kwargs: Mapping[str, Value], children: Mapping[str, nn.Module] | None = None) -> Hashable:
         """Remember the shapes (not the tensors) of a call and give the key under which they are counted.
 
         `children` stand in for some of the module's own in this call, and cost the same for all of its shapes.
@@ -111,7 +111,7 @@ class _Shape:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def _kind(value: Any) -> Hashable:
+def _kind(value: Value) -> Hashable:
     """Tell values apart that make a forward cost differently; this runs at every step."""
     if value is None or isinstance(value, (bool, int, str)):
         return value

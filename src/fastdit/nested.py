@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+
+#: What modules take and give: tensors, alone or nested in tuples, lists and dictionaries, beside plain values.
+Value: TypeAlias = Any
+
+#: The arguments of a call, by place and by name.
+Args: TypeAlias = tuple[Value, ...]
+Kwargs: TypeAlias = dict[str, Value]
 
 
 def map_tensors(
     value: Any, function: Callable[[Any], Any], kind: type[Any] | tuple[type[Any], ...] = torch.Tensor
-) -> Any:
+) -> Value:
     """Apply `function` to every tensor (or other `kind`) in nested tuples, lists and dictionaries."""
     if isinstance(value, kind):
         return function(value)
@@ -24,7 +31,7 @@ def map_tensors(
     return value
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: Value) -> list[torch.Tensor]:
     """List the tensors in nested tuples, lists and dictionaries, in order."""
     found: list[torch.Tensor] = []
     map_tensors(value, found.append)
@@ -39,10 +46,10 @@ class PerImage:
         raise NotImplementedError
 
 
-def select_rows(value: Any, index: torch.Tensor, batch: int) -> Any:
+def select_rows(value: Value, index: torch.Tensor, batch: int) -> Value:
     """Pick the images at `index` [K] in every tensor whose first dimension is the batch; the rest is shared by all."""
 
-    def pick(item: Any) -> Any:
+    def pick(item: Value) -> Value:
         if isinstance(item, PerImage):
             return item.rows(index)
         return item.index_select(0, index) if item.dim() > 0 and item.shape[0] == batch else item
@@ -54,7 +61,7 @@ class Hole:
     """Where a tensor was in an output that is kept without its tensors."""
 
 
-def refilled(value: Any, fillings: Iterator[Any]) -> Any:
+def refilled(value: Value, fillings: Iterator[Value]) -> Value:
     """Give a forward's output with the next of `fillings` in the place of each tensor, or of each `Hole`."""
     if isinstance(value, (torch.Tensor, Hole)):
         return next(fillings)
@@ -82,7 +89,7 @@ class ArgumentNames:
         self._given = {p.name: p.default for p in named}
         self._required = {p.name for p in named if p.default is inspect.Parameter.empty}
 
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, args: Args, kwargs: Mapping[str, Value]) -> Kwargs:
         """Give a call's arguments by name. Raises `TypeError` where the forward itself would."""
         if not args and self._required <= kwargs.keys() <= self._given.keys():
             if self._defaults:
@@ -94,7 +101,7 @@ class ArgumentNames:
         return dict(list(named_arguments(bound).items())[1:])
 
 
-def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+def named_arguments(bound: inspect.BoundArguments) -> Kwargs:
     """Give a call's arguments by name, those that a `**kwargs` took among them."""
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastdit.nested import map_tensors
+from fastdit.nested import Value, map_tensors
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -28,7 +28,7 @@ _HOOKS = (
 )
 
 
-def structural_twin(module: _Module, children: Mapping[str, Any], *, hooks: bool = True) -> _Module:
+def structural_twin(module: _Module, children: Mapping[str, Value], *, hooks: bool = True) -> _Module:
     """Copy a module's own `__dict__` and replace some children; weights and the other children are the same objects.
 
     A part that is no module is replaced alike, by a module.
@@ -88,13 +88,13 @@ def twin_with(
     return twin
 
 
-def _holds(value: Any, kind: type[Any] | tuple[type[Any], ...]) -> bool:
-    found: list[Any] = []
+def _holds(value: Value, kind: type[Any] | tuple[type[Any], ...]) -> bool:
+    found: list[Value] = []
     map_tensors(value, found.append, kind)
     return bool(found)
 
 
-def _is_helper(value: Any, module: nn.Module) -> bool:
+def _is_helper(value: Value, module: nn.Module) -> bool:
     """Whether an attribute is an object, but no module, of a class beside the module's own.
 
     Such objects keep tensors, some only from their first use on, and a copy of the module must not change them.

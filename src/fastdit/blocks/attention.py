@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import UnsupportedModel
+from fastdit.nested import Value
 from fastdit.record import Outcome
 
 
@@ -68,7 +69,7 @@ class AttentionSight(Pass):
         """Give what sees the attention of a forward, and may answer it; None to leave it alone."""
         raise NotImplementedError
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Value:
         self._seen = self.sight(call)
         if self._seen is None:
             return next(call)
@@ -96,7 +97,7 @@ class SeenAttention(TorchFunctionMode):
         self._see = see
         self.answered = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Value:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             call = AttentionCall(*args, **kwargs)
@@ -135,7 +136,7 @@ class KernelMode(TorchFunctionMode):
         self._attend, self._name, self.label = attend, name, label
         self.answered = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Value:
         kwargs = kwargs or {}
         if func is torch.Tensor.unflatten:
             # Dynamo knows the method, and can't trace its body, which calls super().

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastdit.nested import select_rows, tensors_of
+from fastdit.nested import Args, Kwargs, Value, select_rows, tensors_of
 from fastdit.record import Outcome
 from fastdit.step import StepContext
 from fastdit.structure import structural_twin
@@ -32,9 +32,9 @@ class BlockCall:
     name: str
     index: int
     block: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    children: Mapping[str, Any] | None = None
+    args: Args
+    kwargs: Kwargs
+    children: Mapping[str, Value] | None = None
     whole: bool = False
 
 
@@ -49,12 +49,12 @@ class ForwardCall:
     module: nn.Module
     name: str
     step: StepContext
-    arguments: dict[str, Any]
-    children: dict[str, Any] = field(default_factory=dict)
+    arguments: Kwargs
+    children: Kwargs = field(default_factory=dict)
     select: Callable[[ForwardCall, torch.Tensor], ForwardCall] | None = None
 
     @property
-    def latents(self) -> Any:
+    def latents(self) -> Value:
         """The first argument, which is where every diffusers transformer takes its latents: a tensor, or a list."""
         return next(iter(self.arguments.values()))
 
@@ -64,7 +64,7 @@ class ForwardCall:
         latents = self.latents
         return latents.device if isinstance(latents, torch.Tensor) else tensors_of(latents)[0].device
 
-    def with_arguments(self, arguments: dict[str, Any]) -> ForwardCall:
+    def with_arguments(self, arguments: Kwargs) -> ForwardCall:
         """Give this call with other arguments."""
         return ForwardCall(self.module, self.name, self.step, arguments, self.children, self.select)
 
@@ -95,11 +95,11 @@ class Pass:
         """Whether the pass answers blocks, and not forwards alone."""
         return type(self).block is not Pass.block
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Value:
         """Answer a forward."""
         return next(call)
 
-    def block(self, call: BlockCall, next: Block) -> Any:
+    def block(self, call: BlockCall, next: Block) -> Value:
         """Answer a block of a forward."""
         return next(call)
 
@@ -151,7 +151,7 @@ class Chain:
             if (why := one.idle()) is not None:
                 yield why
 
-    def _execute(self, call: ForwardCall) -> Any:
+    def _execute(self, call: ForwardCall) -> Value:
         """Run the class's own forward: the module itself, or a structural twin whose blocks call the chain."""
         module = call.module
         if not (self.acts_on_blocks or call.children):
@@ -174,7 +174,7 @@ class Chain:
         return stacks
 
 
-def run_block(call: BlockCall) -> Any:
+def run_block(call: BlockCall) -> Value:
     """Run a block as it is, its children stood in for where the call says so."""
     block = structural_twin(call.block, call.children) if call.children else call.block
     return block(*call.args, **call.kwargs)
@@ -190,10 +190,10 @@ class BlockStack(nn.ModuleList):
             _BlockProxy(answer, name, index, block) for index, block in enumerate(blocks._modules.values())
         ]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Value]:
         return iter(self.__dict__["_proxies"])
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Value:
         return self.__dict__["_proxies"][index]
 
 
@@ -205,14 +205,14 @@ class _BlockProxy:
     def __init__(self, answer: Block, name: str, index: int, block: Any) -> None:
         self._answer, self._name, self._index, self._block = answer, name, index, block
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
         return self._answer(BlockCall(self._name, self._index, self._block, args, kwargs))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Value:
         return getattr(self._block, name)
 
 
-def with_answers(module: nn.Module, answer: Block, children: Mapping[str, Any], *, hooks: bool = True) -> nn.Module:
+def with_answers(module: nn.Module, answer: Block, children: Mapping[str, Value], *, hooks: bool = True) -> nn.Module:
     """Give a structural twin of `module` whose direct block lists hand their blocks' calls to `answer`."""
     stacks = {
         name: BlockStack(child, name, answer)

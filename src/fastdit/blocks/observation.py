@@ -23,7 +23,7 @@ from torch import nn
 from fastdit.blocks.chain import BlockCall, ForwardCall, with_answers
 from fastdit.blocks.ports import BlockPort, Port, Strand, Wiring, outputs_of, read_port, returned, versions_of
 from fastdit.errors import UnsupportedModel
-from fastdit.nested import map_tensors, tensors_of
+from fastdit.nested import Value, map_tensors, tensors_of
 from fastdit.structure import structural_twin
 
 
@@ -44,7 +44,7 @@ class _Recorder:
         self.calls: list[_Seen] = []
         self._module = module
 
-    def answer(self, call: BlockCall) -> Any:
+    def answer(self, call: BlockCall) -> Value:
         tensors = tensors_of([call.args, call.kwargs])
         versions = versions_of(tensors)
         uncounted = [(tensor, tensor.clone()) for tensor in tensors if tensor.is_inference()]
@@ -68,13 +68,13 @@ class _Replayer:
         self._wiring, self._where, self._ends = wiring, wiring.where(), ends
         self.entered: dict[int, list[torch.Tensor]] = {}
 
-    def answer(self, call: BlockCall) -> Any:
+    def answer(self, call: BlockCall) -> Value:
         found = self._where.get((call.name, call.index))
         if found is None:
             return run_unhooked(call)
         number, place = found
         ports = self._wiring.strands[number].blocks
-        values: list[Any] = [read_port(source, call.args, call.kwargs) for source in ports[place].inputs]
+        values: list[Value] = [read_port(source, call.args, call.kwargs) for source in ports[place].inputs]
         if place == 0:
             self.entered[number] = values
         if place == len(ports) - 1:
@@ -83,7 +83,7 @@ class _Replayer:
         return returned(ports[place], {out: value for out, value in given if out is not None})
 
 
-def run_unhooked(call: BlockCall) -> Any:
+def run_unhooked(call: BlockCall) -> Value:
     """Run a block without the user's forward hooks; one whose forward something replaced runs as it is."""
     block = call.block
     if "forward" not in block.__dict__:
@@ -116,7 +116,7 @@ def observe(call: ForwardCall) -> Wiring:
     return _with_entry(call, wiring, replayer.entered, probe.entered)
 
 
-def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) -> Any:
+def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) -> Value:
     """Run the forward with its first argument scaled, where every diffusers transformer takes its latents.
 
     The forward gets latents and containers of its own: what writes to them must not reach the caller's.
@@ -127,7 +127,7 @@ def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) ->
     return with_answers(call.module, blocks.answer, call.children, hooks=False)(**arguments)
 
 
-def _own_containers(value: Any) -> Any:
+def _own_containers(value: Value) -> Value:
     """Copy the lists and dictionaries in a value, which a forward may empty; what they hold is shared."""
     if type(value) is list:
         return [_own_containers(item) for item in value]
@@ -136,7 +136,7 @@ def _own_containers(value: Any) -> Any:
     return value
 
 
-def wiring_key(arguments: Mapping[str, Any]) -> Hashable:
+def wiring_key(arguments: Mapping[str, Value]) -> Hashable:
     """Name the kind of a call: which arguments are given, and the plain values that select a path."""
     return tuple(
         [
@@ -147,7 +147,7 @@ def wiring_key(arguments: Mapping[str, Any]) -> Hashable:
     )
 
 
-def _selecting(value: Any) -> Hashable:
+def _selecting(value: Value) -> Hashable:
     """Give an argument's value where it may select a path; this runs at every step."""
     if isinstance(value, (bool, int, str)):
         return value
@@ -258,7 +258,7 @@ def _with_entry(
     )
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _equal(first: Value, second: Value) -> bool:
     pairs = list(zip(tensors_of(first), tensors_of(second), strict=True))
     return bool(pairs) and all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
 
@@ -267,7 +267,7 @@ def _names(wiring: Wiring) -> str:
     return ", ".join(sorted({port.name for strand in wiring.strands for port in strand.blocks}))
 
 
-def _explain(module: nn.Module, calls: list[_Seen], kwargs: Mapping[str, Any]) -> str:
+def _explain(module: nn.Module, calls: list[_Seen], kwargs: Mapping[str, Value]) -> str:
     given = sorted(name for name, value in kwargs.items() if value is not None)
     lists = sorted({call.name for call in calls})
     if not calls:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdit.nested import Value
 
-def sequence_group(module: nn.Module) -> Any:
+
+def sequence_group(module: nn.Module) -> Value:
     """Give the process group of diffusers' context parallelism on this module, or None."""
     parallel: Any = getattr(module, "_parallel_config", None)
     context = getattr(parallel, "context_parallel_config", None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from fastdit.nested import Args, Value
 
 Port = int | str
 """An argument of a block call: its place, or its keyword."""
@@ -52,12 +53,12 @@ class Wiring:
         }
 
 
-def read_port(port: Port, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def read_port(port: Port, args: Args, kwargs: Mapping[str, Value]) -> Value:
     """Read an argument of a call."""
     return args[port] if isinstance(port, int) else kwargs[port]
 
 
-def returned(port: BlockPort, values: Mapping[int, torch.Tensor]) -> Any:
+def returned(port: BlockPort, values: Mapping[int, torch.Tensor]) -> Value:
     """Build what a block returns from its outputs by place (None where there is none)."""
     if port.returns == "tensor":
         return values[0]
@@ -65,7 +66,7 @@ def returned(port: BlockPort, values: Mapping[int, torch.Tensor]) -> Any:
     return tuple(items) if port.returns == "tuple" else items
 
 
-def outputs_of(port: BlockPort, output: Any) -> dict[int, torch.Tensor]:
+def outputs_of(port: BlockPort, output: Value) -> dict[int, torch.Tensor]:
     """Take a block's result apart by place."""
     if isinstance(output, torch.Tensor):
         return {0: output}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,7 +13,7 @@ from fastdit.blocks.observation import observe, wiring_key
 from fastdit.blocks.parallel import rank_sum
 from fastdit.blocks.ports import BlockPort, outputs_of, returned, versions_of
 from fastdit.errors import IncompatibleStack
-from fastdit.nested import tensors_of
+from fastdit.nested import Value, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.step_cache.decision import BranchState, Decider, GroupState, Shapes
@@ -61,7 +61,7 @@ class BlockCachePass(Pass):
         self._tally: Tally | None = None
         self._let_go()
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Value:
         if call.name not in self._deciders:
             own = self._configured.for_transformer(call.module)
             self._deciders[call.name] = Decider(own, self._run, rank_sum(call.module))
@@ -94,7 +94,7 @@ class BlockCachePass(Pass):
         self._versions: list[int] = []
         self._samples: list[torch.Tensor] = []
 
-    def block(self, call: BlockCall, next: Block) -> Any:
+    def block(self, call: BlockCall, next: Block) -> Value:
         """Answer one block call: run it, pass its streams through, or give the end of its segment."""
         found = self._cut.places.get((call.name, call.index))
         if found is None:
@@ -134,7 +134,7 @@ class BlockCachePass(Pass):
         stream = self._cut.strands[segment.strand].latent_stream
         return stream if stream is not None else max(range(len(values)), key=lambda i: values[i].numel())
 
-    def _decide(self, segment: Segment, values: list[Any], block: WatchedBlock, call: BlockCall) -> None:
+    def _decide(self, segment: Segment, values: list[Value], block: WatchedBlock, call: BlockCall) -> None:
         assert self._entered is not None and self._tally is not None
         hidden_states = values[self._stream]
         if self._tally.tokens is None and self._entered.dim() > 2:
@@ -151,7 +151,7 @@ class BlockCachePass(Pass):
         self._parts[segment.part] = _Part(groups, verdicts, site, shapes)
         self._tally.add(verdicts, groups, segment.number)
 
-    def _in_part(self, segment: Segment, values: list[Any], call: BlockCall, next: Block) -> Any:
+    def _in_part(self, segment: Segment, values: list[Value], call: BlockCall, next: Block) -> Value:
         """Answer a block that is skipped for some samples or for all."""
         assert self._tally is not None
         _, place, port = self._cut.places[call.name, call.index]

@@ -10,7 +10,7 @@ import torch
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.blocks.ports import versions_of
 from fastdit.errors import IncompatibleStack, UnsupportedModel
-from fastdit.nested import Hole, refilled, tensors_of
+from fastdit.nested import Hole, Value, refilled, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.step_cache.decision import BranchState, Decider, GroupState
@@ -32,7 +32,7 @@ class ForwardCachePass(Pass):
         self._gains = Gains(cache)
         self._tally: Tally | None = None
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Value:
         """Give the forward's output, from what is inside or from the history, for each sample or for all."""
         if call.name not in self._deciders:
             self._deciders[call.name] = Decider(self._configured.for_transformer(call.module), self._run)
@@ -85,7 +85,7 @@ class ForwardCachePass(Pass):
     def idle(self) -> str | None:
         return self._gains.idle()
 
-    def _latents(self, given: Any) -> torch.Tensor:
+    def _latents(self, given: Value) -> torch.Tensor:
         """Give the latents in one tensor; a list of an image each, as some models take, is stacked."""
         if isinstance(given, torch.Tensor):
             return given
@@ -104,7 +104,7 @@ class ForwardCachePass(Pass):
 
     def _computed(
         self, call: ForwardCall, latents: torch.Tensor, computing: list[int], count: int, next: Forward
-    ) -> Any:
+    ) -> Value:
         """Run the forward for the samples that are computed; None where there are none."""
         if not computing:
             return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
 from fastdit.layout import TokenLayout
+from fastdit.nested import Args, Kwargs
 from fastdit.step import StepContext
 from fastdit.step_cache.watching import WatchedBlock
 
@@ -25,8 +25,8 @@ class Site:
     entered: torch.Tensor
     hidden_states: torch.Tensor
     block: WatchedBlock | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     context: StepContext
     layout: TokenLayout | None = None
     sigma: torch.Tensor | float | None = None

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdit.blocks.ports import versions_of
 from fastdit.errors import IncompatibleStack
-from fastdit.nested import tensors_of
+from fastdit.nested import Args, Kwargs, Value, tensors_of
 from fastdit.structure import behaves_otherwise
 
 
@@ -26,13 +26,13 @@ class WatchedBlock:
         self.original = block
         self._answers: dict[str, _Answers] = {}
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Value:
         part = getattr(self.original, name)
         if not isinstance(part, nn.Module):
             return part
         return self._answers.setdefault(name, _Answers(part))
 
-    def answers(self) -> dict[str, Any] | None:
+    def answers(self) -> Kwargs | None:
         """Give the parts that answer what they were asked before, in the place of the block's own.
 
         None where there are none, or where the block's object carries behaviour of its own, such as hooks.
@@ -59,12 +59,12 @@ class _Answers:
 
     def __init__(self, part: nn.Module) -> None:
         self._part = part
-        self.noted: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+        self.noted: list[tuple[Args, Kwargs, Any]] = []
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
         self.replays = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
         if self.replays:
             for noted_args, noted_kwargs, output in self.noted:
                 given, noted = (*args, *kwargs.values()), (*noted_args, *noted_kwargs.values())
@@ -81,7 +81,7 @@ class _Answers:
         self._versions += versions_of(tensors)
         return output
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Value:
         return getattr(self._part, name)
 
     @property

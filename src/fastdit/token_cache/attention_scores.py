@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from torch import nn
 from fastdit.blocks.attention import AttentionCall, SeenAttention, weights_of
 from fastdit.errors import IncompatibleStack
 from fastdit.models.roles import TokenRoles
-from fastdit.nested import tensors_of
+from fastdit.nested import Value, tensors_of
 
 
 class AttentionScore(Enum):
@@ -39,7 +38,7 @@ class AttentionScore(Enum):
         """Name the child of a block that is watched."""
         return roles.cross_attention or roles.attention if self is AttentionScore.TEXT else roles.attention
 
-    def result(self, seen: list[torch.Tensor], output: Any, tokens: int, text: int, where: str) -> torch.Tensor:
+    def result(self, seen: list[torch.Tensor], output: Value, tokens: int, text: int, where: str) -> torch.Tensor:
         """Give the score [B, N] of the image tokens once the attention has run; `text` tokens lead its output."""
         if self is AttentionScore.OUTPUT_NORM:
             image = tensors_of(output)[0][:, text:]

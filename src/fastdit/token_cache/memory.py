@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from fastdit.models.roles import TokenRoles
-from fastdit.nested import tensors_of
+from fastdit.nested import Kwargs, Value, tensors_of
 
 
 @dataclasses.dataclass
@@ -26,7 +25,7 @@ class BlockMemory:
     shape: tuple[int, int]
     streams: tuple[torch.Size, ...]
     full_step: int = -1
-    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Kwargs = dataclasses.field(default_factory=dict)
     refreshed: torch.Tensor | None = None
     score: torch.Tensor | None = None
     residual: tuple[torch.Tensor | None, ...] = ()
@@ -100,6 +99,6 @@ class TokenState:
         return torch.rand(1, tokens, generator=self.generator, device=device)
 
 
-def first_tensor(kept: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def first_tensor(kept: Value, function: Callable[[torch.Tensor], torch.Tensor]) -> Value:
     """Apply `function` to a child's output, or to the first of several."""
     return function(kept) if isinstance(kept, torch.Tensor) else type(kept)([function(kept[0]), *kept[1:]])

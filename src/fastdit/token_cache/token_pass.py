@@ -19,6 +19,7 @@ from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.errors import FastditWarning, IncompatibleStack, UnsupportedModel
 from fastdit.layout import FineLayout, TokenLayout
 from fastdit.models.roles import TokenRoles, token_roles
+from fastdit.nested import Value
 from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.token_cache.choice import COMPUTED, PARTIAL, REUSED, Choice, undescribed
@@ -38,7 +39,7 @@ class TokenPass(Pass):
         self._without_grid: set[int] = set()
         self._outcome: Outcome | None = None
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Value:
         carry = self._cache.stage_change == "carry"
         state = self._run.state((call.name, call.step.branch, "tokens"), TokenState, carry=carry)
         if not state.settled:
@@ -78,7 +79,7 @@ class TokenPass(Pass):
             "first or raise its interval, run more steps (few-step models have nothing to skip), or leave it out"
         )
 
-    def block(self, call: BlockCall, next: Block) -> Any:
+    def block(self, call: BlockCall, next: Block) -> Value:
         """Answer one block call: run it in full or on the chosen tokens, or give its input and kept residual."""
         if call.whole:
             return next(call)
@@ -159,7 +160,7 @@ class TokenPass(Pass):
         return self._cache.phase(context, since), f"{since} step{plural} after a full one"
 
     def _refresh(
-        self, roles: TokenRoles, memory: BlockMemory, values: Mapping[str, Any], output: Any, chosen: Any
+        self, roles: TokenRoles, memory: BlockMemory, values: Mapping[str, Value], output: Value, chosen: Any
     ) -> None:
         """Note what a block that ran has refreshed."""
         step = self._context.step
@@ -205,12 +206,12 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _stream(roles: TokenRoles, output: Any, stream: str) -> Any:
+def _stream(roles: TokenRoles, output: Value, stream: str) -> Value:
     """Take one stream (named as the argument by which it came) out of a block's result; None where it ends."""
     return output if isinstance(output, torch.Tensor) else output[roles.returns.index(stream)]
 
 
-def _with_residual(roles: TokenRoles, values: Mapping[str, Any], memory: BlockMemory) -> Any:
+def _with_residual(roles: TokenRoles, values: Mapping[str, Value], memory: BlockMemory) -> Value:
     """Give what a block would return, from its input and its kept residual."""
     streams = tuple(
         None if residual is None else values[stream] + residual

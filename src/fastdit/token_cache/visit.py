@@ -10,7 +10,7 @@ from torch import nn
 from fastdit.errors import IncompatibleStack
 from fastdit.layout import gather_tokens
 from fastdit.models.roles import Role
-from fastdit.nested import map_tensors
+from fastdit.nested import Args, Kwargs, Value, map_tensors
 from fastdit.token_cache.attention_scores import watching
 from fastdit.token_cache.memory import BlockMemory, TokenState
 
@@ -47,7 +47,7 @@ class Visit:
             if (child := block._modules.get(name)) is not None
         }
 
-    def answer(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer(self, name: str, role: Role, child: nn.Module, args: Args, kwargs: Kwargs) -> Value:
         """Answer the call of one child."""
         if name in self._called:
             raise IncompatibleStack(
@@ -59,7 +59,7 @@ class Visit:
             return self._in_full(name, role, child, args, kwargs)
         return self._in_part(name, role, child, args, kwargs)
 
-    def _in_full(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _in_full(self, name: str, role: Role, child: nn.Module, args: Args, kwargs: Kwargs) -> Value:
         roles, score = self._roles, self._cache.watches
         watched = score is not None and name == score.child(roles)
         if score is None or not watched:
@@ -72,7 +72,7 @@ class Visit:
             self._memory.kept[name] = output
         return output
 
-    def _in_part(self, name: str, role: Role, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _in_part(self, name: str, role: Role, child: nn.Module, args: Args, kwargs: Kwargs) -> Value:
         kept: Any = self._memory.kept.get(name)
         path = f"{self._path}.{name}"
         if role is Role.KEPT:
@@ -107,5 +107,5 @@ class _ChildTwin(nn.Module):
         self.child = child
         self.__dict__["_answer"] = lambda args, kwargs: visit.answer(name, role, child, args, kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Value, **kwargs: Value) -> Value:
         return self.__dict__["_answer"](args, kwargs)

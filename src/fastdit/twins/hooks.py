@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import IncompatibleStack
+from fastdit.nested import Value
 
 
 class HookPass(Pass):
@@ -21,7 +20,7 @@ class HookPass(Pass):
     def __init__(self, acts_on_blocks: bool) -> None:
         self._acts_on_blocks = acts_on_blocks
 
-    def forward(self, call: ForwardCall, next: Forward) -> Any:
+    def forward(self, call: ForwardCall, next: Forward) -> Value:
         module = call.module
         if not (self._acts_on_blocks or call.children):
             return next(call)
@@ -42,7 +41,7 @@ class HookPass(Pass):
         return output
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _hooks(module: nn.Module) -> list[Value]:
     """List the hooks on the module itself, outermost first: accelerate's, then those of diffusers."""
     offload = module.__dict__.get("_hf_hook")
     registry = module.__dict__.get("_diffusers_hook")

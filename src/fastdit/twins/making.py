@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from fastdit.nested import Kwargs
 
-def twin_class(cls: type, members: dict[str, Any]) -> type:
+
+def twin_class(cls: type, members: Kwargs) -> type:
     """Subclass `cls` under its own name with `members`; the original class is not written to."""
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **members})
 

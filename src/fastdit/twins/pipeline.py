@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fastdit.models.following import Following
-from fastdit.nested import map_tensors
+from fastdit.nested import Args, Kwargs, Value, map_tensors
 from fastdit.schedule.stage_pass import StagePass
 from fastdit.structure import same_object_twin
 from fastdit.twins.making import overriding, twin_class
@@ -30,20 +30,20 @@ class PipelineSession(Protocol):
     def stages(self) -> StagePass | None:
         """The stages of the run that is open; None where none is, or it has no schedule."""
 
-    def component(self, name: str) -> Any:
+    def component(self, name: str) -> Value:
         """Give the component that the twin shows under a name."""
 
-    def replace(self, name: str, value: Any) -> None:
+    def replace(self, name: str, value: Value) -> None:
         """Take a component that was assigned on the twin."""
 
-    def call(self, twin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, twin: Any, args: Args, kwargs: Kwargs) -> Value:
         """Run one call."""
 
 
-def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ...]) -> Any:
+def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ...]) -> Value:
     """Make the twin. `lifted` names methods whose first argument is latents that may stand in an early stage."""
     cls = type(pipeline)
-    members: dict[str, Any] = {
+    members: Kwargs = {
         "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: session.call(self, args, kwargs)),
         "save_pretrained": overriding(
             cls.save_pretrained, lambda self, *args, **kwargs: session.base.save_pretrained(*args, **kwargs)
@@ -71,32 +71,32 @@ def _component(session: PipelineSession, name: str) -> property:
 
 
 def _shared(session: PipelineSession, name: str) -> property:
-    def read(self: Any) -> Any:
+    def read(self: Any) -> Value:
         return getattr(session.base, name)
 
-    def write(self: Any, value: Any) -> None:
+    def write(self: Any, value: Value) -> None:
         setattr(session.base, name, value)
 
     return property(read, write)
 
 
-def _lifting(session: PipelineSession, cls: type, name: str) -> Any:
+def _lifting(session: PipelineSession, cls: type, name: str) -> Value:
     """Wrap a (static) method of the pipeline so that latents of an interrupted run reach it at full size."""
     original = getattr(cls, name)
     static = isinstance(inspect.getattr_static(cls, name), staticmethod)
 
-    def lifted(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def lifted(self: Any, latents: torch.Tensor, *args: Value, **kwargs: Value) -> Value:
         latents = lift(session.stages, latents)
         return original(latents, *args, **kwargs) if static else original(self, latents, *args, **kwargs)
 
     return overriding(original, lifted)
 
 
-def _following(session: PipelineSession, cls: type) -> Any:
+def _following(session: PipelineSession, cls: type) -> Value:
     """Wrap what makes a mask: the loop gets what follows the stages of the run."""
     original = getattr(cls, _MASKS)
 
-    def following(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def following(self: Any, *args: Value, **kwargs: Value) -> Value:
         made = original(self, *args, **kwargs)
         stages = session.stages
         return made if stages is None else map_tensors(made, lambda full: Following(full, stages.followed))
@@ -104,10 +104,10 @@ def _following(session: PipelineSession, cls: type) -> Any:
     return overriding(original, following)
 
 
-def lifting_component(component: Any, method: str, session: PipelineSession) -> Any:
+def lifting_component(component: Any, method: str, session: PipelineSession) -> Value:
     """Stand in for a component: latents of an interrupted run reach its `method` at full size."""
 
-    def lifted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def lifted(latents: torch.Tensor, *args: Value, **kwargs: Value) -> Value:
         return getattr(component, method)(lift(session.stages, latents), *args, **kwargs)
 
     # A property, for a method that was replaced on the object itself (by a compiled one) comes before the class's.

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from fastdit.errors import UnsupportedModel
+from fastdit.nested import Value
 from fastdit.run import Run
 from fastdit.schedule.stage_pass import StagePass
 from fastdit.step import SchedulePlan
 from fastdit.twins.making import overriding, twin_class
 
 
-def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) -> Any:
+def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) -> Value:
     """Copy a scheduler for one run, whose steps it counts; `stages` are those of a schedule.
 
     Its state is the run's own; the user's scheduler is not touched.
@@ -29,7 +30,7 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         )
     twin = copy.deepcopy(scheduler)
 
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+    def set_timesteps(self: Any, *args: Value, **kwargs: Value) -> None:
         if stages is None:
             cls.set_timesteps(self, *args, **kwargs)
         else:
@@ -41,7 +42,7 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         cls.set_begin_index(self, begin_index)
         run.begin(len(self.timesteps) - begin_index, begin_index)
 
-    def scale_noise(self: Any, sample: Any, timestep: Any, noise: Any = None) -> Any:
+    def scale_noise(self: Any, sample: Any, timestep: Any, noise: Any = None) -> Value:
         if stages is None:
             return cls.scale_noise(self, sample, timestep, noise)
         if run.step == 0:
@@ -53,7 +54,7 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         self._step_index, self._begin_index = None, run.index
         return cls.scale_noise(self, sample, timestep, noise)
 
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Value, **kwargs: Value) -> Value:
         if stages is None:
             result = cls.step(self, model_output, timestep, sample, *args, **kwargs)
             run.tick()

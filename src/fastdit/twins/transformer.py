@@ -13,7 +13,7 @@ from torch import nn
 from fastdit.blocks.chain import Chain, ForwardCall
 from fastdit.errors import IncompatibleStack, NoActiveRun
 from fastdit.meter import FlopMeter
-from fastdit.nested import ArgumentNames
+from fastdit.nested import ArgumentNames, Kwargs, Value
 from fastdit.record import Outcome, StepRecord, Stopwatch
 from fastdit.run import Run
 from fastdit.structure import same_object_twin
@@ -53,7 +53,7 @@ class TransformerTwin:
         self._meter: tuple[list[int], FlopMeter] | None = None
         self._metered: Run | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """Run one forward through the open run's chain and record it."""
         opened = self.session.open_run
         if opened is None:
@@ -103,7 +103,7 @@ def transformer_twin(twin: TransformerTwin, controller: object) -> nn.Module:
     cls: Any = type(module)
 
     @contextmanager
-    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def cache_context(self: Any, name: str, *args: Value, **kwargs: Value) -> Iterator[None]:
         opened = twin.session.open_run
         with ExitStack() as contexts:
             if opened is not None:
@@ -117,7 +117,7 @@ def transformer_twin(twin: TransformerTwin, controller: object) -> nn.Module:
         if module.is_cache_enabled:
             cls._reset_stateful_cache(self, recurse)
 
-    members: dict[str, Any] = {
+    members: Kwargs = {
         "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: twin(*args, **kwargs)),
         "fastdit": property(lambda self: controller),
     }
