@@ -182,7 +182,7 @@ def test_what_it_can_t_go_together_with_is_refused_by_name() -> None:
             Stack([QUERY, other])
     with pytest.raises(InvalidConfig, match="two stages have none"):
         RALU("4x", frame="query")
-    with pytest.raises(InvalidConfig, match='"fine" or "query"'):
+    with pytest.raises(InvalidConfig, match="'coarse', 'fine', 'query'"):
         RALU(**SHORT, frame="key")
 
 

@@ -17,10 +17,13 @@ from fastdit.schedule.whole_frames import WholeFrames
 @register
 @dataclasses.dataclass(frozen=True)
 class BottleneckSampling(WholeFrames):
-    """Three whole-frame stages: fine, coarse, fine (arXiv 2503.18940). The default costs about a fifth of 50 steps.
+    """Three whole-frame stages: fine, coarse, fine. The default costs about a fifth of 50 steps.
 
-    At a switch to the time s the clean estimate x0, resized, becomes s x0 + (1 - s) z, z fresh noise. `steps`, `ends`,
-    `starts`, `lift` and what to tinker with are `WholeFrames`'; `InvalidConfig` for values out of range.
+    At a switch to the time s the clean estimate x0, resized, becomes s x0 + (1 - s) z, z fresh noise.
+
+    Args and errors are those of `WholeFrames`: `steps`, `ends`, `starts`, `lift`, and `base_shift` to tinker with.
+
+    Paper: Tian et al., Training-free Diffusion Acceleration with Bottleneck Sampling, arXiv 2503.18940.
 
     >>> plan = BottleneckSampling().plan(64, 64, None)
     >>> [(stage.layout, stage.steps, stage.tokens) for stage in plan.stages]

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from fastdit.accelerator import Need
-from fastdit.config import is_count, is_number, register
+from fastdit.config import Count, Positive, Range, register
 from fastdit.errors import InvalidConfig
 from fastdit.models.family import Family
 from fastdit.schedule.anchors import AnchorRun
 from fastdit.schedule.base import Schedule, ScheduleRun
 from fastdit.schedule.matching import stage_sigmas
-from fastdit.schedule.recipe import as_tuples, rising, shared_steps
+from fastdit.schedule.recipe import Between, check_rising, check_schedule, shared_steps
 from fastdit.schedule.selectors.base import Selector
 from fastdit.schedule.selectors.latent_variance import LatentVariance
 from fastdit.schedule.staged import Generators
@@ -34,56 +34,53 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class JustInTime(Schedule):
-    """Stages on more and more of the full frame's tokens (arXiv 2603.10744). The default costs a quarter of 50 steps.
+    """Stages on more and more of the full frame's tokens. The default costs about a quarter of 50 steps.
 
     A token that joins at the time t is set to t x0 + (1 - t) z, x0 the clean estimate between the anchors, z the noise
     that the run began with there. The first anchors are spread evenly and are the same for every image; after that
     every image has its own. Works where tokens can be placed one by one, and on grids of any size.
 
-    - `steps`: how many a stage, two stages or more.
-    - `shares`: the part of the tokens that each stage but the last computes, rising, between 0 and 1.
-    - `selector`: scores the tokens by the clean estimate; those with the highest scores join.
+    Args:
+        steps: how many a stage, two stages or more.
+        shares: the part of the tokens that each stage but the last computes, rising, between 0 and 1.
+        selector: scores the tokens by the clean estimate; those with the highest scores join.
 
-    To tinker with:
+    And to tinker with:
+        shift: the timestep shift that spaces the steps, above 0: of all together, as in plain sampling, or with `ends`
+            of each stage between its own two times. The default has the mean noise level of the paper's distribution,
+            so that switches come early, while there is little to lose.
+        ends: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
 
-    - `shift`: the timestep shift that spaces the steps, above 0: of all together, as in plain sampling, or with `ends`
-      of each stage between its own two times. The default has the mean noise level of the paper's distribution, so that
-      switches come early, while there is little to lose.
-    - `ends`: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
+    Raises:
+        InvalidConfig: for values out of range, and a selector that must see more than the clean estimate.
 
-    Raises `InvalidConfig` for values out of range.
+    Paper: Just-in-Time, arXiv 2603.10744.
 
     >>> plan = JustInTime((6, 6), shares=(0.5,)).plan(9, 7, None)
     >>> [(stage.layout, stage.steps, stage.tokens) for stage in plan.stages]
     [('sparse', 6, 32), ('fine', 6, 63)]
     """
 
-    steps: tuple[int, ...] = (7, 6, 5)
+    steps: Annotated[tuple[Count, ...], Range(at_least=2)] = (7, 6, 5)
     _: dataclasses.KW_ONLY
-    shares: tuple[float, ...] = (0.35, 0.62)
-    ends: tuple[float, ...] | None = None
+    shares: tuple[Between, ...] = (0.35, 0.62)
+    ends: tuple[Between, ...] | None = None
     selector: Selector = dataclasses.field(default_factory=LatentVariance)
-    shift: float = 6.0
+    shift: Positive = 6.0
 
     needs: ClassVar = Schedule.needs | {Need.TOKEN_POSITIONS}
 
     def __post_init__(self) -> None:
-        as_tuples(self, "steps", "shares", "ends")
-        steps = self.steps
-        if not isinstance(steps, tuple) or len(steps) < 2 or not all(is_count(count, 1) for count in steps):
-            raise InvalidConfig(f"JustInTime needs two or more step counts of at least 1, got {steps!r}")
-        sparse = len(steps) - 1
-        if not rising(self.shares, sparse):
-            raise InvalidConfig(f"shares are {sparse} rising parts of the tokens between 0 and 1, got {self.shares!r}")
-        if self.ends is not None and not rising(self.ends, sparse):
-            raise InvalidConfig(f"ends are {sparse} rising times between 0 and 1, got {self.ends!r}")
-        if not isinstance(self.selector, Selector) or self.selector.sees is not None:
+        check_schedule(self)
+        sparse = len(self.steps) - 1
+        check_rising("JustInTime's shares", self.shares, sparse)
+        if self.ends is not None:
+            check_rising("JustInTime's ends", self.ends, sparse)
+        if self.selector.sees is not None:
             raise InvalidConfig(
                 "selector is one that looks at the clean estimate alone, such as LatentVariance() or Edges(), got "
                 f"{self.selector!r}"
             )
-        if not is_number(self.shift) or self.shift <= 0.0:
-            raise InvalidConfig(f"shift must be positive, got {self.shift!r}")
 
     def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
         """Lay out the stages. Raises `InvalidConfig` for fewer steps than stages."""

@@ -19,8 +19,8 @@ class ProgressiveResolution(WholeFrames):
     """Two whole-frame stages: coarse, fine. The default costs about a quarter of 50 steps.
 
     At the switch the clean estimate x0 of the coarse stage, enlarged, becomes s x0 + (1 - s) z, z fresh noise.
-    `steps`, `ends`, `starts`, `lift` and what to tinker with are `WholeFrames`'. Raises `InvalidConfig` for values out
-    of range.
+
+    Args and errors are those of `WholeFrames`: `steps`, `ends`, `starts`, `lift`, and `base_shift` to tinker with.
 
     >>> plan = ProgressiveResolution((10, 5)).plan(64, 64, None)
     >>> [(stage.layout, stage.steps, stage.tokens) for stage in plan.stages]

@@ -15,17 +15,16 @@ the user's generator, fresh for each call and image, and every image of a batch 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastdit.accelerator import Change, Effects, Need
-from fastdit.config import register
+from fastdit.config import Count, Positive, Range, register
 from fastdit.errors import InvalidConfig, UnsupportedModel
-from fastdit.layout import FRAMES
 from fastdit.models.family import Family, family_of
 from fastdit.schedule.base import ScheduleRun
 from fastdit.schedule.lifts.base import Lift
 from fastdit.schedule.presets import PAPER, PRESETS, THREE, TWO, listed, of_family
-from fastdit.schedule.recipe import Recipe, as_tuples
+from fastdit.schedule.recipe import Between, Frame, Recipe, check_schedule
 from fastdit.schedule.selectors.base import Seen, Selector
 from fastdit.schedule.staged import Generators, StagedRun, StagedSchedule
 from fastdit.step import SchedulePlan
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class RALU(StagedSchedule):
-    """Region-adaptive latent upsampling in two or three stages (arXiv 2507.08422).
+    """Region-adaptive latent upsampling in two or three stages.
 
     At a switch from the time e on one layout to the time s < e on the next, copied tokens are re-noised,
 
@@ -45,33 +44,38 @@ class RALU(StagedSchedule):
 
     and a clean estimate x0 that was lifted becomes y = s x0 + (1 - s) z. Times run from 0 (noise) to 1 (data).
 
-    - `preset`: a setting of the model's family by how many times fewer FLOPs it costs than plain sampling: "4x", "5x",
-      "7x", "10x" and "14x" of FLUX.1, "2x", "3x", "6x" and "9x" of SD3. `RALU()` takes the first of the pipeline's own.
-      What is given beside it takes the place of the preset's; without a preset, `steps` and `ends` are needed.
-    - `steps`: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them, each at least 1.
-    - `ends`: the times at which all stages but the last end, rising, between 0 and 1.
-    - `ratio`: the share of coarse tokens, between 0 and 1, that a mixed stage refines; needed where there is one.
-    - `selector`: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()`,
-      `VelocityVariance()` or `TextAttention()`.
-    - `lift`: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
-      `LatentLift(resize=...)`.
+    Args:
+        preset: a setting of the model's family by how many times fewer FLOPs it costs than plain sampling: "4x", "5x",
+            "7x", "10x" and "14x" of FLUX.1, "2x", "3x", "6x" and "9x" of SD3. `RALU()` takes the first of the
+            pipeline's own. What is given beside it takes the place of the preset's; without a preset, `steps` and
+            `ends` are needed.
+        steps: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them, each at least 1.
+        ends: the times at which all stages but the last end, rising, between 0 and 1.
+        ratio: the share of coarse tokens, between 0 and 1, that a mixed stage refines; needed where there is one.
+        selector: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()`,
+            `VelocityVariance()` or `TextAttention()`.
+        lift: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
+            `LatentLift(resize=...)`.
 
-    To tinker with:
+    And to tinker with:
+        starts: the times at which all stages but the first start. Left out, they are s of the times before them, with
+            one Z that `restart` fixes (at least 2; larger restarts closer to noise) and the matching solves otherwise.
+        shifts: one timestep shift a stage, above 0, for which `starts` are needed: above 1 a stage takes its smaller
+            steps where there is more noise, below 1 where there is less. Left out, the matching solves them.
+        base_shift: the timestep shift, above 0, that the model was trained for (3 for both families).
+        fidelity: "exact", or "paper" to repeat the flaws of the published code.
+        frame: where coarse and mixed stages place their tokens: in the "coarse" frame, as if the picture were half as
+            large, with children between the coarse tokens (published for FLUX, and what the model sees at half the
+            size), or in the "fine" frame, with children at their final places and coarse tokens in the middle of their
+            four cells. With "query" a coarse stage is as in the coarse frame, and in a mixed one every query sees keys
+            in steps of its own resolution (`fastdit.schedule.query_frame`), which takes a model that turns queries and
+            keys by places, as FLUX does.
 
-    - `starts`: the times at which all stages but the first start. Left out, they are s of the times before them, with
-      one Z that `restart` fixes (at least 2; larger restarts closer to noise) and that the matching solves otherwise.
-    - `shifts`: one timestep shift a stage, above 0, for which `starts` are needed: above 1 a stage takes its smaller
-      steps where there is more noise, below 1 where there is less. Left out, the matching solves them.
-    - `base_shift`: the timestep shift that the model was trained for (3 for both families).
-    - `fidelity`: "exact", or "paper" to repeat the flaws of the published code.
-    - `frame`: where coarse and mixed stages place their tokens: in the "coarse" frame, as if the picture were half as
-      large, with children between the coarse tokens (published for FLUX, and what the model sees at half the size), or
-      in the "fine" frame, with children at their final places and coarse tokens in the middle of their four cells. With
-      "query" a coarse stage is as in the coarse frame, and in a mixed one every query sees keys in steps of its own
-      resolution (`fastdit.schedule.query_frame`), which takes a model that turns queries and keys by places, as FLUX
-      does.
+    Raises:
+        InvalidConfig: for an unknown preset, another family's, and values out of range.
 
-    Raises `InvalidConfig` for an unknown preset and for values out of range.
+    Paper: Jeong et al., Upsample What Matters: Region-Adaptive Latent Sampling for Accelerated Diffusion
+    Transformers, arXiv 2507.08422.
 
     >>> schedule = RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3)
     >>> [(stage.layout, stage.steps, stage.tokens) for stage in schedule.plan(64, 64, None).stages]
@@ -80,20 +84,20 @@ class RALU(StagedSchedule):
 
     preset: str | None = None
     _: dataclasses.KW_ONLY
-    steps: tuple[int, ...] | None = None
-    ends: tuple[float, ...] | None = None
-    ratio: float | None = None
-    starts: tuple[float, ...] | None = None
-    restart: float | None = None
-    shifts: tuple[float, ...] | None = None
+    steps: Annotated[tuple[Count, ...], Range(at_least=2, at_most=3)] | None = None
+    ends: tuple[Between, ...] | None = None
+    ratio: Between | None = None
+    starts: tuple[Between, ...] | None = None
+    restart: Annotated[float, Range(at_least=2)] | None = None
+    shifts: tuple[Positive, ...] | None = None
     selector: Selector | None = None
     lift: Lift | None = None
-    base_shift: float = 3.0
-    fidelity: str = "exact"
-    frame: str = "coarse"
+    base_shift: Positive = 3.0
+    fidelity: Literal["exact", "paper"] = "exact"
+    frame: Frame = "coarse"
 
     def __post_init__(self) -> None:
-        as_tuples(self, "steps", "ends", "starts", "shifts")
+        check_schedule(self)
         if self.preset is not None and self.preset not in PRESETS:
             raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {listed(PRESETS)}")
         own = (self.steps, self.ends, self.ratio, self.starts)
@@ -101,25 +105,15 @@ class RALU(StagedSchedule):
             raise InvalidConfig(
                 "RALU without a preset needs steps=(a, b) and ends=(e,), or three steps, two ends and ratio"
             )
-        if self.steps is not None and (not isinstance(self.steps, tuple) or len(self.steps) not in (2, 3)):
-            raise InvalidConfig(f"RALU needs two or three step counts of at least 1, got steps={self.steps!r}")
-        if not isinstance(self.lift, Lift | None):
-            raise InvalidConfig(f"lift is a lift such as PixelLift() or TokenCopy(), got {self.lift!r}")
-        if not isinstance(self.selector, Selector | None):
-            raise InvalidConfig(f"selector is a selector such as Edges(), got {self.selector!r}")
-        if self.fidelity not in ("exact", "paper"):
-            raise InvalidConfig(f'fidelity is "exact" or "paper", got {self.fidelity!r}')
         self.recipe.check("RALU")
-        whole = "mixed" not in self.recipe.layouts
-        if self.selector is not None and whole:
-            raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none between them")
-        if self.frame not in (*FRAMES, "query"):
-            raise InvalidConfig(f'frame is "coarse", "fine" or "query", got {self.frame!r}')
-        if self.frame == "query" and whole:
-            raise InvalidConfig('frame="query" is of a mixed stage, and two stages have none; use frame="coarse"')
+        if "mixed" not in self.recipe.layouts:
+            if self.selector is not None:
+                raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none")
+            if self.frame == "query":
+                raise InvalidConfig('frame="query" is of a mixed stage, and two stages have none; use frame="coarse"')
 
     @classmethod
-    def paper(cls, preset: str = "4x", *, fidelity: str = "paper", **settings: Any) -> RALU:
+    def paper(cls, preset: str = "4x", *, fidelity: Literal["exact", "paper"] = "paper", **settings: Any) -> RALU:
         """Give the paper's recipe of a preset; fidelity="exact" mends the flaws of its code, `settings` change it."""
         if preset not in PAPER:
             raise InvalidConfig(f"the paper has no preset {preset!r}; choose one of {listed(PAPER)}")

@@ -6,16 +6,22 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Annotated, Literal
 
-from fastdit.config import is_count, is_number
+from fastdit.config import Range, check_fields
 from fastdit.errors import InvalidConfig
 from fastdit.schedule import matching
+from fastdit.schedule.base import Schedule
 from fastdit.schedule.lifts.base import Lift
 from fastdit.schedule.lifts.token_copy import TokenCopy
 from fastdit.schedule.selectors.base import Seen, Selector
 from fastdit.schedule.selectors.edges import Edges
 from fastdit.step import SchedulePlan, StagePlan
+
+#: A time between noise (0) and data (1), or a share of tokens.
+Between = Annotated[float, Range(above=0, below=1)]
+#: Where coarse and mixed stages place their tokens.
+Frame = Literal["coarse", "fine", "query"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,43 +47,32 @@ class Recipe:
     restart: float | None = None
     base_shift: float = 3.0
     selector: Selector = dataclasses.field(default_factory=Edges)
-    frame: str = "coarse"
+    frame: Frame = "coarse"
     exact: bool = True
     family: str | None = dataclasses.field(default=None, compare=False)
 
     def check(self, name: str) -> None:
-        """Raise `InvalidConfig` where the values of the schedule `name` are out of range or contradict each other."""
-        steps, ends, starts, shifts = self.steps, self.ends, self.starts, self.shifts
-        stages, restart = len(self.layouts), self.restart
-        if not isinstance(steps, tuple) or len(steps) != stages or not all(is_count(count, 1) for count in steps):
-            raise InvalidConfig(f"{name} needs {stages} step counts of at least 1, got steps={steps!r}")
-        if not rising(ends, stages - 1):
-            rise = "s that rise" if stages > 2 else ""
-            raise InvalidConfig(f"{stages} stages need {stages - 1} end time{rise} between 0 and 1, got ends={ends!r}")
-        if "mixed" not in self.layouts:
-            if self.ratio is not None:
-                raise InvalidConfig(
-                    f"{stages} stages have none between them that would refine a share, got ratio={self.ratio!r}"
-                )
-        elif not is_number(self.ratio) or not 0.0 < cast(float, self.ratio) < 1.0:
+        """Raise `InvalidConfig` where the values of the schedule `name` contradict each other."""
+        steps, ends, starts, shifts, stages = self.steps, self.ends, self.starts, self.shifts, len(self.layouts)
+        if len(steps) != stages:
+            raise InvalidConfig(f"{name} needs {stages} step counts, got steps={steps!r}")
+        check_rising(f"{name}'s ends", ends, stages - 1)
+        if (self.ratio is None) == ("mixed" in self.layouts):
             raise InvalidConfig(
-                f"a mixed stage refines a share of tokens between 0 and 1 (exclusive), got ratio={self.ratio!r}"
+                "a mixed stage refines a share of the tokens, and two stages have none between them that would, got "
+                f"ratio={self.ratio!r}"
             )
-        if restart is not None and not (is_number(restart) and restart >= 2.0):
-            raise InvalidConfig(f"restart must be at least 2 for the noise's covariance to exist, got {restart!r}")
         if starts is not None:
-            if restart is not None:
+            if self.restart is not None:
                 raise InvalidConfig("starts and restart both say where stages start; give one of them")
-            if not isinstance(starts, tuple) or len(starts) != len(ends) or not all(map(is_time, starts)):
-                raise InvalidConfig(f"{len(ends)} switches need as many start times between 0 and 1, got {starts!r}")
+            if len(starts) != len(ends):
+                raise InvalidConfig(f"{len(ends)} switches need as many start times, got {starts!r}")
             self.lift.check(ends, starts)
-        positive = isinstance(shifts, tuple) and all(is_number(shift) and shift > 0.0 for shift in shifts)
-        if shifts is not None and (not positive or len(shifts) != stages):
-            raise InvalidConfig(f"{stages} stages need as many timestep shifts above 0, got shifts={shifts!r}")
-        if shifts is not None and starts is None:
-            raise InvalidConfig("shifts say how stages with known starts are spaced; give starts beside them")
-        if not is_number(self.base_shift) or self.base_shift <= 0.0:
-            raise InvalidConfig(f"base_shift must be positive, got {self.base_shift!r}")
+        if shifts is not None and (starts is None or len(shifts) != stages):
+            raise InvalidConfig(
+                f"shifts say how {stages} stages with known starts are spaced; give starts and as many shifts, got "
+                f"shifts={shifts!r} and starts={starts!r}"
+            )
 
     def refined(self, rows: int, columns: int) -> int:
         """How many coarse tokens of a `rows` x `columns` fine grid are split in a mixed stage."""
@@ -157,30 +152,19 @@ def proportional(steps: Sequence[int], total: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def is_time(value: object) -> bool:
-    """Whether a value is a time between noise and data."""
-    return is_number(value) and 0.0 < cast(float, value) < 1.0
+def check_rising(what: str, values: Sequence[float], count: int) -> None:
+    """Raise `InvalidConfig` where these are not so many values that rise."""
+    if len(values) != count or any(early >= late for early, late in pairwise(values)):
+        raise InvalidConfig(f"{what} are {count} value{'s that rise' if count > 1 else ''}, got {values!r}")
 
 
-def rising(times: object, count: int) -> bool:
-    """Whether these are so many rising times between noise and data."""
-    return (
-        isinstance(times, tuple)
-        and len(times) == count
-        and all(map(is_time, times))
-        and all(early < late for early, late in pairwise(times))
-    )
-
-
-def as_tuples(schedule: object, *fields: str) -> None:
-    """Turn lists in these fields of a frozen configuration into tuples, and whole numbers of other libraries into ints.
-
-    Anything else is left for the checks.
-    """
-    for name in fields:
-        value = getattr(schedule, name)
+def check_schedule(schedule: Schedule) -> None:
+    """Check the fields of a schedule, after whole numbers of other libraries have become Python's own."""
+    for field in dataclasses.fields(schedule):
+        value = getattr(schedule, field.name)
         if isinstance(value, (list, tuple)):
-            object.__setattr__(schedule, name, tuple(map(_plain, value)))
+            object.__setattr__(schedule, field.name, tuple(map(_plain, value)))
+    check_fields(schedule)
 
 
 def _plain(value: object) -> object:

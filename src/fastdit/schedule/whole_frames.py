@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from fastdit.errors import InvalidConfig
+from fastdit.config import Count, Positive
 from fastdit.schedule.lifts.base import CleanLift
 from fastdit.schedule.lifts.latent import LatentLift
-from fastdit.schedule.recipe import Recipe, as_tuples
+from fastdit.schedule.recipe import Between, Recipe, check_schedule
 from fastdit.schedule.staged import StagedSchedule
 
 
@@ -16,31 +16,31 @@ from fastdit.schedule.staged import StagedSchedule
 class WholeFrames(StagedSchedule):
     """Whole frames at full size ("fine") or half of it ("coarse"), in the order of `layouts`.
 
-    - `steps`: how many a stage.
-    - `ends`: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
-    - `starts`: the times at which all but the first start, each before the end of the stage before it.
-    - `lift`: resizes the clean estimate at every switch.
+    Args:
+        steps: how many a stage, each at least 1.
+        ends: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
+        starts: the times at which all but the first start, each before the end of the stage before it.
+        lift: resizes the clean estimate at every switch.
 
-    To tinker with: `base_shift`, above 0, the timestep shift that the model was trained for, to which NT-matching fits
-    the stages' own.
+    And to tinker with: `base_shift`, above 0, the timestep shift that the model was trained for, to which NT-matching
+    fits the stages' own.
 
-    Raises `InvalidConfig` for values out of range.
+    Raises:
+        InvalidConfig: for values out of range.
     """
 
-    steps: tuple[int, ...]
+    steps: tuple[Count, ...]
     _: dataclasses.KW_ONLY
-    ends: tuple[float, ...]
-    starts: tuple[float, ...]
+    ends: tuple[Between, ...]
+    starts: tuple[Between, ...]
     lift: CleanLift = dataclasses.field(default_factory=lambda: LatentLift(resize="bicubic", noise="fresh"))
-    base_shift: float = 3.0
+    base_shift: Positive = 3.0
 
     #: The stages in their order.
     layouts: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        as_tuples(self, "steps", "ends", "starts")
-        if not isinstance(self.lift, CleanLift):
-            raise InvalidConfig(f"lift is a lift of the clean estimate such as PixelLift(), got {self.lift!r}")
+        check_schedule(self)
         self.recipe.check(type(self).__name__)
 
     @property

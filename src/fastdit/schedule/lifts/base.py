@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn import functional
 
+from fastdit.config import Config
 from fastdit.errors import InvalidConfig
 from fastdit.layout import FineLayout, MixedLayout, TokenLayout
 from fastdit.models.family import Family
@@ -25,9 +26,6 @@ from fastdit.schedule.lifts import hadamard
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-#: Where a clean lift takes its noise from: the field of the run, new draws, or the field with newly drawn details.
-NOISES = ("shared", "fresh", "hadamard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Switch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lift:
+class Lift(Config):
     """Base of what a schedule does at a switch."""
 
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
@@ -66,21 +64,18 @@ class Lift:
 
 @dataclasses.dataclass(frozen=True)
 class CleanLift(Lift):
-    """Base of the lifts of the clean estimate. Raises `InvalidConfig` for another `noise`.
+    """Base of the lifts of the clean estimate.
 
-    - `noise`: with "shared" every token has the noise that the run began with at its place (four cells' sum, halved,
-      for a coarse token), so that what a stage has drawn out of its noise, the next finds in its own. "fresh" draws
-      anew. With "hadamard" a coarse token has the shared noise, and fine ones are its Hadamard children: the coarse
-      part of their noise is the run's, its details are drawn anew at every switch (Fresco, arXiv 2601.07462). That
-      follows the same law as "shared", whose details are the run's too.
+    Args:
+        noise: with "shared" every token has the noise that the run began with at its place (four cells' sum, halved,
+            for a coarse token), so that what a stage has drawn out of its noise, the next finds in its own. "fresh"
+            draws anew. With "hadamard" a coarse token has the shared noise, and fine ones are its Hadamard children:
+            the coarse part of their noise is the run's, its details are drawn anew at every switch (Fresco, arXiv
+            2601.07462). That follows the same law as "shared", whose details are the run's too.
     """
 
     _: dataclasses.KW_ONLY
-    noise: str = "shared"
-
-    def __post_init__(self) -> None:
-        if self.noise not in NOISES:
-            raise InvalidConfig(f'noise is "shared", "fresh" or "hadamard", got {self.noise!r}')
+    noise: Literal["shared", "fresh", "hadamard"] = "shared"
 
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
         if any(start >= end for start, end in zip(starts, ends, strict=True)):

@@ -9,12 +9,12 @@ w is 0 but for the places where |P - L|, mean over channels, is largest: there i
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
 from torch.nn import functional
 
-from fastdit.config import is_number, register
-from fastdit.errors import InvalidConfig
+from fastdit.config import Range, register
 from fastdit.schedule.lifts.base import Switch
 from fastdit.schedule.lifts.pixel import PixelLift
 
@@ -26,21 +26,18 @@ class CorrectedLift(PixelLift):
 
     Costs what a `PixelLift` costs.
 
-    - `share`: the part of the places that are corrected, above 0 and at most 1.
-    - `noise`: "shared", "fresh" or "hadamard" (see `CleanLift`).
+    Args:
+        share: the part of the places that are corrected, above 0 and at most 1.
+        noise: "shared", "fresh" or "hadamard" (see `CleanLift`).
 
-    Raises `InvalidConfig` for values out of range.
+    Raises:
+        InvalidConfig: for values out of range.
 
     >>> CorrectedLift(share=0.5).share
     0.5
     """
 
-    share: float = 0.35
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.share) or not 0.0 < self.share <= 1.0:
-            raise InvalidConfig(f"share is the part of the places that are corrected, up to 1, got {self.share!r}")
+    share: Annotated[float, Range(above=0, at_most=1)] = 0.35
 
     def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
         enlarged = functional.interpolate(frames.float(), scale_factor=2, mode="bilinear")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from fastdit.config import register
-from fastdit.errors import InvalidConfig
 from fastdit.schedule.lifts.base import CleanLift, Switch
-
-_RESIZES = ("nearest", "bilinear", "bicubic")
 
 
 @register
@@ -21,22 +19,19 @@ class LatentLift(CleanLift):
 
     An enlarged latent is no latent of an enlarged picture, which the steps that follow must mend.
 
-    - `resize`: "nearest", "bilinear" or "bicubic".
-    - `noise`: "shared", "fresh" or "hadamard" (see `CleanLift`).
+    Args:
+        resize: "nearest", "bilinear" or "bicubic".
+        noise: "shared", "fresh" or "hadamard" (see `CleanLift`).
 
-    Raises `InvalidConfig` for another word.
+    Raises:
+        InvalidConfig: for another word.
 
     >>> frames = torch.tensor([[[[1.0, 2.0]]]])
     >>> LatentLift().lifted(None, frames).tolist()
     [[[[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]]
     """
 
-    resize: str = "nearest"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.resize not in _RESIZES:
-            raise InvalidConfig(f"resize is one of {', '.join(_RESIZES)}, got {self.resize!r}")
+    resize: Literal["nearest", "bilinear", "bicubic"] = "nearest"
 
     def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
         return functional.interpolate(frames, scale_factor=2, mode=self.resize)

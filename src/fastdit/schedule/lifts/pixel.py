@@ -20,7 +20,11 @@ class PixelLift(CleanLift):
     keep what the coarse one composed. Costs a decoding at half the size and an encoding at the full one. MrFlow (arXiv
     2607.01642) enlarges in pixels with a trained network; this needs none.
 
-    - `noise`: "shared", "fresh" or "hadamard" (see `CleanLift`). Raises `InvalidConfig` for another word.
+    Args:
+        noise: "shared", "fresh" or "hadamard" (see `CleanLift`).
+
+    Raises:
+        InvalidConfig: for another word.
 
     >>> PixelLift()
     PixelLift(noise='shared')

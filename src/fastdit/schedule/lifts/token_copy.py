@@ -22,15 +22,20 @@ from fastdit.schedule.lifts.base import Lift, Switch
 @register
 @dataclasses.dataclass(frozen=True)
 class TokenCopy(Lift):
-    """Copies noisy tokens and re-noises them to an earlier time (arXiv 2507.08422).
+    """Copies noisy tokens and re-noises them to an earlier time.
 
     From the time e back to s, with Z = e (1 - s) / (s (1 - e)) and z noise of the covariance I - J / Z^2 among the four
     copies of a token,
 
         y = (x_e + Z (1 - e) z) / (Z (1 - e) + e)
 
-    for which Z must be at least 2. Costs nothing, and takes back what the coarse stage had composed after s. `check`
-    raises `InvalidConfig` for times that are too close to each other.
+    for which Z must be at least 2. Costs nothing, and takes back what the coarse stage had composed after s.
+
+    Raises:
+        InvalidConfig: from `check`, for times that are too close to each other.
+
+    Paper: Jeong et al., Upsample What Matters: Region-Adaptive Latent Sampling for Accelerated Diffusion
+    Transformers, arXiv 2507.08422.
 
     >>> TokenCopy().check(ends=(0.5,), starts=(0.3,))
     """

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from fastdit.config import Config
 from fastdit.models.family import Family
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selector:
+class Selector(Config):
     """Base of what gives a stage's tokens a score; those with the highest are split, or join."""
 
     #: What of the coarse stage is kept for it, if anything.

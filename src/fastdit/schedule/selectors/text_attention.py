@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -39,20 +39,21 @@ class TextAttention(Selector):
     text and image together in torch's `scaled_dot_product_attention`, as in FLUX.1 and SD3; engines hide that and are
     refused. After AViTS (2026).
 
-    - `direction`: "received" scores an image token by what the text's tokens give to it, "given" by the share of its
-      own attention that goes to the text. Raises `InvalidConfig` for another word.
+    Args:
+        direction: "received" scores an image token by what the text's tokens give to it, "given" by the share of its
+            own attention that goes to the text.
+
+    Raises:
+        InvalidConfig: for another word.
+        UnsupportedModel: where the model's blocks are not described in `fastdit.models.roles`.
 
     >>> TextAttention("given")
     TextAttention(direction='given')
     """
 
-    direction: str = "received"
+    direction: Literal["received", "given"] = "received"
 
     sees: ClassVar[Seen | None] = Seen.TEXT_ATTENTION
-
-    def __post_init__(self) -> None:
-        if self.direction not in ("received", "given"):
-            raise InvalidConfig(f'direction is "received" or "given", got {self.direction!r}')
 
     def check(self, transformer: nn.Module) -> None:
         if text_comes_first(transformer) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,21 +19,20 @@ class VelocityVariance(Selector):
 
     Where the prediction no longer turns, the picture is settled. Needs two steps in the coarse stage.
 
-    - `first`: which tokens are split: "settled" ones, as in Fresco (arXiv 2601.07462), or "turning" ones. Raises
-      `InvalidConfig` for another word.
+    Args:
+        first: which tokens are split: "settled" ones, as in Fresco (arXiv 2601.07462), or "turning" ones.
+
+    Raises:
+        InvalidConfig: for another word.
 
     >>> steps = [torch.zeros(1, 2, 1), torch.tensor([[[0.0], [2.0]]])]
     >>> VelocityVariance(first="turning").scores(Scene(None, None, 1, 2, steps[0], steps)).tolist()
     [[0.0, 2.0]]
     """
 
-    first: str = "settled"
+    first: Literal["settled", "turning"] = "settled"
 
     sees: ClassVar[Seen | None] = Seen.VELOCITIES
-
-    def __post_init__(self) -> None:
-        if self.first not in ("settled", "turning"):
-            raise InvalidConfig(f'first is "settled" or "turning", got {self.first!r}')
 
     def scores(self, scene: Scene) -> torch.Tensor:
         if len(scene.velocities) < 2:
