@@ -316,8 +316,8 @@ def test_it_survives_json_and_says_what_it_does() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"steps": (4,)}, "step counts"),
-        ({"steps": (0, 4, 4)}, "step counts"),
+        ({"steps": (4,)}, "steps is"),
+        ({"steps": (0, 4, 4)}, "steps is"),
         ({"shares": (0.35,)}, "shares"),
         ({"shares": (0.6, 0.3)}, "shares"),
         ({"shares": (0.35, 1.0)}, "shares"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
 from fastdit.accelerator import Accelerator
 from fastdit.errors import UnsupportedModel
-from fastdit.models.family import Family, family_of
+from fastdit.models.family import Family, Pipeline, family_of
 from fastdit.models.undescribed import why_not
 
 #: What a bare module is called, as if it were a pipeline's.
@@ -19,7 +19,7 @@ BARE = "transformer"
 TRANSFORMERS = (BARE, "transformer_2")
 
 
-def transformers_of(base: Any) -> dict[str, nn.Module]:
+def transformers_of(base: Pipeline | nn.Module) -> dict[str, nn.Module]:
     """Find the transformers of a pipeline, or the bare module itself. Raises `UnsupportedModel` if there are none."""
     if isinstance(base, nn.Module):
         return {BARE: base}
@@ -31,7 +31,7 @@ def transformers_of(base: Any) -> dict[str, nn.Module]:
     found = {name: getattr(base, name, None) for name in TRANSFORMERS}
     modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
-        components = ", ".join(cast(Any, base).components)
+        components = ", ".join(cast(Pipeline, base).components)
         raise UnsupportedModel(
             f"{type(base).__name__} has no transformer (its components are {components}); fastdit accelerates "
             "diffusion transformers"
@@ -39,7 +39,7 @@ def transformers_of(base: Any) -> dict[str, nn.Module]:
     return modules
 
 
-def require_family(base: Any, accelerator: Accelerator) -> Family:
+def require_family(base: Pipeline | nn.Module, accelerator: Accelerator) -> Family:
     """Give the description of a pipeline's family. Raises `UnsupportedModel`, with the reason, if there is none."""
     family = None if isinstance(base, nn.Module) else family_of(base)
     if family is None:
@@ -51,7 +51,7 @@ def require_family(base: Any, accelerator: Accelerator) -> Family:
     return family
 
 
-def _why_not(base: Any) -> str:
+def _why_not(base: Pipeline | nn.Module) -> str:
     return "a bare module has no description of its pipeline" if isinstance(base, nn.Module) else why_not(type(base))
 
 

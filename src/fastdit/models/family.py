@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
+
+from fastdit.errors import InvalidConfig
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline, ModelMixin
+    from torch import nn
 
     from fastdit.layout import TokenLayout
+
+#: What there is to describe, as diffusers has it, whose import waits until it is needed.
+Pipeline: TypeAlias = "DiffusionPipeline"
+Transformer: TypeAlias = "ModelMixin"
+Autoencoder: TypeAlias = "ModelMixin"
+#: What a call of a pipeline, or a forward, was given, by name.
+Arguments: TypeAlias = Mapping[str, Any]
+#: The arguments of a forward, with a layout's in place.
+Placed: TypeAlias = dict[str, Any]
+#: Children of a structural twin, by name.
+Children: TypeAlias = "dict[str, nn.Module]"
+#: Cosines and sines of places, [1 or B, tokens, D] each.
+Tables: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
+Output = TypeVar("Output")
 
 
 class Family(Protocol):
@@ -34,19 +55,19 @@ class Family(Protocol):
     def pipelines(self) -> tuple[str, ...]:
         """The names of the pipeline classes that the description holds for."""
 
-    def matches(self, pipeline: Any) -> bool:
+    def matches(self, pipeline: Pipeline) -> bool:
         """Whether this description holds for a pipeline (by its class)."""
 
-    def of(self, pipeline: Any) -> Family:
+    def of(self, pipeline: Pipeline) -> Family:
         """Give the description with what it takes from a pipeline's own configuration."""
 
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
         """Give the image's height and width in pixels for a call's arguments."""
 
-    def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
+    def grid(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int]:
         """Give the rows and columns of image tokens for a size in pixels."""
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         """Say which argument of a call a mixed-resolution schedule can't honour, and what to do; None if none is."""
 
     def tokens(self, latents: torch.Tensor) -> torch.Tensor:
@@ -64,33 +85,31 @@ class Family(Protocol):
     def halved(self, frames: torch.Tensor) -> torch.Tensor:
         """Bring frames of a picture, or of its mask, to half their height and width."""
 
-    def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    def decode(self, pipeline: Pipeline, frames: torch.Tensor) -> torch.Tensor:
         """Decode latent frames to pixels [B, 3, H, W] in about [-1, 1]; [B, 3 T, H, W] of a video of T pictures."""
 
-    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+    def encode(self, pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels of the same shape, in [-1, 1], to latent frames, as the pipeline's own would be scaled."""
 
-    def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+    def latents_of(self, arguments: Arguments, layout: TokenLayout) -> torch.Tensor:
         """Find the latents of a layout among a forward's arguments, in the shape in which the scheduler gets them."""
 
-    def appended(self, arguments: Mapping[str, Any], layout: TokenLayout) -> int:
+    def appended(self, arguments: Arguments, layout: TokenLayout) -> int:
         """Count the tokens that follow the layout's in a forward's sequence of image tokens."""
 
-    def place(
-        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
-    ) -> dict[str, Any]:
+    def place(self, arguments: Arguments, given: TokenLayout, latents: torch.Tensor, layout: TokenLayout) -> Placed:
         """Give a forward's arguments with a layout's latents and positions in place of those of the layout `given`."""
 
-    def velocity(self, output: Any, layout: TokenLayout) -> Any:
+    def velocity(self, output: Output, layout: TokenLayout) -> Output:
         """Give a forward's output with what it says of the layout's tokens alone."""
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         """Give the children of the structural twin that a layout replaces, by name (none for most layouts).
 
         `latents` are those of `latents_of`: their batch is the layout's, or several of it in a row (guidance).
         """
 
-    def turn(self, transformer: Any, layout: TokenLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def turn(self, transformer: Transformer, layout: TokenLayout, device: torch.device) -> Tables:
         """Give what turns queries and keys [B, H, tokens, D] by their places in the layout's frame once more.
 
         Cosines and sines [1 or B, tokens, D], as `fastdit.models.rotary.turned` takes them. Families that give a
@@ -104,41 +123,59 @@ class Family(Protocol):
         """
 
 
+#: The library's own: modules of this package, each with its `FAMILIES`.
+_OWN = ("flux", "flux2", "qwen_image", "sd3", "placed", "lumina2", "z_image", "hidream", "whole_frames")
+
+_REGISTERED: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Describe a family of pipelines for this process; an installed package names it as an entry point instead.
+
+    Raises `InvalidConfig` for a class of pipelines that has a description already.
+    """
+    for known in families():
+        if taken := sorted(set(known.pipelines) & set(family.pipelines)):
+            raise InvalidConfig(
+                f"{', '.join(taken)} belong to the family {known.name}; leave them out of {family.name}'s pipelines"
+            )
+    _REGISTERED.append(family)
+    return family
+
+
 def families() -> tuple[Family, ...]:
-    """List the described families."""
-    from fastdit.models.flux import (
-        BRIA,
-        CHROMA,
-        FLUX,
-        FLUX_FILL,
-        LONGCAT_IMAGE,
-        OVIS_IMAGE,
-    )
-    from fastdit.models.flux2 import FLUX2
-    from fastdit.models.hidream import HIDREAM
-    from fastdit.models.lumina2 import LUMINA2
-    from fastdit.models.placed import COGVIEW4, HUNYUAN_IMAGE
-    from fastdit.models.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-    from fastdit.models.sd3 import SD3
-    from fastdit.models.whole_frames import (
-        AURA_FLOW,
-        HUNYUAN_VIDEO,
-        PRX,
-        SANA,
-        WAN,
-    )
-    from fastdit.models.z_image import Z_IMAGE
-
-    flux = (FLUX, FLUX_FILL, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FLUX2)
-    qwen = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)
-    frames = (SD3, HUNYUAN_IMAGE, COGVIEW4, LUMINA2, Z_IMAGE, HIDREAM)
-    whole = (AURA_FLOW, SANA, PRX, WAN, HUNYUAN_VIDEO)
-    return (*flux, *qwen, *frames, *whole)
+    """List the described families: the library's, those registered, and those of installed packages."""
+    return tuple(_described())
 
 
-def family_of(pipeline: Any) -> Family | None:
+def family_of(pipeline: Pipeline) -> Family | None:
     """Find the description of a pipeline's family, or None."""
-    return next((family.of(pipeline) for family in families() if family.matches(pipeline)), None)
+    return next((family.of(pipeline) for family in _described() if family.matches(pipeline)), None)
+
+
+def _described() -> Iterator[Family]:
+    for name in _OWN:
+        yield from import_module(f"fastdit.models.{name}").FAMILIES
+    yield from _REGISTERED
+    yield from _installed()
+
+
+@lru_cache(maxsize=1)
+def _installed() -> tuple[Family, ...]:
+    """Load the families that installed packages name as entry points of `fastdit.families`: objects, or what makes one.
+
+    They come last, so that none stands in the way of a pipeline that another describes.
+    """
+    found = []
+    for entry in entry_points(group="fastdit.families"):
+        try:
+            given = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise InvalidConfig(
+                f"the family {entry.name!r} belongs to {entry.value}, which can't be imported: {error}"
+            ) from error
+        found.append(given() if isinstance(given, type) or not hasattr(given, "matches") else given)
+    return tuple(found)
 
 
 #: Arguments by which pipelines take pictures as prompts, whose features are made for one token layout.
@@ -150,28 +187,9 @@ PICTURE_ADAPTERS = (
 )
 
 
-def refused_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def refused_arguments(arguments: Arguments, names: Sequence[str]) -> str | None:
     """Say which of `names` a call gives although no mixed layout can honour it; None if it gives none."""
     given = [name for name in names if arguments.get(name) is not None]
     if not given:
         return None
     return f"{', '.join(given)} can't follow a token layout that changes; leave it out or drop the schedule"
-
-
-def decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Decode latent frames with an autoencoder whose latents are scaled and, in most, shifted."""
-    scaled = frames / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    pixels: torch.Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-    return pixels
-
-
-def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode pixels to latent frames: the undoing of `decoded`. Distributions give their mode, so nothing is drawn."""
-    made = vae.encode(pixels.to(vae.dtype))
-    if hasattr(made, "latent_dist"):
-        latents: torch.Tensor = made.latent_dist.mode()
-    else:
-        latents = made.latents if hasattr(made, "latents") else made.latent
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled: torch.Tensor = (latents - shift) * vae.config.scaling_factor
-    return scaled

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from fastdit.models.family import PICTURE_ADAPTERS
+from fastdit.models.family import PICTURE_ADAPTERS, Arguments, Pipeline
 from fastdit.models.packed import PackedFamily
 
 
@@ -20,7 +18,7 @@ class FluxFamily(PackedFamily):
     Kontext appends the tokens of the picture that it edits, with ids (1, row, column).
     """
 
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
         height, width = super().size(pipeline, arguments)
         if area := arguments.get("max_area"):
             # Kontext keeps the aspect ratio that was asked for and makes the area its own.
@@ -29,7 +27,7 @@ class FluxFamily(PackedFamily):
             height = round((area / aspect) ** 0.5) // multiple * multiple
         return height, width
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         attention = arguments.get("joint_attention_kwargs") or {}
         if "ip_adapter_masks" in attention:
             return "joint_attention_kwargs['ip_adapter_masks'] is tied to one resolution; leave it out"
@@ -64,3 +62,4 @@ CHROMA = PackedFamily("Chroma", ("ChromaPipeline", "ChromaImg2ImgPipeline"))
 OVIS_IMAGE = PackedFamily("Ovis-Image", ("OvisImagePipeline",))
 LONGCAT_IMAGE = PackedFamily("LongCat-Image", ("LongCatImagePipeline",))
 BRIA = PackedFamily("Bria", ("BriaPipeline",), cell=1)
+FAMILIES = (FLUX, FLUX_FILL, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
+from fastdit.models.family import Arguments, Autoencoder, Pipeline
 from fastdit.models.packed import PackedFamily
 
 
@@ -19,13 +18,13 @@ class Flux2Family(PackedFamily):
     So a token is one pixel of the frames here; the tokens of pictures that are edited are appended.
     """
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         if arguments.get("image") is not None and not (arguments.get("height") and arguments.get("width")):
             return "image= without height= and width= leaves the size to the picture; give both"
         return super().refusal(pipeline, arguments)
 
 
-def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+def _decoded(vae: Autoencoder, frames: torch.Tensor) -> torch.Tensor:
     """Decode frames of normalised tokens."""
     mean, deviation = _statistics(vae)
     latents = nn.functional.pixel_shuffle(frames * deviation + mean, 2)
@@ -33,14 +32,14 @@ def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-def _encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+def _encoded(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
     """Encode pixels to frames of normalised tokens."""
     latents = nn.functional.pixel_unshuffle(vae.encode(pixels.to(vae.dtype)).latent_dist.mode(), 2)
     mean, deviation = _statistics(vae)
     return (latents - mean) / deviation
 
 
-def _statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(vae: Autoencoder) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the mean and the deviation of every channel of a token, [1, C, 1, 1]."""
     mean, variance = (statistic.view(1, -1, 1, 1) for statistic in (vae.bn.running_mean, vae.bn.running_var))
     return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
@@ -56,3 +55,4 @@ FLUX2 = Flux2Family(
     decoding=_decoded,
     encoding=_encoded,
 )
+FAMILIES = (FLUX2,)

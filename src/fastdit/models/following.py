@@ -6,7 +6,7 @@ fine ones, however many of them there are; noise is averaged so that it stays un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,7 @@ class Following:
         self._full = full
         self._present = present
 
-    def __rsub__(self, other: Any) -> Following:
+    def __rsub__(self, other: float) -> Following:
         return Following(other - self._full, self._present)
 
     def __mul__(self, latents: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,12 @@ class Following:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        cls,
+        function: Callable[..., torch.Tensor],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor | Following:
         if function is not torch.cat:
             raise TypeError(f"a mask that follows the stages was given to {function.__name__}, which it can't answer")
         parts, *others = args

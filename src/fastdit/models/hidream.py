@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
+from fastdit.models.family import Arguments, Pipeline, Placed
 from fastdit.models.frames import FrameFamily
 from fastdit.models.rotary import guided
 
@@ -23,16 +22,14 @@ class HiDreamFamily(FrameFamily):
     square pictures are left to it.
     """
 
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
         default = self.default_side(pipeline)
         height, width = arguments.get("height") or default, arguments.get("width") or default
         # The pipeline keeps the aspect ratio and makes the area its own.
         scale, division = math.sqrt(default**2 / (width * height)), pipeline.vae_scale_factor * self.patch
         return int(height * scale // division * division), int(width * scale // division * division)
 
-    def place(
-        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
-    ) -> dict[str, Any]:
+    def place(self, arguments: Arguments, given: TokenLayout, latents: torch.Tensor, layout: TokenLayout) -> Placed:
         name, batch = next(iter(arguments)), latents.shape[0]
         rows, columns = (side // self.patch for side in latents.shape[2:])
         if rows == columns and layout.whole:
@@ -48,14 +45,12 @@ class HiDreamFamily(FrameFamily):
             "hidden_states_masks": tokens.new_ones(tokens.shape[:2]),
         }
 
-    def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+    def latents_of(self, arguments: Arguments, layout: TokenLayout) -> torch.Tensor:
         latents: torch.Tensor = next(iter(arguments.values()))
         if latents.dim() == 4:
             return latents
         return self.latents(latents.unflatten(2, (self.patch**2, -1)).transpose(2, 3).flatten(2), layout)
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
-        return {}
-
 
 HIDREAM = HiDreamFamily("HiDream-I1", ("HiDreamImagePipeline",))
+FAMILIES = (HIDREAM,)

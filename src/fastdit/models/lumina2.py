@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
+from fastdit.models.family import Arguments, Children, Pipeline, Transformer
 from fastdit.models.frames import FrameFamily
 from fastdit.models.rotary import guided, rotary
 
@@ -18,11 +17,11 @@ from fastdit.models.rotary import guided, rotary
 class Lumina2Family(FrameFamily):
     """Ids (text position, row, column); all tokens of the image share the position after the text's last."""
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         most = min(pipeline.transformer.rope_embedder.axes_lens[1:])
         return super().refusal(pipeline, arguments) or self.too_large(pipeline, arguments, most)
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         if layout.whole:
             return {}
         places = guided(layout.positions(latents.device), latents.shape[0])
@@ -36,14 +35,15 @@ class _PlacedEmbedder(nn.Module):
     of the ids that it made for a strip.
     """
 
-    def __init__(self, embedder: Any, places: torch.Tensor) -> None:
+    def __init__(self, embedder: Transformer, places: torch.Tensor) -> None:
         super().__init__()
         # Kept out of the module tree: the child belongs to the user's model.
         self.__dict__.update(_embedder=embedder, _places=places)
         self.patch_size = embedder.patch_size
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        return type(self.__dict__["_embedder"]).forward(self, hidden_states, attention_mask)
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made: tuple[torch.Tensor, ...] = type(self.__dict__["_embedder"]).forward(self, hidden_states, attention_mask)
+        return made
 
     def _get_freqs_cis(self, ids: torch.Tensor) -> torch.Tensor:
         embedder, places = self.__dict__["_embedder"], self.__dict__["_places"]
@@ -58,3 +58,4 @@ class _PlacedEmbedder(nn.Module):
 
 
 LUMINA2 = Lumina2Family("Lumina-Image 2", ("Lumina2Pipeline",))
+FAMILIES = (LUMINA2,)

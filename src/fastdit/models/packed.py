@@ -8,64 +8,34 @@ dropped.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import cast
 
 import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
-from fastdit.models.family import (
-    PICTURE_ADAPTERS,
-    decoded,
-    encoded,
-    refused_arguments,
-)
+from fastdit.models.family import PICTURE_ADAPTERS, Arguments, Children, Output, Pipeline, Placed, Tables, Transformer
 from fastdit.models.following import followed
-from fastdit.models.patches import assembled, patches
+from fastdit.models.patches import PatchFamily
 from fastdit.models.rotary import PerImagePositions, guided
 from fastdit.nested import refilled, tensors_of
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedFamily:
-    """Tokens of `patch` x `patch` latent pixels with position ids of `axes` numbers, of which the 2nd and 3rd are
-    the row and the column.
+class PackedFamily(PatchFamily):
+    """Position ids of `axes` numbers, of which the 2nd and 3rd are the row and the column.
 
     `cell` is the side of a token in units of the pipeline's `vae_scale_factor`. The pipeline's method `unpacking` turns
-    tokens into frames for the decoder. `refused` names arguments of a call that no stage but the last could honour.
+    tokens into frames for the decoder.
     """
 
-    name: str
-    pipelines: tuple[str, ...]
-    patch: int = 2
     cell: int = 2
     axes: int = 3
     unpacking: str = "_unpack_latents"
     refused: tuple[str, ...] = PICTURE_ADAPTERS
-    decoding: Callable[[Any, torch.Tensor], torch.Tensor] = decoded
-    encoding: Callable[[Any, torch.Tensor], torch.Tensor] = encoded
 
-    mixes: ClassVar[bool] = True
-    one_plane: ClassVar[bool] = True
-    one_frame: ClassVar[str | None] = None
-
-    def matches(self, pipeline: Any) -> bool:
-        return any(cls.__name__ in self.pipelines for cls in type(pipeline).__mro__)
-
-    def of(self, pipeline: Any) -> PackedFamily:
-        return self
-
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        default = pipeline.default_sample_size * pipeline.vae_scale_factor
-        return arguments.get("height") or default, arguments.get("width") or default
-
-    def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
-        side = pipeline.vae_scale_factor * self.cell
-        return int(height) // side, int(width) // side
-
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
-        return refused_arguments(arguments, self.refused)
+    def token_side(self, pipeline: Pipeline) -> int:
+        return int(pipeline.vae_scale_factor * self.cell)
 
     def tokens(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
@@ -73,26 +43,11 @@ class PackedFamily:
     def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         return tokens
 
-    def unpack(self, latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        return assembled(latents, rows, columns, self.patch)
-
-    def pack(self, frames: torch.Tensor) -> torch.Tensor:
-        return patches(frames, self.patch)
-
-    def halved(self, frames: torch.Tensor) -> torch.Tensor:
-        return nn.functional.avg_pool2d(frames, 2)
-
-    def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
-        return self.decoding(pipeline.vae, frames)
-
-    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
-        return self.encoding(pipeline.vae, pixels)
-
-    def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+    def latents_of(self, arguments: Arguments, layout: TokenLayout) -> torch.Tensor:
         tokens: torch.Tensor = next(iter(arguments.values()))
         return tokens[:, : layout.tokens, : self.channels(tokens.shape[2])]
 
-    def appended(self, arguments: Mapping[str, Any], layout: TokenLayout) -> int:
+    def appended(self, arguments: Arguments, layout: TokenLayout) -> int:
         tokens: torch.Tensor = next(iter(arguments.values()))
         return tokens.shape[1] - layout.tokens
 
@@ -100,9 +55,7 @@ class PackedFamily:
         """Say how many of a token's channels are the latents'; the rest describe a picture and follow the layout."""
         return given
 
-    def place(
-        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
-    ) -> dict[str, Any]:
+    def place(self, arguments: Arguments, given: TokenLayout, latents: torch.Tensor, layout: TokenLayout) -> Placed:
         name, tokens = next(iter(arguments.items()))
         appended, joined = tokens[:, given.tokens :], tokens[:, : given.tokens, latents.shape[2] :]
         if joined.shape[2]:
@@ -114,18 +67,19 @@ class PackedFamily:
             placed["attention_mask"] = torch.cat([text, text.new_ones(placed[name].shape[:2])], dim=1)
         return {**placed, **self._positions(arguments, appended.shape[1], layout, latents)}
 
-    def velocity(self, output: Any, layout: TokenLayout) -> Any:
+    def velocity(self, output: Output, layout: TokenLayout) -> Output:
         count = layout.tokens
-        if isinstance(output, tuple) and len(output) == 1:
-            return (output[0][:, :count],)
-        return refilled(output, iter([tokens[:, :count] for tokens in tensors_of(output)]))
+        if isinstance(output, tuple) and len(output) == 1:  # the common case, without a walk
+            return cast(Output, (output[0][:, :count],))
+        kept: Output = refilled(output, iter([tokens[:, :count] for tokens in tensors_of(output)]))
+        return kept
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         if layout.images == 1:
             return {}
         return {"pos_embed": PerImagePositions(transformer.pos_embed, self.axes)}
 
-    def turn(self, transformer: Any, layout: TokenLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def turn(self, transformer: Transformer, layout: TokenLayout, device: torch.device) -> Tables:
         places = nn.functional.pad(layout.positions(device), (1, self.axes - 3))
         cosines, sines = transformer.pos_embed(places.flatten(0, 1))
         return cosines.unflatten(0, places.shape[:2]), sines.unflatten(0, places.shape[:2])
@@ -133,9 +87,7 @@ class PackedFamily:
     def pipeline_overrides(self) -> tuple[str, ...]:
         return (self.unpacking,)
 
-    def _positions(
-        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, latents: torch.Tensor
-    ) -> dict[str, Any]:
+    def _positions(self, arguments: Arguments, appended: int, layout: TokenLayout, latents: torch.Tensor) -> Arguments:
         """Make the ids of a layout; where images have places of their own, side by side [S, B * axes].
 
         A pipeline gives the same ids at every step, so what was made of them is kept with the layout.

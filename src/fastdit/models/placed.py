@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
+from fastdit.models.family import Arguments, Children, Pipeline, Tables, Transformer
 from fastdit.models.frames import FrameFamily
-from fastdit.models.rotary import guided, rotary, shared
-
-Tables = tuple[torch.Tensor, torch.Tensor]
+from fastdit.models.rotary import PerImageTable, guided, rotary, shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +21,9 @@ class RotaryFrameFamily(FrameFamily):
     `tables` evaluates them at a layout's places, [1 or B, tokens, D] each.
     """
 
-    tables: Callable[[Any, TokenLayout, torch.device], Tables] = dataclasses.field(kw_only=True)
+    tables: Callable[[Transformer, TokenLayout, torch.device], Tables] = dataclasses.field(kw_only=True)
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         if layout.whole:
             return {}
         tables = self.tables(transformer.rope, layout, latents.device)
@@ -39,7 +37,7 @@ class _GivenTables(nn.Module):
         super().__init__()
         self.__dict__["_tables"] = tables
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[Any, ...]:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | PerImageTable, ...]:
         return tuple(shared(table) for table in self.__dict__["_tables"])
 
 
@@ -47,7 +45,7 @@ class _GivenTables(nn.Module):
 class HunyuanImageFamily(RotaryFrameFamily):
     """HunyuanImage 2.1: every latent pixel is a token."""
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         if pipeline.transformer.config.use_meanflow:
             return (
                 "this distilled transformer is told the timestep at which a step ends, which the pipeline takes for "
@@ -66,16 +64,16 @@ class HunyuanImageFamily(RotaryFrameFamily):
 class CogView4Family(RotaryFrameFamily):
     """CogView4: rotary indices are spread over a fixed range, whatever the picture's size."""
 
-    def default_side(self, pipeline: Any) -> int:
+    def default_side(self, pipeline: Pipeline) -> int:
         return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
 
 
-def _plain(rope: Any, layout: TokenLayout, device: torch.device) -> Tables:
+def _plain(rope: Transformer, layout: TokenLayout, device: torch.device) -> Tables:
     cosines, sines = rotary(layout.positions(device), rope.rope_dim, rope.theta, use_real=True)
     return cosines, sines
 
 
-def _spread(rope: Any, layout: TokenLayout, device: torch.device) -> Tables:
+def _spread(rope: Transformer, layout: TokenLayout, device: torch.device) -> Tables:
     """Evaluate whole indices of the range; a place between two tokens has one of its own where the range is finer."""
     places = layout.positions(device)
     indices = (places * places.new_tensor(rope.rope_axes_dim) / places.new_tensor(layout.extent)).floor()
@@ -85,3 +83,4 @@ def _spread(rope: Any, layout: TokenLayout, device: torch.device) -> Tables:
 
 HUNYUAN_IMAGE = HunyuanImageFamily("HunyuanImage", ("HunyuanImagePipeline",), patch=1, tables=_plain)
 COGVIEW4 = CogView4Family("CogView4", ("CogView4Pipeline",), tables=_spread)
+FAMILIES = (HUNYUAN_IMAGE, COGVIEW4)

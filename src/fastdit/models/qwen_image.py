@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
+from fastdit.models.autoencoders import decoded_planes, encoded_planes
+from fastdit.models.family import Arguments, Autoencoder, Children, Pipeline, Transformer
 from fastdit.models.packed import PackedFamily
-from fastdit.models.rotary import guided, rotary, shared
+from fastdit.models.rotary import PerImageTable, guided, rotary, shared
 
 #: The area in pixels that editing pipelines choose where no size is asked for, and what its sides are multiples of.
 _AREA, _MULTIPLE = 1024 * 1024, 32
+
+
+#: A picture's frames, rows and columns; those of an image's pictures, or of one alone; those of a batch.
+Size = tuple[int, int, int]
+Sizes = Size | list[Size] | list[list[Size]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ class QwenImageFamily(PackedFamily):
 
     one_frame: ClassVar[str | None] = "its transformer counts places from the picture's middle, undescribed"
 
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
         image = arguments.get("image")
         picture = image[self.sample or 0] if isinstance(image, list) else image
         shape = getattr(picture, "size", None)
@@ -44,14 +50,12 @@ class QwenImageFamily(PackedFamily):
         height, width = (round(side / _MULTIPLE) * _MULTIPLE for side in (height, width))
         return arguments.get("height") or height, arguments.get("width") or width
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         if layout.whole:
             return {}
         return {"pos_embed": _PlacedRotary(transformer.pos_embed, layout, latents)}
 
-    def _positions(
-        self, arguments: Mapping[str, Any], appended: int, layout: TokenLayout, latents: torch.Tensor
-    ) -> dict[str, Any]:
+    def _positions(self, arguments: Arguments, appended: int, layout: TokenLayout, latents: torch.Tensor) -> Arguments:
         # A strip for the model, which counts tokens by these sizes; `_PlacedRotary` knows the layout's extent.
         own = (1, *layout.extent) if layout.whole else (1, 1, layout.tokens)
         return {"img_shapes": [[own, *_sizes(sizes)[1:]] for sizes in arguments["img_shapes"]]}
@@ -60,7 +64,7 @@ class QwenImageFamily(PackedFamily):
 class _PlacedRotary(nn.Module):
     """The model's rotary embedding with the first picture's tokens at the places of a layout."""
 
-    def __init__(self, embed: Any, layout: TokenLayout, latents: torch.Tensor) -> None:
+    def __init__(self, embed: Transformer, layout: TokenLayout, latents: torch.Tensor) -> None:
         super().__init__()
         # Kept out of the module tree: the child belongs to the user's model.
         self.__dict__["_embed"] = embed
@@ -71,7 +75,9 @@ class _PlacedRotary(nn.Module):
         frame = nn.functional.pad(places, (1, 0))
         self.__dict__["_table"] = guided(rotary(frame, embed.axes_dim, embed.theta), latents.shape[0])
 
-    def forward(self, sizes: Any, *args: Any, **options: Any) -> tuple[Any, torch.Tensor]:
+    def forward(
+        self, sizes: Sizes, *args: object, **options: object
+    ) -> tuple[torch.Tensor | PerImageTable, torch.Tensor]:
         table = self.__dict__["_table"]
         others = _sizes(sizes[0] if isinstance(sizes, list) else sizes)[1:]
         pictures, text = self.__dict__["_embed"]([[(1, *self._extent), *others]], *args, **options)
@@ -79,32 +85,19 @@ class _PlacedRotary(nn.Module):
         return shared(torch.cat([table, appended.expand(len(table), -1, -1)], dim=1)), text
 
 
-def _sizes(entry: Any) -> list[tuple[int, int, int]]:
+def _sizes(entry: Size | list[Size]) -> list[Size]:
     """List the sizes of one image's pictures; a single one may stand alone."""
     return list(entry) if isinstance(entry, list) else [entry]
 
 
-def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the mean and the deviation of every latent channel, [1, C, 1, 1, 1]."""
-    mean, deviation = (
-        like.new_tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
-    )
-    return mean, deviation
+def _decoded(vae: Autoencoder, frames: torch.Tensor) -> torch.Tensor:
+    """Decode frames with an autoencoder of videos, as the only plane of one."""
+    return decoded_planes(vae, frames[:, :, None])[:, :, 0]
 
 
-def _decoded(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Decode frames whose channels are normalised one by one, with an autoencoder of videos."""
-    mean, deviation = _statistics(vae, frames)
-    latents = (frames[:, :, None] * deviation + mean).to(vae.dtype)
-    pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0][:, :, 0]
-    return pixels
-
-
-def _encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode pixels to frames whose channels are normalised one by one, with an autoencoder of videos."""
-    latents: torch.Tensor = vae.encode(pixels[:, :, None].to(vae.dtype)).latent_dist.mode()
-    mean, deviation = _statistics(vae, latents)
-    return ((latents - mean) / deviation)[:, :, 0]
+def _encoded(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Undo `_decoded`."""
+    return encoded_planes(vae, pixels[:, :, None])[:, :, 0]
 
 
 QWEN_IMAGE = QwenImageFamily(
@@ -116,3 +109,4 @@ QWEN_IMAGE = QwenImageFamily(
 )
 QWEN_IMAGE_EDIT = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPipeline",), sample=0)
 QWEN_IMAGE_EDIT_PLUS = dataclasses.replace(QWEN_IMAGE, pipelines=("QwenImageEditPlusPipeline",), sample=-1)
+FAMILIES = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS)

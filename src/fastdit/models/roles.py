@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from torch import nn
 
@@ -78,7 +77,7 @@ TOKEN_ROLES: dict[str, TokenRoles] = {
 }
 
 
-def text_comes_first(transformer: Any) -> bool | None:
+def text_comes_first(transformer: nn.Module) -> bool | None:
     """Say whether the text's tokens come before the image's where blocks attend to both together.
 
     None where some block of the transformer's lists is not described, does not, or orders them otherwise.
@@ -92,7 +91,7 @@ def text_comes_first(transformer: Any) -> bool | None:
     return orders.pop() if len(orders) == 1 else None
 
 
-def token_roles(block: Any) -> TokenRoles | None:
+def token_roles(block: object) -> TokenRoles | None:
     """Find the description of a block (or of a stand-in for one) by its class."""
     names = [cls.__name__ for cls in block.__class__.__mro__]
     return next((TOKEN_ROLES[name] for name in names if name in TOKEN_ROLES), None)

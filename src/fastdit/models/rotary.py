@@ -6,7 +6,7 @@ batch; a table [B, S, D] answers the same index with its batch in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class PerImageTable(PerImage):
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
 
-    def __getitem__(self, key: tuple[Any, ...]) -> torch.Tensor:
+    def __getitem__(self, key: tuple[slice | None, ...]) -> torch.Tensor:
         # A shared table is indexed [None, :, None, :] or [None, None, :, :]; the leading None is our batch.
         if not isinstance(key, tuple) or key[0] is not None:
             raise TypeError(f"a rotary table of a batch was indexed with {key!r}, which it can't answer")
@@ -39,8 +39,12 @@ class PerImageTable(PerImage):
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        cls,
+        function: Callable[..., torch.Tensor],
+        types: Sequence[type],
+        args: tuple[Sequence[PerImageTable], ...] = (),
+        kwargs: Mapping[str, int] | None = None,
+    ) -> PerImageTable:
         """Join tables along their tokens, which models do with the text's and the image's."""
         if function is not torch.cat or (kwargs or {}).get("dim", 0) != 0 or len(args) > 1:
             raise TypeError(f"a rotary table of a batch was given to {function.__name__}, which it can't answer")

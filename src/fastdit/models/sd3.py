@@ -9,14 +9,13 @@ the two. At whole indices this is the table itself; base size, scale and croppin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout
-from fastdit.models.family import refused_arguments
+from fastdit.models.family import Arguments, Children, Pipeline, Placed, Transformer, refused_arguments
 from fastdit.models.frames import FrameFamily
 from fastdit.models.rotary import guided
 from fastdit.structure import structural_twin
@@ -32,7 +31,7 @@ class SD3Family(FrameFamily):
 
     picture_arguments: tuple[str, ...] = ("ip_adapter_image_embeds", "ip_adapter_masks", "ip_hidden_states")
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         attention = arguments.get("joint_attention_kwargs") or {}
         given = {f"joint_attention_kwargs[{name!r}]": True for name in self.picture_arguments if name in attention}
         if refusal := refused_arguments(given, tuple(given)):
@@ -42,9 +41,7 @@ class SD3Family(FrameFamily):
         unfit = super().refusal(pipeline, arguments) or self._unfit(pipeline.transformer)
         return unfit or self.too_large(pipeline, arguments, pipeline.transformer.pos_embed.pos_embed_max_size)
 
-    def place(
-        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
-    ) -> dict[str, Any]:
+    def place(self, arguments: Arguments, given: TokenLayout, latents: torch.Tensor, layout: TokenLayout) -> Placed:
         if arguments.get("block_controlnet_hidden_states") is not None:
             raise InvalidConfig(
                 "block_controlnet_hidden_states are tied to one token layout, and the schedule changes it; leave the "
@@ -52,7 +49,7 @@ class SD3Family(FrameFamily):
             )
         return super().place(arguments, given, latents, layout)
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         if layout.whole:
             return {}
         embed = transformer.pos_embed
@@ -64,7 +61,7 @@ class SD3Family(FrameFamily):
         placed.__dict__["_buffers"] = {**embed._buffers, "pos_embed": table}
         return {"pos_embed": placed}
 
-    def _unfit(self, transformer: Any) -> str | None:
+    def _unfit(self, transformer: Transformer) -> str | None:
         """Say what of the transformer's patches and positions is not as described."""
         embed = transformer.pos_embed
         if transformer.config.patch_size != self.patch:
@@ -79,7 +76,7 @@ class SD3Family(FrameFamily):
         return None
 
 
-def position_rows(embed: Any, layout: TokenLayout, device: torch.device) -> torch.Tensor:
+def position_rows(embed: Transformer, layout: TokenLayout, device: torch.device) -> torch.Tensor:
     """Evaluate a model's own position embedding at a layout's places, [1 or B, tokens, D].
 
     A frame of h x w tokens is the centred crop of the table, from index (M - h) // 2 and (M - w) // 2 on.
@@ -93,7 +90,7 @@ def position_rows(embed: Any, layout: TokenLayout, device: torch.device) -> torc
     return torch.cat([columns, rows], dim=-1).to(table.dtype)
 
 
-def _table(embed: Any) -> torch.Tensor:
+def _table(embed: Transformer) -> torch.Tensor:
     side: int = embed.pos_embed_max_size
     table: torch.Tensor = embed.pos_embed.reshape(side, side, -1)
     return table
@@ -134,3 +131,4 @@ SD3 = SD3Family(
     ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     refused=("ip_adapter_image", "ip_adapter_image_embeds"),
 )
+FAMILIES = (SD3,)

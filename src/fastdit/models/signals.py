@@ -6,17 +6,20 @@ and tables. A time signal is an argument of the block and does not depend on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from fastdit.errors import InvalidConfig
+from fastdit.models.family import Arguments
 from fastdit.nested import ArgumentNames
 
-Signal = Callable[[Any, torch.Tensor, tuple[Any, ...], Mapping[str, Any]], torch.Tensor]
-_Named = Callable[[Any, torch.Tensor, Mapping[str, Any]], Any]
+#: A block of any class, or what stands in for one.
+Block: TypeAlias = Any
+Signal = Callable[[Block, torch.Tensor, tuple[object, ...], Arguments], torch.Tensor]
+_Named = Callable[[Block, torch.Tensor, Arguments], torch.Tensor]
 
 SIGNAL_KINDS: dict[str, str] = {
     "modulated": "the first block's modulated input",
@@ -29,19 +32,16 @@ SIGNAL_KINDS: dict[str, str] = {
 
 
 @lru_cache(maxsize=64)
-def _names(forward: Callable[..., Any]) -> ArgumentNames:
+def _names(forward: Callable[..., object]) -> ArgumentNames:
     return ArgumentNames(forward, defaults=True)
 
 
 def _by_name(function: _Named) -> Signal:
     """Turn a function of a block's named arguments into a signal, however a model passes them."""
 
-    def signal(
-        block: Any, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> torch.Tensor:
-        given = _names(type(getattr(block, "original", block)).forward)(args, kwargs)
-        found: torch.Tensor = function(block, hidden_states, given)
-        return found
+    def signal(block: Block, hidden_states: torch.Tensor, args: tuple[object, ...], kwargs: Arguments) -> torch.Tensor:
+        original: Block = getattr(block, "original", block)
+        return function(block, hidden_states, _names(type(original).forward)(args, kwargs))
 
     return signal
 
@@ -60,20 +60,16 @@ def _shifted(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> 
     return normed * (1 + scale) + shift
 
 
-@_by_name
-def _adaptive_norm(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
-    """AdaLN-Zero as in FLUX."""
-    return block.norm1(hidden_states, emb=given["temb"])[0]
+#: AdaLN-Zero as in FLUX.
+_adaptive_norm = _by_name(lambda block, hidden_states, given: block.norm1(hidden_states, emb=given["temb"])[0])
+#: The first six rows of the embedding modulate the image stream.
+_chroma = _by_name(lambda block, hidden_states, given: block.norm1(hidden_states, emb=given["temb"][:, :6])[0])
+#: A plain norm: the time embedding is the first token.
+_stable_audio = _by_name(lambda block, hidden_states, given: block.norm1(hidden_states))
 
 
 @_by_name
-def _chroma(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
-    """The first six rows of the embedding modulate the image stream."""
-    return block.norm1(hidden_states, emb=given["temb"][:, :6])[0]
-
-
-@_by_name
-def _flux2(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _flux2(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """The modulation arrives ready: shift, scale and gate of the attention, then of the feed-forward."""
     modulation = given["temb_mod_img"]
     if modulation.ndim == 2:
@@ -83,28 +79,29 @@ def _flux2(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) ->
 
 
 @_by_name
-def _qwen_image(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _qwen_image(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     modulation = block.img_mod(given["temb"]).chunk(2, dim=-1)[0]
-    return block._modulate(block.img_norm1(hidden_states), modulation, given["modulate_index"])[0]
+    modulated: torch.Tensor = block._modulate(block.img_norm1(hidden_states), modulation, given["modulate_index"])[0]
+    return modulated
 
 
 @_by_name
-def _hidream(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _hidream(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """The wrapper's inner block holds the norms."""
-    inner = getattr(block, "block", block)
+    inner: Block = getattr(block, "block", block)
     shift, scale = inner.adaLN_modulation(given["temb"])[:, None].chunk(12, dim=-1)[:2]
     return _shifted(inner.norm1_i(hidden_states).to(hidden_states.dtype), scale, shift)
 
 
 @_by_name
-def _z_image(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _z_image(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """Only a scale; with a noise mask, clean and noisy tokens have one each."""
 
     def scale(embedding: torch.Tensor) -> torch.Tensor:
         modulation: torch.Tensor = block.adaLN_modulation(embedding)
         return 1.0 + modulation.chunk(4, dim=1)[0].unsqueeze(1)
 
-    normed = block.attention_norm1(hidden_states)
+    normed: torch.Tensor = block.attention_norm1(hidden_states)
     noisy = given["noise_mask"]
     if noisy is None:
         return normed * scale(given["adaln_input"])
@@ -113,15 +110,16 @@ def _z_image(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) 
 
 
 @_by_name
-def _cosmos(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _cosmos(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """Learned positions are added before the norm."""
     if given["extra_pos_emb"] is not None:
         hidden_states = hidden_states + given["extra_pos_emb"]
-    return block.norm1(hidden_states, given["embedded_timestep"], given["temb"])[0]
+    normed: torch.Tensor = block.norm1(hidden_states, given["embedded_timestep"], given["temb"])[0]
+    return normed
 
 
 @_by_name
-def _ltx(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _ltx(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """A table of each block is added to a projection that all blocks share, one a token or one an image."""
     table, shared = block.scale_shift_table, given["temb"]
     shared = shared.reshape(hidden_states.shape[0], shared.shape[1], table.shape[0], -1)
@@ -130,7 +128,7 @@ def _ltx(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> A
 
 
 @_by_name
-def _wan(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _wan(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """As in LTX, in single precision; the projection has a token axis in Wan 2.2 TI2V."""
     shared = given["temb"].float()
     table = block.scale_shift_table
@@ -142,7 +140,7 @@ def _wan(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> A
 
 
 @_by_name
-def _table(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _table(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     """As in LTX, one projection an image: PixArt and Sana."""
     shared = given["timestep"].reshape(hidden_states.shape[0], 6, -1)
     shift, scale = (block.scale_shift_table[None] + shared).chunk(6, dim=1)[:2]
@@ -150,15 +148,9 @@ def _table(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) ->
 
 
 @_by_name
-def _prx(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
+def _prx(block: Block, hidden_states: torch.Tensor, given: Arguments) -> torch.Tensor:
     shift, scale, _ = block.modulation(given["temb"])[0]
     return _shifted(block.img_pre_norm(hidden_states), scale, shift)
-
-
-@_by_name
-def _stable_audio(block: Any, hidden_states: torch.Tensor, given: Mapping[str, Any]) -> Any:
-    """A plain norm: the time embedding is the first token."""
-    return block.norm1(hidden_states)
 
 
 MODULATED_SIGNALS: dict[str, Signal] = {
@@ -215,13 +207,13 @@ _TABLES = {
 }
 
 
-def _modulates(block: Any) -> bool:
+def _modulates(block: Block) -> bool:
     """Whether a block of a class that can also be built without modulation has it."""
     norm_type = getattr(block, "norm_type", "ada_norm_single")
     return getattr(block, "modulation", True) is not False and norm_type == "ada_norm_single"
 
 
-def signal_for(block: Any, kind: str) -> Signal | None:
+def signal_for(block: Block, kind: str) -> Signal | None:
     """Find the signal of a kind for a block, or what shows its parts, by its class; None where none is described.
 
     Raises `InvalidConfig` for an unknown kind.
@@ -238,6 +230,6 @@ def signal_for(block: Any, kind: str) -> Signal | None:
     return next((table[name] for name in names if name in table), None)
 
 
-def modulated_signal(block: Any) -> Signal | None:
+def modulated_signal(block: Block) -> Signal | None:
     """Find the modulated input's signal for a block (or what shows the parts of one) by its class."""
     return signal_for(block, "modulated")

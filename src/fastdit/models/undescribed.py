@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from typing import Any
+
+from fastdit.models.family import Pipeline
 
 _FRAMES = "its tokens fill planes of several frames, and a token layout describes one plane"
 _CODES = "it picks discrete codes and has no flow of latents to re-noise"
@@ -70,7 +71,7 @@ _OF_MIXED_STAGES = (
 )
 
 
-def why_not_whole(pipeline: type[Any]) -> str:
+def why_not_whole(pipeline: type[Pipeline]) -> str:
     """Say in one sentence why pipelines of a class that no family describes can't take stages of whole frames."""
     schedulers, reason = annotated(pipeline, "scheduler"), why_not(pipeline)
     if reason not in _OF_MIXED_STAGES:
@@ -78,7 +79,7 @@ def why_not_whole(pipeline: type[Any]) -> str:
     return _no_flow(schedulers) or "no family describes in what shape its latents travel, undescribed"
 
 
-def why_not(pipeline: type[Any]) -> str:
+def why_not(pipeline: type[Pipeline]) -> str:
     """Say in one sentence why pipelines of a class that no family describes can't take mixed stages."""
     if reason := BY_PIPELINE.get(pipeline.__name__):
         return reason
@@ -98,7 +99,7 @@ def _no_flow(schedulers: list[str]) -> str | None:
     return f"RALU re-noises along a flow, and {schedulers[0]} is no flow-matching scheduler"
 
 
-def annotated(pipeline: type[Any], part: str) -> list[str]:
+def annotated(pipeline: type[Pipeline], part: str) -> list[str]:
     """Name the classes that a pipeline's constructor declares for a part, None left out."""
     parameter = inspect.signature(pipeline.__init__).parameters.get(part)
     if parameter is None or parameter.annotation is inspect.Parameter.empty:

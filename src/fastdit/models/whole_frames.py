@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from fastdit.layout import TokenLayout
+from fastdit.models.autoencoders import decoded_planes, encoded_planes
+from fastdit.models.family import Arguments, Pipeline, Transformer
 from fastdit.models.frames import FrameFamily
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +28,19 @@ class WholeFrameFamily(FrameFamily):
 
     mixes: ClassVar[bool] = False
 
-    def of(self, pipeline: Any) -> WholeFrameFamily:
+    def of(self, pipeline: Pipeline) -> Self:
         patch = _transformer(pipeline).config.patch_size
         return dataclasses.replace(self, patch=patch if isinstance(patch, int) else patch[-1])
-
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class AuraFlowFamily(WholeFrameFamily):
     """AuraFlow: the middle of a learned table of positions, whatever the frame's size."""
 
-    def default_side(self, pipeline: Any) -> int:
+    def default_side(self, pipeline: Pipeline) -> int:
         return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         most = int(pipeline.transformer.config.pos_embed_max_size**0.5)
         return super().refusal(pipeline, arguments) or self.too_large(pipeline, arguments, most)
 
@@ -48,7 +49,7 @@ class AuraFlowFamily(WholeFrameFamily):
 class BinnedFamily(WholeFrameFamily):
     """Pipelines that make a picture of the nearest size in a list and crop it to the size that was asked for."""
 
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
         height, width = super().size(pipeline, arguments)
         if not arguments.get("use_resolution_binning"):
             return height, width
@@ -58,7 +59,7 @@ class BinnedFamily(WholeFrameFamily):
         found: tuple[int, int] = pipeline.image_processor.classify_height_width_bin(height, width, ratios=ratios)
         return found
 
-    def bins(self, pipeline: Any) -> dict[str, list[float]] | None:
+    def bins(self, pipeline: Pipeline) -> dict[str, list[float]] | None:
         """Give the pipeline's list of sizes by aspect ratio."""
         raise NotImplementedError
 
@@ -67,10 +68,10 @@ class BinnedFamily(WholeFrameFamily):
 class SanaFamily(BinnedFamily):
     """Sana: one latent pixel a token."""
 
-    def default_side(self, pipeline: Any) -> int:
+    def default_side(self, pipeline: Pipeline) -> int:
         return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
 
-    def bins(self, pipeline: Any) -> dict[str, list[float]] | None:
+    def bins(self, pipeline: Pipeline) -> dict[str, list[float]] | None:
         from diffusers.pipelines.sana import pipeline_sana
 
         side = 32 * pipeline.transformer.config.sample_size
@@ -82,10 +83,10 @@ class SanaFamily(BinnedFamily):
 class PRXFamily(BinnedFamily):
     """PRX: the ids of a whole frame are made inside its forward."""
 
-    def default_side(self, pipeline: Any) -> int:
+    def default_side(self, pipeline: Pipeline) -> int:
         return int(pipeline.get_default_resolution())
 
-    def bins(self, pipeline: Any) -> dict[str, list[float]] | None:
+    def bins(self, pipeline: Pipeline) -> dict[str, list[float]] | None:
         from diffusers.pipelines.prx import pipeline_prx
 
         found: dict[str, list[float]] | None = pipeline_prx.ASPECT_RATIO_BINS.get(pipeline.default_sample_size)
@@ -99,11 +100,11 @@ class VideoFamily(WholeFrameFamily):
     channels: int = 0
     one_plane: ClassVar[bool] = False
 
-    def of(self, pipeline: Any) -> VideoFamily:
+    def of(self, pipeline: Pipeline) -> Self:
         channels = int(_transformer(pipeline).config.in_channels)
         return dataclasses.replace(self, patch=super().of(pipeline).patch, channels=channels)
 
-    def size(self, pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
         latents = arguments.get("latents")
         if isinstance(latents, torch.Tensor) and latents.dim() == 5:
             factor = pipeline.vae_scale_factor_spatial
@@ -113,11 +114,10 @@ class VideoFamily(WholeFrameFamily):
         height, width = (arguments.get(name) or defaults[name].default for name in ("height", "width"))
         return height, width
 
-    def grid(self, pipeline: Any, height: int, width: int) -> tuple[int, int]:
-        side = pipeline.vae_scale_factor_spatial * self.patch
-        return int(height) // side, int(width) // side
+    def token_side(self, pipeline: Pipeline) -> int:
+        return int(pipeline.vae_scale_factor_spatial * self.patch)
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         latents = arguments.get("latents")
         if latents is not None and (latents.dim() != 5 or any(side % self.patch for side in latents.shape[3:])):
             return (
@@ -134,38 +134,20 @@ class VideoFamily(WholeFrameFamily):
     def latents(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         return self._planes(super().latents(tokens, layout))
 
-    def decode(self, pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
-        vae = pipeline.vae
-        scale, mean = _statistics(vae, frames)
-        latents = (self._planes(frames) * scale + mean).to(vae.dtype)
-        pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0]
-        return pixels.flatten(1, 2)
+    def decode(self, pipeline: Pipeline, frames: torch.Tensor) -> torch.Tensor:
+        return decoded_planes(pipeline.vae, self._planes(frames)).flatten(1, 2)
 
-    def encode(self, pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
-        vae = pipeline.vae
-        latents = vae.encode(pixels.unflatten(1, (3, -1)).to(vae.dtype)).latent_dist.mode()
-        scale, mean = _statistics(vae, latents)
-        frames: torch.Tensor = ((latents - mean) / scale).flatten(1, 2)
-        return frames
+    def encode(self, pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
+        return encoded_planes(pipeline.vae, pixels.unflatten(1, (3, -1))).flatten(1, 2)
 
     def _planes(self, frames: torch.Tensor) -> torch.Tensor:
         planes: torch.Tensor = frames.unflatten(1, (self.channels, -1))
         return planes
 
 
-def _transformer(pipeline: Any) -> Any:
+def _transformer(pipeline: Pipeline) -> Transformer:
     """Give a pipeline's transformer; Wan 2.2 may have the second of its two alone."""
     return pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
-
-
-def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give what normalised latents are multiplied by, and what is added then, [1, C or 1, 1, 1, 1]."""
-    if getattr(vae.config, "latents_mean", None) is None:
-        return like.new_tensor(1.0 / vae.config.scaling_factor), like.new_tensor(0.0)
-    deviation, mean = (
-        like.new_tensor(getattr(vae.config, name)).view(1, -1, 1, 1, 1) for name in ("latents_std", "latents_mean")
-    )
-    return deviation, mean
 
 
 AURA_FLOW = AuraFlowFamily("AuraFlow", ("AuraFlowPipeline",))
@@ -173,3 +155,4 @@ SANA = SanaFamily("Sana", ("SanaPipeline",))
 PRX = PRXFamily("PRX", ("PRXPipeline",))
 WAN = VideoFamily("Wan", ("WanPipeline",))
 HUNYUAN_VIDEO = VideoFamily("HunyuanVideo", ("HunyuanVideoPipeline",))
+FAMILIES = (AURA_FLOW, SANA, PRX, WAN, HUNYUAN_VIDEO)

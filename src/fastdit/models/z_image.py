@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
+from fastdit.models.family import Arguments, Children, Pipeline, Placed, Transformer
 from fastdit.models.frames import FrameFamily
 from fastdit.models.rotary import guided, rotary
 
@@ -18,22 +17,20 @@ from fastdit.models.rotary import guided, rotary
 class ZImageFamily(FrameFamily):
     """Ids (text position, row, column); all tokens of the image share the position after the padded text's last."""
 
-    def default_side(self, pipeline: Any) -> int:
+    def default_side(self, pipeline: Pipeline) -> int:
         return 1024
 
-    def refusal(self, pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
+    def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         most = min(pipeline.transformer.axes_lens[1:])
         return super().refusal(pipeline, arguments) or self.too_large(pipeline, arguments, most)
 
-    def latents_of(self, arguments: Mapping[str, Any], layout: TokenLayout) -> torch.Tensor:
+    def latents_of(self, arguments: Arguments, layout: TokenLayout) -> torch.Tensor:
         return torch.stack([frame.squeeze(1) for frame in next(iter(arguments.values()))])
 
-    def place(
-        self, arguments: Mapping[str, Any], given: TokenLayout, latents: torch.Tensor, layout: TokenLayout
-    ) -> dict[str, Any]:
+    def place(self, arguments: Arguments, given: TokenLayout, latents: torch.Tensor, layout: TokenLayout) -> Placed:
         return {**arguments, next(iter(arguments)): list(latents.unsqueeze(2).unbind())}
 
-    def child_overrides(self, transformer: Any, layout: TokenLayout, latents: torch.Tensor) -> dict[str, Any]:
+    def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         if layout.whole:
             return {}
         places = guided(layout.positions(latents.device), latents.shape[0])
@@ -46,7 +43,7 @@ class _PlacedEmbedder(nn.Module):
     The model asks for the rows of all images at once, each padded with ids of zeros, and then for those of all texts.
     """
 
-    def __init__(self, embedder: Any, places: torch.Tensor) -> None:
+    def __init__(self, embedder: Transformer, places: torch.Tensor) -> None:
         super().__init__()
         self.axes_dims, self.theta = tuple(embedder.axes_dims), embedder.theta
         self.__dict__["_places"] = places
@@ -64,3 +61,4 @@ class _PlacedEmbedder(nn.Module):
 
 
 Z_IMAGE = ZImageFamily("Z-Image", ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"))
+FAMILIES = (Z_IMAGE,)

@@ -13,20 +13,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch.nn import functional
 
 from fastdit.layout import FineLayout, TokenLayout, gather_tokens
-from fastdit.models.family import Family
+from fastdit.models.family import Family, Pipeline
 from fastdit.schedule.base import ScheduleRun
 from fastdit.schedule.selectors.base import Scene, Selector
 from fastdit.schedule.selectors.edges import top_tokens
 from fastdit.step import SchedulePlan
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 #: The real root of p^3 = p + 1. Multiples of 1/p and 1/p^2 spread over a square as those of the golden ratio do over
 #: a line.
@@ -86,7 +83,7 @@ class AnchorRun(ScheduleRun):
     of the first are evenly spread and the same for all images, further ones are what `selector` scores highest.
     """
 
-    def __init__(self, plan: SchedulePlan, family: Family, pipeline: DiffusionPipeline, selector: Selector) -> None:
+    def __init__(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, selector: Selector) -> None:
         self._plan, self._family, self._pipeline, self._selector = plan, family, pipeline, selector
         self._fine = FineLayout(plan.rows, plan.columns)
         self._layout: TokenLayout = self._fine

@@ -11,11 +11,10 @@ from fastdit.step import SchedulePlan
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
 
     from fastdit.blocks.chain import Pass
     from fastdit.layout import TokenLayout
-    from fastdit.models.family import Family
+    from fastdit.models.family import Family, Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Schedule(Accelerator):
         self,
         plan: SchedulePlan,
         family: Family,
-        pipeline: DiffusionPipeline,
+        pipeline: Pipeline,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> ScheduleRun:
         """Make the state of one run."""

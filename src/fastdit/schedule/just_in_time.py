@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from fastdit.accelerator import Need
 from fastdit.config import Count, Positive, Range, register
 from fastdit.errors import InvalidConfig
-from fastdit.models.family import Family
+from fastdit.models.family import Family, Pipeline
 from fastdit.schedule.anchors import AnchorRun
 from fastdit.schedule.base import Schedule, ScheduleRun
 from fastdit.schedule.matching import stage_sigmas
@@ -26,9 +26,6 @@ from fastdit.schedule.selectors.base import Selector
 from fastdit.schedule.selectors.latent_variance import LatentVariance
 from fastdit.schedule.staged import Generators
 from fastdit.step import SchedulePlan, StagePlan
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 @register
@@ -68,7 +65,7 @@ class JustInTime(Schedule):
     selector: Selector = dataclasses.field(default_factory=LatentVariance)
     shift: Positive = 6.0
 
-    needs: ClassVar = Schedule.needs | {Need.TOKEN_POSITIONS}
+    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS})
 
     def __post_init__(self) -> None:
         check_schedule(self)
@@ -98,8 +95,6 @@ class JustInTime(Schedule):
         stages = zip(layouts, [*anchors, cells], steps, spans, strict=True)
         return SchedulePlan(tuple(StagePlan(i, *stage) for i, stage in enumerate(stages)), rows, columns, notes)
 
-    def begin(
-        self, plan: SchedulePlan, family: Family, pipeline: DiffusionPipeline, generator: Generators
-    ) -> ScheduleRun:
+    def begin(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, generator: Generators) -> ScheduleRun:
         """Make the state of one run, which draws nothing."""
         return AnchorRun(plan, family, pipeline, self.selector)

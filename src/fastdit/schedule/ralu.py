@@ -15,12 +15,12 @@ the user's generator, fresh for each call and image, and every image of a batch 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastdit.accelerator import Change, Effects, Need
 from fastdit.config import Count, Positive, Range, register
 from fastdit.errors import InvalidConfig, UnsupportedModel
-from fastdit.models.family import Family, family_of
+from fastdit.models.family import Family, Pipeline, Transformer, family_of
 from fastdit.schedule.base import ScheduleRun
 from fastdit.schedule.lifts.base import Lift
 from fastdit.schedule.presets import PAPER, PRESETS, THREE, TWO, listed, of_family
@@ -28,9 +28,6 @@ from fastdit.schedule.recipe import Between, Frame, Recipe, check_schedule
 from fastdit.schedule.selectors.base import Seen, Selector
 from fastdit.schedule.staged import Generators, StagedRun, StagedSchedule
 from fastdit.step import SchedulePlan
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
 
 
 @register
@@ -164,7 +161,7 @@ class RALU(StagedSchedule):
             declared = declared.adding(needs={Need.SEEN_ATTENTION, Need.PLAIN_ATTENTION})
         return declared
 
-    def check(self, pipeline: DiffusionPipeline, transformer: ModelMixin) -> None:
+    def check(self, pipeline: Pipeline, transformer: Transformer) -> None:
         """Raise `InvalidConfig` for another family's preset, `UnsupportedModel` for parts that the model can't bear."""
         family = family_of(pipeline)
         if self.frame == "query" and family is not None and family.one_frame is not None:
@@ -177,8 +174,6 @@ class RALU(StagedSchedule):
         if family is not None:
             self.of(family)
 
-    def begin(
-        self, plan: SchedulePlan, family: Family, pipeline: DiffusionPipeline, generator: Generators
-    ) -> ScheduleRun:
+    def begin(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, generator: Generators) -> ScheduleRun:
         """Make the state of one run."""
         return StagedRun(self.of(family).recipe, plan, family, pipeline, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch.nn import functional
@@ -12,6 +12,7 @@ from torch.nn import functional
 from fastdit.blocks.attention import AttentionSight, SeenAttention
 from fastdit.blocks.chain import ForwardCall, Pass
 from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout
+from fastdit.models.family import Family, Pipeline
 from fastdit.models.roles import text_comes_first
 from fastdit.schedule.base import Schedule, ScheduleRun
 from fastdit.schedule.lifts.base import Switch, pooled
@@ -21,11 +22,6 @@ from fastdit.schedule.selectors.base import Scene, Seen
 from fastdit.schedule.selectors.edges import top_tokens
 from fastdit.schedule.selectors.text_attention import SeenExchange, mean_exchange
 from fastdit.step import SchedulePlan
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from fastdit.models.family import Family
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -43,9 +39,7 @@ class StagedSchedule(Schedule):
         """Lay out the stages. Raises `InvalidConfig` for sizes that don't halve and for too few steps."""
         return self.recipe.plan(type(self).__name__, rows, columns, num_inference_steps)
 
-    def begin(
-        self, plan: SchedulePlan, family: Family, pipeline: DiffusionPipeline, generator: Generators
-    ) -> ScheduleRun:
+    def begin(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, generator: Generators) -> ScheduleRun:
         """Make the state of one run."""
         return StagedRun(self.recipe, plan, family, pipeline, generator)
 
@@ -58,7 +52,7 @@ class StagedRun(ScheduleRun):
         recipe: Recipe,
         plan: SchedulePlan,
         family: Family,
-        pipeline: DiffusionPipeline,
+        pipeline: Pipeline,
         generator: Generators,
     ) -> None:
         self._recipe, self._plan, self._family = recipe, plan, family

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -21,11 +21,8 @@ from torch.nn import functional
 from fastdit.config import Config
 from fastdit.errors import InvalidConfig
 from fastdit.layout import FineLayout, MixedLayout, TokenLayout
-from fastdit.models.family import Family
+from fastdit.models.family import Family, Pipeline
 from fastdit.schedule.lifts import hadamard
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Switch:
     """
 
     family: Family
-    pipeline: DiffusionPipeline
+    pipeline: Pipeline
     before: TokenLayout
     after: TokenLayout
     latents: torch.Tensor

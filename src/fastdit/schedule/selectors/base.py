@@ -8,16 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from fastdit.config import Config
-from fastdit.models.family import Family
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from fastdit.models.family import Family, Pipeline
 
 
 class Seen(Enum):
@@ -45,7 +42,7 @@ class Scene:
     """
 
     family: Family
-    pipeline: DiffusionPipeline
+    pipeline: Pipeline
     rows: int
     columns: int
     clean: torch.Tensor
