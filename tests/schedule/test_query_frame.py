@@ -43,6 +43,7 @@ QUERY = RALU(**SHORT, frame="query")
 WIDTHS = (4, 6, 6)
 
 
+@pytest.mark.exhaustive
 class TestContract(AcceleratorContract):
     accelerator = RALU(steps=(4, 4, 4), ends=(0.3, 0.45), ratio=0.3, frame="query")
 

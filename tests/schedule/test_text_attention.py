@@ -41,6 +41,7 @@ SHORT = {"steps": (3, 2, 2), "ends": (0.3, 0.45), "ratio": 0.3}
 RECEIVED = RALU(**SHORT, selector=TextAttention())
 
 
+@pytest.mark.exhaustive
 class TestContract(AcceleratorContract):
     accelerator = RALU(**{**SHORT, "steps": (4, 4, 4)}, selector=TextAttention())
 
