@@ -49,7 +49,8 @@ class PatchFamily:
 
     def default_side(self, pipeline: Pipeline) -> int:
         """Give the side in pixels of a picture whose size was not asked for."""
-        return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+        side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config.sample_size
+        return int(side * pipeline.vae_scale_factor)
 
     def grid(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int]:
         side = self.token_side(pipeline)

@@ -60,14 +60,6 @@ class HunyuanImageFamily(RotaryFrameFamily):
         return super().refusal(pipeline, arguments)
 
 
-@dataclasses.dataclass(frozen=True)
-class CogView4Family(RotaryFrameFamily):
-    """CogView4: rotary indices are spread over a fixed range, whatever the picture's size."""
-
-    def default_side(self, pipeline: Pipeline) -> int:
-        return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
-
-
 def _plain(rope: Transformer, layout: TokenLayout, device: torch.device) -> Tables:
     cosines, sines = rotary(layout.positions(device), rope.rope_dim, rope.theta, use_real=True)
     return cosines, sines
@@ -82,5 +74,6 @@ def _spread(rope: Transformer, layout: TokenLayout, device: torch.device) -> Tab
 
 
 HUNYUAN_IMAGE = HunyuanImageFamily("HunyuanImage", ("HunyuanImagePipeline",), patch=1, tables=_plain)
-COGVIEW4 = CogView4Family("CogView4", ("CogView4Pipeline",), tables=_spread)
+#: CogView4 spreads its rotary indices over a fixed range, whatever the picture's size.
+COGVIEW4 = RotaryFrameFamily("CogView4", ("CogView4Pipeline",), tables=_spread)
 FAMILIES = (HUNYUAN_IMAGE, COGVIEW4)

@@ -37,9 +37,6 @@ class WholeFrameFamily(FrameFamily):
 class AuraFlowFamily(WholeFrameFamily):
     """AuraFlow: the middle of a learned table of positions, whatever the frame's size."""
 
-    def default_side(self, pipeline: Pipeline) -> int:
-        return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
-
     def refusal(self, pipeline: Pipeline, arguments: Arguments) -> str | None:
         most = int(pipeline.transformer.config.pos_embed_max_size**0.5)
         return super().refusal(pipeline, arguments) or self.too_large(pipeline, arguments, most)
@@ -67,9 +64,6 @@ class BinnedFamily(WholeFrameFamily):
 @dataclasses.dataclass(frozen=True)
 class SanaFamily(BinnedFamily):
     """Sana: one latent pixel a token."""
-
-    def default_side(self, pipeline: Pipeline) -> int:
-        return int(pipeline.transformer.config.sample_size * pipeline.vae_scale_factor)
 
     def bins(self, pipeline: Pipeline) -> dict[str, list[float]] | None:
         from diffusers.pipelines.sana import pipeline_sana
