@@ -37,7 +37,7 @@ PAGES = (Page("README.md", ("forecaster",), needs=False), Page("docs/accelerator
 
 def table(page: Page) -> str:
     """Every public accelerator by its level, then the parts."""
-    public = [value for name in sorted(fastdit.__all__) if inspect.isclass(value := getattr(fastdit, name))]
+    public = [value for name in dir(fastdit) if inspect.isclass(value := getattr(fastdit, name))]
     accelerators = [cls for cls in public if issubclass(cls, Accelerator)]
     kinds = {level.value: [cls for cls in accelerators if cls.level is level] for level in Level}
     kinds |= {part: [cls for cls in public if issubclass(cls, PARTS[part])] for part in page.parts}

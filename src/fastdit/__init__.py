@@ -12,171 +12,118 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdit.acceleration import accelerate
-    from fastdit.attention.dispatcher import Attention
-    from fastdit.engine.aot import AOT
-    from fastdit.engine.compile import Compile
-    from fastdit.errors import (
-        ConcurrentCall,
-        EngineBuildFailed,
-        EngineMismatch,
-        EngineWarning,
-        FastditError,
-        FastditWarning,
-        IncompatibleStack,
-        InvalidConfig,
-        NeverFired,
-        NoActiveRun,
-        UnsupportedModel,
-    )
-    from fastdit.mini import load_mini
-    from fastdit.plan import Plan
-    from fastdit.schedule.bottleneck_sampling import BottleneckSampling
-    from fastdit.schedule.just_in_time import JustInTime
-    from fastdit.schedule.lifts.corrected import CorrectedLift
-    from fastdit.schedule.lifts.latent import LatentLift
-    from fastdit.schedule.lifts.pixel import PixelLift
-    from fastdit.schedule.lifts.token_copy import TokenCopy
-    from fastdit.schedule.progressive_resolution import ProgressiveResolution
-    from fastdit.schedule.ralu import RALU
-    from fastdit.schedule.selectors.edges import Edges
-    from fastdit.schedule.selectors.latent_variance import LatentVariance
-    from fastdit.schedule.selectors.pixel_gradient import PixelGradient
-    from fastdit.schedule.selectors.text_attention import TextAttention
-    from fastdit.schedule.selectors.velocity_variance import VelocityVariance
-    from fastdit.stack import Stack
-    from fastdit.step_cache.coefficients import Coefficients
-    from fastdit.step_cache.curves import MagnitudeCurve
-    from fastdit.step_cache.forecasters.dmd import DMD
-    from fastdit.step_cache.forecasters.foca import FoCa
-    from fastdit.step_cache.forecasters.reuse import Reuse
-    from fastdit.step_cache.forecasters.taylor import PublishedTaylor, Taylor
-    from fastdit.step_cache.gates.dbcache import DBCache
-    from fastdit.step_cache.gates.easycache import EasyCache
-    from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
-    from fastdit.step_cache.gates.fora import FORA
-    from fastdit.step_cache.gates.interval import Interval
-    from fastdit.step_cache.gates.magcache import MagCache
-    from fastdit.step_cache.gates.seacache import SeaCache
-    from fastdit.step_cache.gates.step_mask import StepMask
-    from fastdit.step_cache.gates.taylorseer import TaylorSeer
-    from fastdit.step_cache.gates.teacache import TeaCache
-    from fastdit.step_cache.policy import SkipPolicy
-    from fastdit.token_cache.clusca import ClusCa
-    from fastdit.token_cache.duca import DuCa
-    from fastdit.token_cache.toca import ToCa
+    from fastdit.acceleration import accelerate as accelerate
+    from fastdit.attention.dispatcher import Attention as Attention
+    from fastdit.engine.aot import AOT as AOT
+    from fastdit.engine.compile import Compile as Compile
+    from fastdit.errors import ConcurrentCall as ConcurrentCall
+    from fastdit.errors import EngineBuildFailed as EngineBuildFailed
+    from fastdit.errors import EngineMismatch as EngineMismatch
+    from fastdit.errors import EngineWarning as EngineWarning
+    from fastdit.errors import FastditError as FastditError
+    from fastdit.errors import FastditWarning as FastditWarning
+    from fastdit.errors import IncompatibleStack as IncompatibleStack
+    from fastdit.errors import InvalidConfig as InvalidConfig
+    from fastdit.errors import NeverFired as NeverFired
+    from fastdit.errors import NoActiveRun as NoActiveRun
+    from fastdit.errors import UnsupportedModel as UnsupportedModel
+    from fastdit.mini import load_mini as load_mini
+    from fastdit.plan import Plan as Plan
+    from fastdit.schedule.bottleneck_sampling import BottleneckSampling as BottleneckSampling
+    from fastdit.schedule.just_in_time import JustInTime as JustInTime
+    from fastdit.schedule.lifts.corrected import CorrectedLift as CorrectedLift
+    from fastdit.schedule.lifts.latent import LatentLift as LatentLift
+    from fastdit.schedule.lifts.pixel import PixelLift as PixelLift
+    from fastdit.schedule.lifts.token_copy import TokenCopy as TokenCopy
+    from fastdit.schedule.progressive_resolution import ProgressiveResolution as ProgressiveResolution
+    from fastdit.schedule.ralu import RALU as RALU
+    from fastdit.schedule.selectors.edges import Edges as Edges
+    from fastdit.schedule.selectors.latent_variance import LatentVariance as LatentVariance
+    from fastdit.schedule.selectors.pixel_gradient import PixelGradient as PixelGradient
+    from fastdit.schedule.selectors.text_attention import TextAttention as TextAttention
+    from fastdit.schedule.selectors.velocity_variance import VelocityVariance as VelocityVariance
+    from fastdit.stack import Stack as Stack
+    from fastdit.step_cache.coefficients import Coefficients as Coefficients
+    from fastdit.step_cache.curves import MagnitudeCurve as MagnitudeCurve
+    from fastdit.step_cache.forecasters.dmd import DMD as DMD
+    from fastdit.step_cache.forecasters.foca import FoCa as FoCa
+    from fastdit.step_cache.forecasters.reuse import Reuse as Reuse
+    from fastdit.step_cache.forecasters.taylor import PublishedTaylor as PublishedTaylor
+    from fastdit.step_cache.forecasters.taylor import Taylor as Taylor
+    from fastdit.step_cache.gates.dbcache import DBCache as DBCache
+    from fastdit.step_cache.gates.easycache import EasyCache as EasyCache
+    from fastdit.step_cache.gates.first_block_cache import FirstBlockCache as FirstBlockCache
+    from fastdit.step_cache.gates.fora import FORA as FORA
+    from fastdit.step_cache.gates.interval import Interval as Interval
+    from fastdit.step_cache.gates.magcache import MagCache as MagCache
+    from fastdit.step_cache.gates.seacache import SeaCache as SeaCache
+    from fastdit.step_cache.gates.step_mask import StepMask as StepMask
+    from fastdit.step_cache.gates.taylorseer import TaylorSeer as TaylorSeer
+    from fastdit.step_cache.gates.teacache import TeaCache as TeaCache
+    from fastdit.step_cache.policy import SkipPolicy as SkipPolicy
+    from fastdit.token_cache.clusca import ClusCa as ClusCa
+    from fastdit.token_cache.duca import DuCa as DuCa
+    from fastdit.token_cache.toca import ToCa as ToCa
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "accelerate": "acceleration",
-    "Stack": "stack",
-    "Plan": "plan",
-    "ProgressiveResolution": "schedule.progressive_resolution",
-    "RALU": "schedule.ralu",
-    "JustInTime": "schedule.just_in_time",
-    "BottleneckSampling": "schedule.bottleneck_sampling",
-    "TokenCopy": "schedule.lifts.token_copy",
-    "Edges": "schedule.selectors.edges",
-    "LatentVariance": "schedule.selectors.latent_variance",
-    "PixelGradient": "schedule.selectors.pixel_gradient",
-    "VelocityVariance": "schedule.selectors.velocity_variance",
-    "TextAttention": "schedule.selectors.text_attention",
-    "PixelLift": "schedule.lifts.pixel",
-    "CorrectedLift": "schedule.lifts.corrected",
-    "LatentLift": "schedule.lifts.latent",
-    "TeaCache": "step_cache.gates.teacache",
-    "FirstBlockCache": "step_cache.gates.first_block_cache",
-    "EasyCache": "step_cache.gates.easycache",
-    "MagCache": "step_cache.gates.magcache",
-    "MagnitudeCurve": "step_cache.curves",
-    "SeaCache": "step_cache.gates.seacache",
-    "Interval": "step_cache.gates.interval",
-    "StepMask": "step_cache.gates.step_mask",
-    "TaylorSeer": "step_cache.gates.taylorseer",
-    "DBCache": "step_cache.gates.dbcache",
-    "FORA": "step_cache.gates.fora",
-    "SkipPolicy": "step_cache.policy",
-    "ToCa": "token_cache.toca",
-    "DuCa": "token_cache.duca",
-    "ClusCa": "token_cache.clusca",
-    "Attention": "attention.dispatcher",
-    "Reuse": "step_cache.forecasters.reuse",
-    "Taylor": "step_cache.forecasters.taylor",
-    "PublishedTaylor": "step_cache.forecasters.taylor",
-    "FoCa": "step_cache.forecasters.foca",
-    "DMD": "step_cache.forecasters.dmd",
-    "Coefficients": "step_cache.coefficients",
-    "AOT": "engine.aot",
-    "Compile": "engine.compile",
-    "load_mini": "mini",
-    "FastditError": "errors",
-    "UnsupportedModel": "errors",
-    "IncompatibleStack": "errors",
-    "InvalidConfig": "errors",
-    "ConcurrentCall": "errors",
-    "NoActiveRun": "errors",
-    "FastditWarning": "errors",
-    "NeverFired": "errors",
-    "EngineBuildFailed": "errors",
-    "EngineMismatch": "errors",
-    "EngineWarning": "errors",
+#: Where the public names live.
+_PUBLIC = {
+    "acceleration": ("accelerate",),
+    "attention.dispatcher": ("Attention",),
+    "engine.aot": ("AOT",),
+    "engine.compile": ("Compile",),
+    "mini": ("load_mini",),
+    "plan": ("Plan",),
+    "schedule.bottleneck_sampling": ("BottleneckSampling",),
+    "schedule.just_in_time": ("JustInTime",),
+    "schedule.progressive_resolution": ("ProgressiveResolution",),
+    "schedule.ralu": ("RALU",),
+    "stack": ("Stack",),
+    "step_cache.coefficients": ("Coefficients",),
+    "step_cache.curves": ("MagnitudeCurve",),
+    "step_cache.forecasters.dmd": ("DMD",),
+    "step_cache.forecasters.foca": ("FoCa",),
+    "step_cache.forecasters.reuse": ("Reuse",),
+    "step_cache.forecasters.taylor": ("PublishedTaylor", "Taylor"),
+    "step_cache.gates.dbcache": ("DBCache",),
+    "step_cache.gates.easycache": ("EasyCache",),
+    "step_cache.gates.first_block_cache": ("FirstBlockCache",),
+    "step_cache.gates.fora": ("FORA",),
+    "step_cache.gates.interval": ("Interval",),
+    "step_cache.gates.magcache": ("MagCache",),
+    "step_cache.gates.seacache": ("SeaCache",),
+    "step_cache.gates.step_mask": ("StepMask",),
+    "step_cache.gates.taylorseer": ("TaylorSeer",),
+    "step_cache.gates.teacache": ("TeaCache",),
+    "step_cache.policy": ("SkipPolicy",),
+    "token_cache.clusca": ("ClusCa",),
+    "token_cache.duca": ("DuCa",),
+    "token_cache.toca": ("ToCa",),
 }
 
-__all__ = [
-    "AOT",
-    "DMD",
-    "FORA",
-    "RALU",
-    "Attention",
-    "BottleneckSampling",
-    "ClusCa",
-    "Coefficients",
-    "Compile",
-    "ConcurrentCall",
-    "CorrectedLift",
-    "DBCache",
-    "DuCa",
-    "EasyCache",
-    "Edges",
-    "EngineBuildFailed",
-    "EngineMismatch",
-    "EngineWarning",
-    "FastditError",
-    "FastditWarning",
-    "FirstBlockCache",
-    "FoCa",
-    "IncompatibleStack",
-    "Interval",
-    "InvalidConfig",
-    "JustInTime",
-    "LatentLift",
-    "LatentVariance",
-    "MagCache",
-    "MagnitudeCurve",
-    "NeverFired",
-    "NoActiveRun",
-    "PixelGradient",
-    "PixelLift",
-    "Plan",
-    "ProgressiveResolution",
-    "PublishedTaylor",
-    "Reuse",
-    "SeaCache",
-    "SkipPolicy",
-    "Stack",
-    "StepMask",
-    "Taylor",
-    "TaylorSeer",
-    "TeaCache",
-    "TextAttention",
-    "ToCa",
-    "TokenCopy",
-    "UnsupportedModel",
-    "VelocityVariance",
-    "accelerate",
-    "load_mini",
-]
+#: Names of submodules that may be imported from here, too.
+_BESIDE = {
+    "errors": (
+        "ConcurrentCall",
+        "EngineBuildFailed",
+        "EngineMismatch",
+        "EngineWarning",
+        "FastditError",
+        "FastditWarning",
+        "IncompatibleStack",
+        "InvalidConfig",
+        "NeverFired",
+        "NoActiveRun",
+        "UnsupportedModel",
+    ),
+    "schedule.lifts": ("CorrectedLift", "LatentLift", "PixelLift", "TokenCopy"),
+    "schedule.selectors": ("Edges", "LatentVariance", "PixelGradient", "TextAttention", "VelocityVariance"),
+}
+
+_HOMES = {name: module for homes in (_PUBLIC, _BESIDE) for module, names in homes.items() for name in names}
+
+__all__ = sorted(name for names in _PUBLIC.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
@@ -188,4 +135,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

@@ -42,7 +42,7 @@ def _load_type(name: str) -> None:
     """
     import fastdit
 
-    for public in fastdit.__all__:
+    for public in dir(fastdit):
         getattr(fastdit, public)
     entry = None if name in _REGISTRY else next(iter(entry_points(group="fastdit.accelerators", name=name)), None)
     if entry is not None:

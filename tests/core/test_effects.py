@@ -37,7 +37,7 @@ TAKEN_BACK: dict[str, set[Any]] = {
 
 def registered() -> list[type[Accelerator]]:
     """Every accelerator that can be named in a stack's JSON."""
-    for name in fastdit.__all__:
+    for name in dir(fastdit):
         getattr(fastdit, name)
     found = [cls for cls in config._REGISTRY.values() if issubclass(cls, Accelerator)]
     return [cls for cls in found if cls.__module__.startswith("fastdit.")]

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.errors import FastditWarning, IncompatibleStack, UnsupportedModel
@@ -24,7 +23,7 @@ from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.token_cache.choice import COMPUTED, PARTIAL, REUSED, Choice, undescribed
 from fastdit.token_cache.memory import BlockMemory, TokenState
-from fastdit.token_cache.visit import Visit
+from fastdit.token_cache.visit import Visit, refuse_own_behaviour, stream_of, with_residual
 
 if TYPE_CHECKING:
     from fastdit.token_cache.base import TokenCache
@@ -93,7 +92,7 @@ class TokenPass(Pass):
                 f"call; leave {type(self._cache).__name__} out of the stack"
             )
         self._called.add((name, index))
-        _refuse_own_behaviour(block, f"{name}.{index}")
+        refuse_own_behaviour(block, f"{name}.{index}")
         values = _signature(type(block).forward).bind(None, *args, **kwargs).arguments
         image = values[roles.image]
         self._tokens = image.shape[1] if self._tokens is None else self._tokens
@@ -107,7 +106,7 @@ class TokenPass(Pass):
                 action, reason = COMPUTED, "no scores"
         if action == REUSED:
             self._saved[f"{name}.{index}"] = 1.0
-            output = _with_residual(roles, values, memory)
+            output = with_residual(roles, values, memory)
         else:
             text = values[roles.text].shape[1] if roles.joined and roles.text is not None else 0
             visit = Visit(self._cache, self._state, memory, chosen, text, f"{name}.{index}")
@@ -119,7 +118,7 @@ class TokenPass(Pass):
         self._tally.append((ran, image.shape[1]))
         self._actions.add(action)
         self._reason = reason
-        self._image = _stream(roles, output, roles.image)
+        self._image = stream_of(roles, output, roles.image)
         return output
 
     def _end(self) -> Outcome:
@@ -171,7 +170,7 @@ class TokenPass(Pass):
             assert memory.refreshed is not None
             memory.refreshed = memory.refreshed.scatter(1, chosen, step)
         if self._cache.reuses_blocks:
-            streams = [_stream(roles, output, stream) for stream in roles.returns]
+            streams = [stream_of(roles, output, stream) for stream in roles.returns]
             memory.residual = tuple(
                 None if out is None else out - values[stream]
                 for out, stream in zip(streams, roles.returns, strict=True)
@@ -189,42 +188,15 @@ class TokenPass(Pass):
             return side, side
         if self._context.stage not in self._without_grid:
             self._without_grid.add(self._context.stage)
-            self._warn_of_no_grid(tokens)
+            warnings.warn(
+                f"{self._cache.describe()}: the {tokens} image tokens of stage {self._context.stage} form no plain "
+                "grid, so no spatial bonus is given in it; set spatial_bonus=0 if that is meant",
+                FastditWarning,
+                stacklevel=2,
+            )
         return None
-
-    def _warn_of_no_grid(self, tokens: int) -> None:
-        warnings.warn(
-            f"{self._cache.describe()}: the {tokens} image tokens of stage {self._context.stage} form no plain grid, "
-            "so no spatial bonus is given in it; set spatial_bonus=0 if that is meant",
-            FastditWarning,
-            stacklevel=2,
-        )
 
 
 @lru_cache(maxsize=64)
 def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
-
-
-def _stream(roles: TokenRoles, output: Value, stream: str) -> Value:
-    """Take one stream (named as the argument by which it came) out of a block's result; None where it ends."""
-    return output if isinstance(output, torch.Tensor) else output[roles.returns.index(stream)]
-
-
-def _with_residual(roles: TokenRoles, values: Mapping[str, Value], memory: BlockMemory) -> Value:
-    """Give what a block would return, from its input and its kept residual."""
-    streams = tuple(
-        None if residual is None else values[stream] + residual
-        for residual, stream in zip(memory.residual, roles.returns, strict=True)
-    )
-    return streams if len(streams) > 1 else streams[0]
-
-
-def _refuse_own_behaviour(block: nn.Module, where: str) -> None:
-    """Raise where something sits on the block object that a structural twin would leave out."""
-    if "forward" in block.__dict__ or block.__dict__.get("_compiled_call_impl") is not None:
-        raise IncompatibleStack(
-            f"{where} ({type(block).__name__}) has a forward of its own (an offloading hook, or compilation), and a "
-            "token cache runs the parts of a block by themselves; offload whole models or leaves instead of blocks, "
-            "don't compile the blocks, or leave the token cache out"
-        )

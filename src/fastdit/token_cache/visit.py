@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from fastdit.errors import IncompatibleStack
 from fastdit.layout import gather_tokens
-from fastdit.models.roles import Role
+from fastdit.models.roles import Role, TokenRoles
 from fastdit.nested import Args, Kwargs, Value, map_tensors
 from fastdit.token_cache.attention_scores import watching
 from fastdit.token_cache.memory import BlockMemory, TokenState
@@ -109,3 +110,27 @@ class _ChildTwin(nn.Module):
 
     def forward(self, *args: Value, **kwargs: Value) -> Value:
         return self.__dict__["_answer"](args, kwargs)
+
+
+def stream_of(roles: TokenRoles, output: Value, stream: str) -> Value:
+    """Take one stream (named as the argument by which it came) out of a block's result; None where it ends."""
+    return output if isinstance(output, torch.Tensor) else output[roles.returns.index(stream)]
+
+
+def with_residual(roles: TokenRoles, values: Mapping[str, Value], memory: BlockMemory) -> Value:
+    """Give what a block would return, from its input and its kept residual."""
+    streams = tuple(
+        None if residual is None else values[stream] + residual
+        for residual, stream in zip(memory.residual, roles.returns, strict=True)
+    )
+    return streams if len(streams) > 1 else streams[0]
+
+
+def refuse_own_behaviour(block: nn.Module, where: str) -> None:
+    """Raise where something sits on the block object that a structural twin would leave out."""
+    if "forward" in block.__dict__ or block.__dict__.get("_compiled_call_impl") is not None:
+        raise IncompatibleStack(
+            f"{where} ({type(block).__name__}) has a forward of its own (an offloading hook, or compilation), and a "
+            "token cache runs the parts of a block by themselves; offload whole models or leaves instead of blocks, "
+            "don't compile the blocks, or leave the token cache out"
+        )
