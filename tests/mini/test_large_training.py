@@ -80,6 +80,27 @@ def test_what_is_published_is_small_and_training_goes_on_from_it(
     assert json.loads((fresh / "log.jsonl").read_text().splitlines()[0])["loss"] == 1.0
 
 
+def test_the_rate_warms_up_stays_and_falls_before_a_known_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.process_time", lambda: now)
+    run = Run("text", tmp_path, 30.0, CPU, cooldown=10.0)
+    assert run.rate_factor(10) == 0.1
+    run.step, now = 10, 600.0
+    assert run.rate_factor(10) == 1.0 and not run.over
+    now = 25 * 60.0
+    assert run.rate_factor(10) == 0.5
+    now = 30 * 60.0
+    assert run.rate_factor(10) == 0.02 and run.over
+    run.save()
+    later = Run("text", tmp_path, 30.0, CPU, cooldown=10.0, ends=45.0)
+    later.resume(CPU)
+    assert (later.step, later.minutes) == (10, 30.0) == (10, checkpoint.minutes_of("text", tmp_path))
+    now += 10 * 60.0
+    assert later.rate_factor(10) == 0.5 and not later.over
+    now += 5 * 60.0
+    assert later.over
+
+
 def test_the_decoder_learns_on_while_latents_stay(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FOLDER", directory / "nothing")
     monkeypatch.setattr(autoencoder, "_BATCH", 1)

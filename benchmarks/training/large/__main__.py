@@ -15,7 +15,7 @@ from training.large import sample as sample_stage
 from training.large import sprites as sprites_stage
 from training.large import text as text_stage
 from training.large import transformer as transformer_stage
-from training.large.run import DIRECTORY, stop_when_asked
+from training.large.run import DIRECTORY, asked_to_stop, stop_when_asked
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
@@ -61,6 +61,22 @@ def transformer(
 ) -> None:
     """Train the denoiser on from wherever it is; needs the autoencoder and the text encoders."""
     transformer_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
+
+
+@app.command()
+def go_on(minutes: Minutes, directory: Directory = DIRECTORY, device: Device = DEVICE) -> None:
+    """Train whatever is next: the autoencoder to its end, the text encoders to theirs, then the denoiser."""
+    left = minutes
+    stages = ((autoencoder_stage.train, "autoencoder", 60.0, 20.0), (text_stage.train, "text", 7.0, 4.0))
+    for train, name, ends, cooldown in stages:
+        done = checkpoint_stage.minutes_of(name, directory)
+        if done < ends and left > 0:
+            train(directory, torch.device(device), min(left, ends - done), cooldown=cooldown, ends=ends)
+            left -= checkpoint_stage.minutes_of(name, directory) - done
+        if asked_to_stop():
+            return
+    if left > 0:
+        transformer_stage.train(directory, torch.device(device), left)
 
 
 @app.command()

@@ -64,6 +64,7 @@ def train(
     minutes: float,
     *,
     cooldown: float = 0.0,
+    ends: float | None = None,
     steps: int | None = None,
     decoder_only: bool = False,
 ) -> None:
@@ -73,7 +74,8 @@ def train(
     the decoder can still learn, whatever was trained on the latents.
     """
     torch.manual_seed(0)
-    run = Run("decoder" if decoder_only else "autoencoder", directory, minutes, device, cooldown=cooldown, steps=steps)
+    name = "decoder" if decoder_only else "autoencoder"
+    run = Run(name, directory, minutes, device, cooldown=cooldown, ends=ends, steps=steps)
     model = build()
     checkpoint.unpack(directory)
     if (directory / "vae").exists():

@@ -58,6 +58,14 @@ def numbers_of(stage: str, folder: Path | None = None) -> dict[str, float] | Non
     return found
 
 
+def minutes_of(stage: str, directory: Path) -> float:
+    """Give how long a stage was trained so far, by the working directory or else as published."""
+    path = directory / f"{stage}.pt"
+    if path.exists():
+        return float(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["seconds"]) / 60
+    return (numbers_of(stage) or {"seconds": 0.0})["seconds"] / 60
+
+
 def unpack(directory: Path, folder: Path | None = None) -> None:
     """Copy the published parts and the log to a working directory, where they are not there yet."""
     folder = folder or FOLDER

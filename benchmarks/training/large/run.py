@@ -25,8 +25,8 @@ class Run:
 
     On a CPU the minutes are those of the processor, so that other programs don't take from them.
 
-    The learning rate warms up once and is constant from then on, so that no end has to be known; the call that is to be
-    the last gives `cooldown`, the minutes at its end in which the rate falls.
+    The learning rate warms up once and is constant from then on, so that no end has to be known. Where one is, the rate
+    falls in the last `cooldown` minutes before it: `ends` is in minutes of the stage, or else the end of this call.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Run:
         device: torch.device,
         *,
         cooldown: float = 0.0,
+        ends: float | None = None,
         steps: int | None = None,
     ) -> None:
         self.name = name
@@ -47,6 +48,7 @@ class Run:
         self.warm_from = 0
         self._seconds = minutes * 60
         self._cooldown = cooldown * 60
+        self._ends = None if ends is None else ends * 60
         self._last_step = steps
         self._earlier = 0.0
         self._clock = time.process_time if device.type == "cpu" else time.monotonic
@@ -62,11 +64,9 @@ class Run:
     @property
     def over(self) -> bool:
         """Whether this call's time, or its number of steps, is spent, or it was asked to stop."""
-        return (
-            _stopped.is_set()
-            or self._spent >= self._seconds
-            or (self._last_step is not None and self.step >= self._last_step)
-        )
+        done = self._last_step is not None and self.step >= self._last_step
+        ended = self._ends is not None and self._earlier + self._spent >= self._ends
+        return _stopped.is_set() or self._spent >= self._seconds or done or ended
 
     @property
     def wants_saving(self) -> bool:
@@ -75,7 +75,7 @@ class Run:
 
     def rate_factor(self, warmup_steps: int) -> float:
         """Give the learning rate's factor at this step."""
-        left = self._seconds - self._spent
+        left = (self._seconds if self._ends is None else self._ends - self._earlier) - self._spent
         cooling = max(0.02, left / self._cooldown) if self._cooldown and left < self._cooldown else 1.0
         return min((self.step - self.warm_from + 1) / warmup_steps, cooling)
 
@@ -151,6 +151,11 @@ def stop_when_asked() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+def asked_to_stop() -> bool:
+    """Tell whether an interrupt or a termination came."""
+    return _stopped.is_set()
 
 
 @cache

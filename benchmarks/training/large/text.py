@@ -145,10 +145,12 @@ def encoder(directory: Path, device: torch.device) -> Encode:
     return embed
 
 
-def train(directory: Path, device: torch.device, minutes: float, *, cooldown: float = 0.0) -> None:
+def train(
+    directory: Path, device: torch.device, minutes: float, *, cooldown: float = 0.0, ends: float | None = None
+) -> None:
     """Train both encoders to tell a prompt's attributes, and save them with their tokenizer."""
     torch.manual_seed(1)
-    run = Run("text", directory, minutes, device, cooldown=cooldown)
+    run = Run("text", directory, minutes, device, cooldown=cooldown, ends=ends)
     tokenizer = build_tokenizer()
     clip, t5 = build(tokenizer)
     modules = nn.ModuleList([clip, t5, Reader()]).to(device)
