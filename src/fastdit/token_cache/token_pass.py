@@ -5,11 +5,9 @@ A block that runs is its class's own forward on a structural twin whose children
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +21,7 @@ from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.token_cache.choice import COMPUTED, PARTIAL, REUSED, Choice, undescribed
 from fastdit.token_cache.memory import BlockMemory, TokenState
-from fastdit.token_cache.visit import Visit, refuse_own_behaviour, stream_of, with_residual
+from fastdit.token_cache.visit import Visit, arguments_of, refuse_own_behaviour, stream_of, with_residual
 
 if TYPE_CHECKING:
     from fastdit.token_cache.base import TokenCache
@@ -82,7 +80,7 @@ class TokenPass(Pass):
         """Answer one block call: run it in full or on the chosen tokens, or give its input and kept residual."""
         if call.whole:
             return next(call)
-        name, index, block, args, kwargs = call.name, call.index, call.block, call.args, call.kwargs
+        name, index, block = call.name, call.index, call.block
         roles = token_roles(block)
         if roles is None:
             raise UnsupportedModel(undescribed(self._cache.describe(), f"{name}.{index}", block))
@@ -93,7 +91,7 @@ class TokenPass(Pass):
             )
         self._called.add((name, index))
         refuse_own_behaviour(block, f"{name}.{index}")
-        values = _signature(type(block).forward).bind(None, *args, **kwargs).arguments
+        values = arguments_of(call)
         image = values[roles.image]
         self._tokens = image.shape[1] if self._tokens is None else self._tokens
         memory = self._memory((name, index), roles, image, tuple(values[stream].shape for stream in roles.returns))
@@ -195,8 +193,3 @@ class TokenPass(Pass):
                 stacklevel=2,
             )
         return None
-
-
-@lru_cache(maxsize=64)
-def _signature(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fastdit.blocks.chain import BlockCall
 from fastdit.errors import IncompatibleStack
 from fastdit.layout import gather_tokens
 from fastdit.models.roles import Role, TokenRoles
-from fastdit.nested import Args, Kwargs, Value, map_tensors
+from fastdit.nested import Args, ArgumentNames, Kwargs, Value, map_tensors
 from fastdit.token_cache.attention_scores import watching
 from fastdit.token_cache.memory import BlockMemory, TokenState
 
@@ -110,6 +112,16 @@ class _ChildTwin(nn.Module):
 
     def forward(self, *args: Value, **kwargs: Value) -> Value:
         return self.__dict__["_answer"](args, kwargs)
+
+
+def arguments_of(call: BlockCall) -> Kwargs:
+    """Give the arguments of a block's call by their names."""
+    return _names(type(call.block).forward)(call.args, call.kwargs)
+
+
+@lru_cache(maxsize=64)
+def _names(forward: Callable[..., Value]) -> ArgumentNames:
+    return ArgumentNames(forward)
 
 
 def stream_of(roles: TokenRoles, output: Value, stream: str) -> Value:
