@@ -85,13 +85,6 @@ def test_with_heads_too_nothing_breaks_the_graph_and_nothing_is_compiled_after_a
     assert not counters["graph_break"]
 
 
-@pytest.mark.exhaustive
-def test_an_engine_with_heads_refuses_what_it_was_not_built_for_by_name(tmp_path: Path, heads_win: None) -> None:
-    contract = EngineContract()
-    contract.engine = functools.partial(AOT, directory=str(tmp_path))  # type: ignore[misc]
-    contract.test_a_call_that_it_was_not_built_for_is_refused_by_name()
-
-
 @pytest.mark.parametrize(
     ("engine", "kernel"), [(Compile(), "Attention _native_math"), (Compile(attention="torch"), ""), (AOT(), "Sage")]
 )

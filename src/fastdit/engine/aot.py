@@ -4,8 +4,8 @@
 
 A package holds no weights. Every block has a runner of its own, whose constants are the module's tensors themselves, so
 an in-place change (a LoRA that is fused) is seen at the next call, and tensors that are replaced are bound anew. The
-compiled code checks nothing of its arguments and gives wrong numbers for a wrong stride; the checks are those of
-`built.py` and of the workshop.
+compiled code checks nothing of its arguments and gives wrong numbers for a wrong stride; what keeps calls apart
+is their key.
 """
 
 from __future__ import annotations

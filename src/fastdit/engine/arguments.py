@@ -8,8 +8,8 @@ and a slice of a joined sequence has an odd one there, for which a compiler woul
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import NamedTuple, TypeGuard, TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -60,25 +60,11 @@ def outline_of(value: object, where: str = "arguments") -> Hashable:
 
 def outline_text(outline: Hashable) -> str:
     """Write an outline down, the same for equal ones, in this process and the next."""
-    if _is_nested(outline):
+    if isinstance(outline, TensorOutline):
+        return str(outline)
+    if isinstance(outline, tuple):
         return f"({', '.join(outline_text(item) for item in outline)})"
-    return str(outline) if isinstance(outline, TensorOutline) else repr(outline)
-
-
-def differences(expected: Hashable, found: Hashable, where: str = "arguments") -> Iterator[str]:
-    """Say where two outlines differ."""
-    if expected == found:
-        return
-    if not (_is_nested(expected) and _is_nested(found)) or len(expected) != len(found):
-        yield f"{where}: {outline_text(found)} instead of {outline_text(expected)}"
-        return
-    named = isinstance(expected[0], str) and expected[0] == found[0]
-    for one, other in zip(expected, found, strict=True):
-        yield from differences(one, other, f"{where}.{expected[0]}" if named else where)
-
-
-def _is_nested(outline: Hashable) -> TypeGuard[tuple[Hashable, ...]]:
-    return isinstance(outline, tuple) and not isinstance(outline, TensorOutline)
+    return repr(outline)
 
 
 def mapped(value: _Nested, function: Callable[[torch.Tensor], object]) -> _Nested:

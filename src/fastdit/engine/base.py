@@ -1,8 +1,8 @@
 """The engine level: what a piece of a model is turned into for the shape of one stage, and the contract of that.
 
 An engine runs *inside* what the other levels decide: a cache decides whether a block runs, the engine how. A piece is
-a block of the model's block lists. It is built once for every key (`key.py`) and kept on disk (`registry.py`); a call
-that it was not built for is refused by name, whatever the compiler beneath would have made of it.
+a block of the model's block lists. It is built once for every key (`key.py`) and kept on disk (`registry.py`). A call
+never reaches an engine of another key, whatever the compiler beneath would have made of it.
 """
 
 from __future__ import annotations

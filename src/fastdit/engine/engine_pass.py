@@ -8,10 +8,10 @@ from collections.abc import Hashable
 from fastdit.blocks.attention import KernelMode
 from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.engine.arguments import canonical, mapped
-from fastdit.engine.built import answering_kernel, refuse_gradients
 from fastdit.engine.fingerprint import adapters_of
 from fastdit.engine.key import environment_of
 from fastdit.engine.piece import PieceCall
+from fastdit.engine.refusals import answering_kernel, refuse_gradients
 from fastdit.engine.workshop import Admission, Workshop
 from fastdit.record import Outcome
 from fastdit.run import Run

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from fastdit.engine.arguments import outline_of
-from fastdit.engine.built import BuiltEngine, refusal
 from fastdit.engine.fingerprint import structure_of, weights_of
 from fastdit.engine.key import EngineKey
-from fastdit.engine.piece import PieceCall
+from fastdit.engine.piece import Execute, PieceCall
+from fastdit.engine.refusals import refusal
 from fastdit.engine.registry import Registry
 from fastdit.engine.scratch import scratch
 from fastdit.engine.warmup import Build
@@ -28,6 +28,19 @@ from fastdit.structure import structural_twin
 
 if TYPE_CHECKING:
     from fastdit.engine.base import Engine
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine for one key: what runs calls of that key, whose tensors are in canonical strides, unchecked.
+
+    `kept` says that it was found on disk.
+    """
+
+    key: EngineKey
+    execute: Execute
+    kept: bool
+
 
 #: Engines of the process by where they are kept and the digests of their keys, each as long as some twin holds it.
 _LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
@@ -157,4 +170,4 @@ class Workshop:
                 kept, execute = False, self.engine.build(call, folder)
             if not kept:
                 self._registry.keep(key, folder)
-        return BuiltEngine(key, self.engine, execute, kept)
+        return BuiltEngine(key, execute, kept)
