@@ -144,9 +144,7 @@ def test_one_dynamic_engine_serves_every_stage_that_is_named_and_no_other() -> N
                 if tokens in ((16,) if "[1, 16, 32]" in outline_text(engine.key.arguments) else (25, 36)):
                     engine.execute(piece)
                 else:
-                    with pytest.raises(
-                        EngineMismatch, match=f"call has tensors of .* {tokens}, .*engine takes"
-                    ):
+                    with pytest.raises(EngineMismatch, match=f"call has tensors of .* {tokens}, .*engine takes"):
                         engine.execute(piece)
 
 
