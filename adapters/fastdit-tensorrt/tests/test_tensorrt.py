@@ -61,7 +61,7 @@ def test_a_bare_exception_at_import_is_explained(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("tokens", [(16,), (16, 16), (16, 0), (16, 25.0), [16], 16])
 def test_numbers_of_tokens_that_are_none_are_refused_by_name(tokens: Any) -> None:
-    with pytest.raises(InvalidConfig, match="TensorRT's tokens are"):
+    with pytest.raises(InvalidConfig, match="TensorRT's tokens"):
         TensorRT(tokens=tokens)
 
 
