@@ -8,8 +8,11 @@ Faults of orthogonal options show where two of them meet, so a row a pair is wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
+from typing import Any
+
+import pytest
 
 Row = dict[str, str]
 Pair = frozenset[tuple[str, str]]
@@ -62,3 +65,24 @@ def _finished(
 
     for value in sorted(factors[name], key=gain, reverse=True):
         yield from _finished({**row, name: value}, factors, wanted, allowed)
+
+
+def crossed(*columns: Iterable[Any]) -> list[Any]:
+    """Give parameter sets of all rows of some columns; those with a value each that no row before had stay fast.
+
+    The others are exhaustive: what the columns do is shown by itself, and they hardly meet.
+    """
+    values = [list(column) for column in columns]
+    fast = {tuple(place % len(column) for column in values) for place in range(max(map(len, values)))}
+    rows = []
+    for places in product(*(range(len(column)) for column in values)):
+        row = [column[place] for column, place in zip(values, places, strict=True)]
+        marks = () if places in fast else pytest.mark.exhaustive
+        rows.append(pytest.param(*row, marks=marks, id="-".join(map(_name, row))))
+    return rows
+
+
+def _name(value: Any) -> str:
+    if hasattr(value, "describe") and not isinstance(value, type):
+        return str(value.describe())
+    return str(getattr(value, "__name__", value))

@@ -72,7 +72,13 @@ TOKEN_ROWS: dict[str, tuple[Any, Any, bool]] = {
 ROWS |= TOKEN_ROWS
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+#: Other forecasters and scopes, and each image by itself: of these the fast part has one, and all pairs elsewhere.
+LONG = [name for name in ROWS if " " in name and name != "FirstBlockCache, per image"]
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name, row in ROWS.items()]
+)
 class TestEveryCache(AcceleratorContract):
     @pytest.fixture(autouse=True)
     def chosen(self, row: tuple[Any, Any, bool]) -> None:

@@ -41,6 +41,7 @@ from fastdit import (
 from fastdit.step import StepContext
 from fastdit.token_cache.clusca import k_means
 from fastdit.token_cache.scores import SCORES, with_spatial_bonus
+from pairwise import crossed
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -52,6 +53,7 @@ ON_A_CPU: dict[Any, Any] = {
 }
 """Which operator attention is on a CPU, and how many FLOPs it costs: torch counts it on other devices only."""
 CACHES = [ToCa(ratio=0.3), DuCa(5, ratio=0.3), ClusCa(3, clusters=4, gamma=0.2)]
+MODELS = ["flux", "sd3", "pixart"]
 each_cache = pytest.mark.parametrize("cache", CACHES, ids=lambda cache: type(cache).__name__)
 
 
@@ -97,8 +99,7 @@ def test_toca_equals_the_reference_with_every_option(options: dict[str, Any]) ->
     agrees_with(ToCa(**options), ToCaReference(STEPS, **options), call, pipe)
 
 
-@pytest.mark.parametrize("cell", [2, 3])
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (32, 128)], ids=str)
+@pytest.mark.parametrize(("size", "cell"), crossed([(64, 64), (64, 96), (32, 128)], [2, 3]))
 def test_the_spatial_bonus_follows_the_picture_s_own_grid(size: tuple[int, int], cell: int) -> None:
     # 2 x 8 tokens are as many as 4 x 4: a grid that is guessed from the count would be another.
     pipe, call = tiny.flux(steps=STEPS, size=size)
@@ -140,8 +141,7 @@ def test_branches_of_true_guidance_are_kept_apart(cache: Any) -> None:
     torch.testing.assert_close(found, expected.latents, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["flux", "sd3", "pixart"])
-@pytest.mark.parametrize("cache", [ToCa(ratio=1.0), ToCa(1), DuCa(ratio=1.0), ClusCa(1)], ids=str)
+@pytest.mark.parametrize(("cache", "model"), crossed([ToCa(ratio=1.0), ToCa(1), DuCa(ratio=1.0), ClusCa(1)], MODELS))
 def test_a_neutral_token_cache_is_bit_equal_to_the_plain_pipeline(cache: Any, model: str) -> None:
     pipe, call = tiny.PIPELINES[model](steps=5)
     plain = tiny.run(pipe, call)
@@ -151,8 +151,7 @@ def test_a_neutral_token_cache_is_bit_equal_to_the_plain_pipeline(cache: Any, mo
     assert set(actions(fast)) == {"computed"}
 
 
-@pytest.mark.parametrize("model", ["flux", "sd3", "pixart"])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("score", "model"), crossed(SCORES, MODELS))
 def test_full_steps_are_bit_equal_to_the_plain_pipeline_and_a_run_of_them_says_it_gained_nothing(
     score: str, model: str
 ) -> None:
@@ -163,8 +162,7 @@ def test_full_steps_are_bit_equal_to_the_plain_pipeline_and_a_run_of_them_says_i
         assert torch.equal(tiny.run(fast, call), plain)
 
 
-@each_cache
-@pytest.mark.parametrize("model", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize(("cache", "model"), crossed(CACHES, MODELS))
 def test_partial_steps_work_on_every_described_model_and_repeat_bit_for_bit(cache: Any, model: str) -> None:
     pipe, call = tiny.PIPELINES[model](steps=STEPS)
     plain = tiny.run(pipe, call)
@@ -179,8 +177,7 @@ def test_partial_steps_work_on_every_described_model_and_repeat_bit_for_bit(cach
     assert torch.equal(tiny.run(pipe, call), plain)
 
 
-@each_cache
-@pytest.mark.parametrize("model", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize(("cache", "model"), crossed(CACHES, MODELS))
 def test_the_flops_of_a_record_are_those_really_spent(cache: Any, model: str) -> None:
     pipe, call = tiny.PIPELINES[model](steps=STEPS)
     fast = accelerate(pipe, [cache])
@@ -210,8 +207,7 @@ def spent_flops(fast: Any, call: dict[str, Any]) -> list[int]:
     return spent
 
 
-@each_cache
-@pytest.mark.parametrize("model", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize(("cache", "model"), crossed(CACHES, MODELS))
 def test_real_calls_of_blocks_and_of_their_parts_equal_the_record(cache: Any, model: str) -> None:
     pipe, call = tiny.PIPELINES[model](steps=STEPS)
     fast = accelerate(pipe, [cache])
@@ -347,8 +343,7 @@ def test_a_forward_that_fails_leaves_nothing_for_the_next_one(cache: Any) -> Non
     assert torch.equal(found, pipe.transformer(*args, **kwargs)[0])
 
 
-@each_cache
-@pytest.mark.parametrize("change", ["image", "text", "batch"])
+@pytest.mark.parametrize(("cache", "change"), crossed(CACHES, ["image", "text", "batch"]))
 def test_another_shape_within_a_run_is_computed_in_full(cache: Any, change: str) -> None:
     pipe, call = tiny.flux(steps=STEPS)
     _, other = tiny.flux(steps=STEPS, size=96 if change == "image" else 64, batch=2 if change == "batch" else 1)
@@ -366,8 +361,7 @@ def test_another_shape_within_a_run_is_computed_in_full(cache: Any, change: str)
     assert torch.equal(found, pipe.transformer(*args, **kwargs)[0])
 
 
-@each_cache
-@pytest.mark.parametrize("model", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize(("cache", "model"), crossed(CACHES, MODELS))
 def test_half_precision_and_model_offload_work(cache: Any, model: str) -> None:
     pipe, call = tiny.PIPELINES[model](steps=STEPS)
     pipe.to(torch.bfloat16)
@@ -513,8 +507,7 @@ def test_clusters_are_those_of_a_k_means_in_plain_loops(tokens: int, clusters: i
     torch.testing.assert_close(centroids, torch.stack(reference.centroids))
 
 
-@each_cache
-@pytest.mark.parametrize("model", ["flux2", "qwen-image", "wan", "z-image"])
+@pytest.mark.parametrize(("cache", "model"), crossed(CACHES, ["flux2", "qwen-image", "wan", "z-image"]))
 def test_a_model_whose_blocks_are_not_described_is_refused_with_the_way_to_describe_them(
     cache: Any, model: str
 ) -> None:
@@ -529,11 +522,9 @@ def test_images_that_are_decided_one_by_one_are_refused_beside_a_token_cache(cac
         Stack([TeaCache(0.2, per_image=True), cache])
 
 
-@each_cache
 @pytest.mark.parametrize(
-    "gate",
-    [SeaCache(0.9), FirstBlockCache(1.0, leading=2, trailing=1), Interval(2), EasyCache(0.4)],
-    ids=lambda gate: type(gate).__name__,
+    ("cache", "gate"),
+    crossed(CACHES, [SeaCache(0.9), FirstBlockCache(1.0, leading=2, trailing=1), Interval(2), EasyCache(0.4)]),
 )
 def test_with_a_step_cache_skipped_steps_run_nothing_and_the_flops_are_those_really_spent(
     cache: Any, gate: Any
