@@ -114,11 +114,11 @@ class _Walk:
             self.step, self.entered, self.current, self.last = step, entered, end, end
             return
         assert self.current is not None
-        rows = _rows_of(self.current, entered)
-        if rows is None:
+        place = _place_of(self.current, entered)
+        if place is None:
             self.last = end
         else:
-            self.current = self.last = end[:, rows]
+            self.current = self.last = end[:, place]
 
     def close(self) -> None:
         """Write down the step that is over."""
@@ -135,13 +135,13 @@ class _Walk:
         self.residual = residual
 
 
-def _rows_of(stream: torch.Tensor, joined: torch.Tensor) -> slice | None:
+def _place_of(stream: torch.Tensor, joined: torch.Tensor) -> slice | None:
     """Find the tokens [batch, tokens, ...] of a stream at the start or the end of those of another; None if absent."""
     if stream.dim() != joined.dim() or stream.dim() < 3:
         return None
     tokens, total = stream.shape[1], joined.shape[1]
     places = (slice(0, tokens), slice(total - tokens, total)) if tokens <= total else ()
-    return next((rows for rows in places if torch.equal(joined[:, rows], stream)), None)
+    return next((place for place in places if torch.equal(joined[:, place], stream)), None)
 
 
 def _mean_ratio(after: torch.Tensor, before: torch.Tensor) -> float:
