@@ -32,12 +32,12 @@ def share_sequence(transformer: Any, ranks: int) -> None:
     apply_context_parallel(transformer, context, transformer._cp_plan)
 
 
-def main(rank: int, ranks: int, stack: str, folder: str) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+def run(stack: fastdit.Stack, ranks: int = 1) -> dict[str, Any]:
+    """Run a stack; give its latents, its actions and the signals that this rank alone saw."""
     pipeline, call = tiny_flux()
     if ranks > 1:
         share_sequence(pipeline.transformer, ranks)
-    fast = fastdit.accelerate(pipeline, fastdit.Stack.from_json(json.loads(stack)))
+    fast = fastdit.accelerate(pipeline, stack)
     generate(fast, call)
     own: list[list[float]] = []
     read = decision.Decider._read
@@ -47,9 +47,18 @@ def main(rank: int, ranks: int, stack: str, folder: str) -> None:
         return read(self, changes)
 
     decision.Decider._read = noted
-    latents = generate(fast, call)
+    try:
+        latents = generate(fast, call)
+    finally:
+        decision.Decider._read = read
     actions = [step.action for step in fast.fastdit.last_run.steps]
-    torch.save({"latents": latents, "actions": actions, "signals": own}, f"{folder}/{ranks}-{rank}.pt")
+    return {"latents": latents, "actions": actions, "signals": own}
+
+
+def main(rank: int, ranks: int, stacks: str, folder: str) -> None:
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    found = [run(fastdit.Stack.from_json(stack), ranks) for stack in json.loads(stacks)]
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
