@@ -122,8 +122,10 @@ def flux(
     **options: Any,
 ) -> Built:
     """FLUX; `size` is the side in pixels or (height, width), 16 pixels a token."""
-    pipe, call = testing.PIPELINES["FluxPipeline"](batch=batch, **options)
-    parts = pipe.components | {"transformer": flux_transformer(guidance=guidance, seed=seed, gain=gain)}
+    pipe, call = testing.PIPELINES["FluxPipeline"](batch=batch, transformer={"guidance_embeds": guidance}, **options)
+    if (seed, gain) != (0, 1.0):
+        seed_weights(pipe.transformer, seed, gain)
+    parts = dict(pipe.components)
     if vae == "tiny":
         parts |= {"vae": component("AutoencoderTiny")}
     if text:

@@ -31,6 +31,8 @@ STACKS = {
     "ralu and teacache": [RALU_SHORT, TeaCache(1e6, coefficients=IDENTITY)],
 }
 EACH = pytest.mark.parametrize("stack", STACKS)
+#: The first, one that is skipped and the last; the others in the exhaustive part.
+STEPS = [pytest.param(step, marks=[] if step in (0, 3, 5) else pytest.mark.exhaustive) for step in range(6)]
 
 
 class Boom(Exception):
@@ -76,8 +78,8 @@ def failing_block(transformer: nn.Module, call: int, error: type[BaseException],
 
 
 @EACH
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("error", [Boom, pytest.param(KeyboardInterrupt, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("step", STEPS)
 def test_after_an_exception_in_a_callback_the_next_call_is_a_fresh_twin_s(
     stack: str, step: int, error: type[BaseException], built: tiny.Built, expected: dict[str, torch.Tensor]
 ) -> None:
@@ -93,7 +95,9 @@ def test_after_an_exception_in_a_callback_the_next_call_is_a_fresh_twin_s(
 
 @EACH
 @pytest.mark.parametrize("block", [0, 4])
-@pytest.mark.parametrize("step", [0, 1, 2, 5])
+@pytest.mark.parametrize(
+    "step", [0, pytest.param(1, marks=pytest.mark.exhaustive), 2, pytest.param(5, marks=pytest.mark.exhaustive)]
+)
 def test_after_an_exception_within_a_block_the_next_call_is_a_fresh_twin_s(
     stack: str, step: int, block: int, built: tiny.Built, expected: dict[str, torch.Tensor]
 ) -> None:
@@ -121,7 +125,7 @@ def test_after_an_exception_in_the_very_first_forward_of_a_twin_the_next_call_is
 
 
 @EACH
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", STEPS)
 def test_after_an_interrupt_the_next_call_is_a_fresh_twin_s(
     stack: str, step: int, built: tiny.Built, expected: dict[str, torch.Tensor]
 ) -> None:

@@ -14,7 +14,6 @@ from fastdit.testing import seed_weights
 from fastdit.testing.tiny import of_diffusers, randn
 
 SAMPLES, ROWS, COLUMNS, TEXT, STEPS = 2, 4, 6, 5, 6
-MISREAD = pytest.mark.xfail(strict=True, reason="the second axis is taken for the tokens', whichever it is")
 
 
 def ernie() -> tuple[nn.Module, dict[str, Any]]:
@@ -87,7 +86,6 @@ def loop(twin: Any, call: dict[str, Any]) -> list[Tensor]:
         ]
 
 
-@MISREAD
 @pytest.mark.parametrize("name", MODELS)
 def test_the_record_says_how_many_tokens_and_samples_there_are(name: str) -> None:
     build, tokens = MODELS[name]
@@ -99,7 +97,6 @@ def test_the_record_says_how_many_tokens_and_samples_there_are(name: str) -> Non
     assert {step.tokens for step in steps} == {tokens}
 
 
-@MISREAD
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_that_are_decided_one_by_one_are_the_samples_or_that_is_refused(name: str) -> None:
     model, call = MODELS[name][0]()

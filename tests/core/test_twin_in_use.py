@@ -34,7 +34,7 @@ def build(**changes: Any) -> tiny.Built:
 
 
 @EACH
-@pytest.mark.parametrize("through", ["twin", "pipeline"])
+@pytest.mark.parametrize("through", ["twin", pytest.param("pipeline", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("when", ["before", "after", "between runs"])
 def test_a_lora_acts_the_same_however_and_whenever_it_is_loaded(stack: str, through: str, when: str) -> None:
     pipe, call = build()
@@ -323,7 +323,7 @@ def test_true_guidance_runs_two_branches_and_records_both(stack: str) -> None:
 
 
 @EACH
-@pytest.mark.parametrize("output_type", ["latent", "pt", "np", "pil"])
+@pytest.mark.parametrize("output_type", ["latent", pytest.param("np", marks=pytest.mark.exhaustive), "pil"])
 def test_every_output_type(stack: str, output_type: str) -> None:
     pipe, call = build()
     fast = accelerate(pipe, STACKS[stack])
