@@ -21,7 +21,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from fastdit import UnsupportedModel, testing
-from fastdit.testing import counted_calls, flux_transformer, seed_weights
+from fastdit.testing import counted_calls, seed_weights
+from fastdit.testing import flux_transformer as flux_transformer
 from fastdit.testing.tiny import Built, assembled, component
 from fastdit.testing.tiny import randn as randn
 
