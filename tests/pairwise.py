@@ -57,7 +57,7 @@ def _finished(
         return
     name = next((name for name in factors if name not in row), None)
     if name is None:
-        yield row
+        yield {name: row[name] for name in factors}  # a pair is a set, whose order no process shares
         return
 
     def gain(value: str) -> int:

@@ -141,6 +141,8 @@ class Accelerator:
         """Give the configuration in one line for plans and tables."""
         shown = []
         for field in dataclasses.fields(self):
+            if not field.init:
+                continue  # derived from the others
             value = getattr(self, field.name)
             default = field.default_factory() if callable(field.default_factory) else field.default
             if value != default or not (field.kw_only or value is None):

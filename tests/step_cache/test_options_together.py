@@ -218,7 +218,6 @@ def test_pairwise_rows_are_allowed_the_same_each_time_and_hold_every_pair_that_c
 SKIPS_A_SWITCH = StepMask((1, 1, 0, 0, 1, 1), stage_change="carry")
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="histories are lifted as if of the image alone")
 @pytest.mark.parametrize(("model", "scope"), [("flux2", "stack"), ("z-image", "list")])
 def test_a_history_that_is_not_of_the_image_s_tokens_alone_is_not_carried_and_that_is_said(
     model: str, scope: str
@@ -232,9 +231,6 @@ def test_a_history_that_is_not_of_the_image_s_tokens_alone_is_not_carried_and_th
         )
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ZeroDivisionError, reason="a guided batch has more rows than the layout has images"
-)
 def test_images_decided_one_by_one_are_carried_in_a_guided_batch_too() -> None:
     pipe, call, _ = pipeline("sd3")
     call = {name: value for name, value in call.items() if name != "num_inference_steps"}

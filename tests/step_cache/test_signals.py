@@ -21,6 +21,7 @@ from fastdit.models.signals import (
     modulated_signal,
     signal_for,
 )
+from fastdit.step_cache.watching import WatchedBlock
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),
@@ -128,21 +129,10 @@ def test_the_signal_follows_the_hidden_states_that_are_given_and_not_those_of_th
     assert not torch.equal(signal(block, hidden_states + 1.5 * hidden_states.flip(1), args, kwargs), received)
 
 
-def test_a_stand_in_for_a_block_is_described_by_the_class_that_it_answers() -> None:
-    class StandIn:
-        def __init__(self, block: Any) -> None:
-            self._block = block
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._block, name)
-
-        @property  # type: ignore[misc]
-        def __class__(self) -> Any:
-            return type(self._block)
-
+def test_what_shows_the_parts_of_a_block_is_described_by_the_block_s_class() -> None:
     for name in ("flux", "z-image", "wan"):
         calls, inputs = pipeline_calls(name)
-        assert_modulated([(StandIn(block), *rest) for block, *rest in calls], inputs)  # type: ignore[misc]
+        assert_modulated([(WatchedBlock(block), *rest) for block, *rest in calls], inputs)  # type: ignore[misc]
 
 
 def test_clean_and_noisy_tokens_of_z_image_are_scaled_apart() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdit.errors import FastditWarning
+from fastdit.errors import FastditWarning, IncompatibleStack
 from fastdit.layout import gather_tokens
 from fastdit.run import Run
 from fastdit.step import StepContext
@@ -67,12 +67,21 @@ class BranchState:
         return kept + [value for group in groups for value in vars(group.memory).values() if torch.is_tensor(value)]
 
     def lift(self, sources: torch.Tensor, tokens: int) -> None:
-        """Bring histories and signals to another token layout; what has no tokens in it stays, other signals go."""
+        """Bring histories and signals to another token layout; what has no tokens in it stays, other signals go.
+
+        Raises `IncompatibleStack` where the stream holds more than the layout's tokens.
+        """
         for groups in self.parts.values():
             for index, group in enumerate(groups):
-                own = sources if len(groups) == 1 or len(sources) == 1 else sources[index : index + 1]
+                place = index % len(sources)  # a guided batch holds the samples several times in a row
+                own = sources if len(groups) == 1 else sources[place : place + 1]
 
                 def lifted(values: torch.Tensor, own: torch.Tensor = own) -> torch.Tensor:
+                    if values.shape[1] != tokens:
+                        raise IncompatibleStack(
+                            f"a history can't be carried to the next stage: the blocks' stream has {values.shape[1]} "
+                            f"tokens, text beside the image's {tokens}; set stage_change='reset'"
+                        )
                     return gather_tokens(values, own.to(values.device).repeat(values.shape[0] // len(own), 1))
 
                 for number, history in group.histories.items():
