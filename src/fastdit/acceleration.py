@@ -323,6 +323,7 @@ class Acceleration:
             yield finished
         finally:
             self.open_run = None
+            chain.close()
             self.last_run = run.finish(completed=completed)
         if completed:
             for why in chain.idle():

@@ -208,6 +208,7 @@ class Run:
         """Close the run: drop all state and give the record."""
         self._weigh()
         self._states.clear()
+        self.layout = self.grid = None
         steps = tuple(make(stopwatch.seconds) for stopwatch, make in self._pending)
         self._pending.clear()
         return RunRecord(steps, time.perf_counter() - self._started, completed, self._doubts, self._cache_bytes)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastdit.errors import NoActiveRun
 from fastdit.nested import Args, Kwargs, Value, select_rows, tensors_of
 from fastdit.record import Outcome
 from fastdit.step import StepContext
@@ -110,6 +111,9 @@ class Pass:
     def settled(self, call: ForwardCall, outcome: Outcome) -> None:
         """Take in what a whole forward came to. Raises where that shows that the pass could not act."""
 
+    def close(self) -> None:
+        """Let go of what was kept for the run, at its end, however that came."""
+
     def idle(self) -> str | None:
         """Say, at the end of a run, why the pass gained nothing in it, and what to do; None where it acted."""
         return None
@@ -145,6 +149,13 @@ class Chain:
             one.settled(call, outcome)
         return output, outcome
 
+    def close(self) -> None:
+        """End the run: the passes let go in reverse, and nothing holds them in a circle."""
+        self._forward, self._block = _closed, run_block
+        self._stacks.clear()
+        for one in reversed(self.passes):
+            one.close()
+
     def idle(self) -> Iterator[str]:
         """Say of each pass that gained nothing why it did not."""
         for one in self.passes:
@@ -172,6 +183,10 @@ class Chain:
                     self._stacks[id(module), name] = known
                 stacks[name] = known[1]
         return stacks
+
+
+def _closed(call: ForwardCall) -> Value:
+    raise NoActiveRun(f"{call.name} was called through a run that has ended; open another one")
 
 
 def run_block(call: BlockCall) -> Value:

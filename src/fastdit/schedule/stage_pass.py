@@ -95,6 +95,10 @@ class StagePass(Pass):
         run.stand_on(layout)
         return latents
 
+    def close(self) -> None:
+        self._children.clear()
+        self._own, self._picture = ScheduleRun(), None
+
     def observe(self, velocity: torch.Tensor) -> None:
         """See the velocity that a step was taken with."""
         self._own.observe(velocity)
