@@ -59,9 +59,9 @@ class AsItIs(Engine):
     ran: ClassVar[list[str]] = []
 
     def build(self, call: Any, folder: Path) -> Execute:
-        def execute(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self.ran.append(type(module).__name__)
-            return module(*args, **kwargs)
+        def execute(call: Any) -> Any:
+            self.ran.append(call.module.__class__.__name__)
+            return call.run()
 
         return execute
 
