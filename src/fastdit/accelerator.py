@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fastdit.config import Config
+
 if TYPE_CHECKING:
     from fastdit.blocks.chain import Pass
     from fastdit.run import Run
@@ -103,11 +105,11 @@ class Effects:
 
 
 @dataclasses.dataclass(frozen=True)
-class Accelerator:
+class Accelerator(Config):
     """Base of every accelerator: a level and its declared effects.
 
-    A class declares the `changes`, `needs` and `breaks` that it adds to its bases', whose own hold for it too;
-    `effects` gives those of one configuration, which may be more.
+    Its fields are checked against their annotations. A class declares the `changes`, `needs` and `breaks` that it adds
+    to its bases', whose own hold for it too; `effects` gives those of one configuration, which may be more.
     """
 
     level: ClassVar[Level]

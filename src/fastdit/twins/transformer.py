@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class TransformerTwin:
         self.module, self.name, self.session = module, name, session
         self._names = ArgumentNames(type(module).forward)
         self._meter: tuple[list[int], FlopMeter] | None = None
-        self._metered: Run | None = None
+        self._metered: weakref.ref[Run] | None = None  # a run's layout holds tensors
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """Run one forward through the open run's chain and record it."""
@@ -79,8 +80,8 @@ class TransformerTwin:
             tokens = tokens or run.layout.tokens
         elif tokens is None and isinstance(latents, torch.Tensor) and latents.dim() == 3:
             tokens = latents.shape[1]
-        if self._metered is not run:
-            self._metered = run
+        if self._metered is None or self._metered() is not run:
+            self._metered = weakref.ref(run)
             structure = _identities(self.module)
             if self._meter is None or self._meter[0] != structure:
                 self._meter = structure, FlopMeter(self.module)
