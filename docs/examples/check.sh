@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Build the wheel of the sample package, install it where fastdit is installed, and run its tests.
+set -euo pipefail
+cd "$(dirname "$0")"
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+pip wheel --quiet --no-deps --wheel-dir "$wheels" ./fastdit-sample
+pip install --quiet --no-deps --force-reinstall "$wheels"/fastdit_sample-*.whl
+python -m pytest -q ./fastdit-sample/tests
