@@ -1,9 +1,8 @@
 """Every method of the sample keeps the contract of its level."""
 
-from fastdit_sample import AttentionBroadcast, CosineSteps, Fading, LatentDrift, QueryChunks, Replay, SharpLift
-
 from fastdit import Interval, ProgressiveResolution
 from fastdit.testing import AcceleratorContract, EngineContract
+from fastdit_sample import AttentionBroadcast, CosineSteps, Fading, LatentDrift, QueryChunks, Replay, SharpLift
 
 
 class TestLatentDrift(AcceleratorContract):

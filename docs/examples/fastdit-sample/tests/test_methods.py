@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fastdit_sample import EASY_ANIMATE, AttentionBroadcast, CosineSteps, Fading, LatentDrift, QueryChunks, SharpLift
 
 from fastdit import Interval, InvalidConfig, ProgressiveResolution, Reuse, accelerate
 from fastdit.blocks.attention import AttentionCall
@@ -19,6 +18,7 @@ from fastdit.models import family_of
 from fastdit.step import StepContext
 from fastdit.testing import generate, tiny_flux
 from fastdit.testing.tiny import assembled, component, flow_matching, randn
+from fastdit_sample import EASY_ANIMATE, AttentionBroadcast, CosineSteps, Fading, LatentDrift, QueryChunks, SharpLift
 
 STEP = StepContext(step=3, total_steps=12, stage=0, stage_step=3, branch="call 0")
 
