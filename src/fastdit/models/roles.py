@@ -92,6 +92,6 @@ def text_comes_first(transformer: nn.Module) -> bool | None:
 
 
 def token_roles(block: object) -> TokenRoles | None:
-    """Find the description of a block (or of a stand-in for one) by its class."""
-    names = [cls.__name__ for cls in block.__class__.__mro__]
+    """Find the description of a block by its class."""
+    names = [cls.__name__ for cls in type(block).__mro__]
     return next((TOKEN_ROLES[name] for name in names if name in TOKEN_ROLES), None)

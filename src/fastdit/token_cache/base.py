@@ -6,7 +6,7 @@
     reused     blocks are not run: output = input + the residual that the block had when it last ran
 
 A block runs as its class's own forward on a structural twin whose children are stood in for; which child plays which
-part is data (`fastdit.models.roles`). State is per run, denoiser, branch and stage, and void when shapes change.
+part is data (`fastdit.models.roles`). State is per run, transformer, branch and stage, and void when shapes change.
 """
 
 from __future__ import annotations

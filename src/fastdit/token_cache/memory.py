@@ -61,7 +61,7 @@ class BlockMemory:
 
 @dataclasses.dataclass
 class TokenState:
-    """All that a token cache keeps for one denoiser, branch and stage. `settled` is False inside a forward."""
+    """All that a token cache keeps for one transformer, branch and stage. `settled` is False inside a forward."""
 
     blocks: dict[tuple[str, int], BlockMemory] = dataclasses.field(default_factory=dict)
     generator: torch.Generator | None = None

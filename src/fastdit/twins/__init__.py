@@ -1,1 +1,1 @@
-"""Twins of a pipeline, its denoiser and its scheduler: same classes, same weights, behaviour of their own."""
+"""Twins of a pipeline, its transformer and its scheduler: same classes, same weights, behaviour of their own."""
