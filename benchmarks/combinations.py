@@ -99,7 +99,7 @@ class Straight(Engine):
 
     def build(self, call: PieceCall, folder: Path) -> Execute:
         """Give what calls the piece."""
-        return lambda module, args, kwargs: module(*args, **kwargs)
+        return PieceCall.run
 
 
 ATTENTIONS: Mapping[str, Accelerator | None] = {
