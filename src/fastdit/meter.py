@@ -47,6 +47,31 @@ def count(module: nn.Module, *args: Value, **kwargs: Value) -> FlopCount:
     return FlopCount(counter.get_total_flops(), modules, blocks)
 
 
+#: What was counted in this process, by what a module is made of and the shapes of a call.
+_COUNTED: dict[Hashable, FlopCount] = {}
+_MOST_COUNTED = 1024
+
+
+def _outline_of(module: nn.Module) -> Hashable:
+    """Describe what decides the FLOPs of a module: its parts, their classes, shapes and plain attributes."""
+    return (
+        repr(getattr(module, "config", None)),
+        *(
+            (
+                path,
+                type(part),
+                tuple((name, weight.shape) for name, weight in part._parameters.items() if weight is not None),
+                tuple(
+                    (name, repr(value) if isinstance(value, (bool, int, float, str, tuple)) else type(value).__name__)
+                    for name, value in part.__dict__.items()
+                    if not name.startswith("_")
+                ),
+            )
+            for path, part in module.named_modules()
+        ),
+    )
+
+
 class FlopMeter:
     """Counts the forwards of one module as it is now, lazily, once for each set of shapes; it keeps no weights."""
 
@@ -54,6 +79,7 @@ class FlopMeter:
         self._module = meta_twin(module)
         self._specs: dict[Hashable, Any] = {}
         self._counts: dict[Hashable, FlopCount] = {}
+        self._outline: Hashable = None
 
     def key(self, kwargs: Mapping[str, Value], children: Mapping[str, nn.Module] | None = None) -> Hashable:
         """Remember the shapes (not the tensors) of a call and give the key under which they are counted.
@@ -84,6 +110,12 @@ class FlopMeter:
     def _count(self, key: Hashable) -> FlopCount:
         if key not in self._counts:
             shapes, outlines = self._specs[key]
+            if self._outline is None:
+                self._outline = _outline_of(self._module)
+            same = self._outline, key, tuple((name, type(child)) for name, child in outlines.items())
+            if same in _COUNTED:
+                self._counts[key] = _COUNTED[same]
+                return self._counts[key]
             kwargs = map_tensors(shapes, _Shape.meta, kind=_Shape)
             children = {name: twin_with(child, _Shape.meta, kind=_Shape) for name, child in outlines.items()}
             try:
@@ -93,6 +125,9 @@ class FlopMeter:
                     f"the FLOPs of {type(self._module).__name__} can't be counted, since one of its kernels can't be "
                     f"run on shapes alone ({error}); count them on the same model without quantisation"
                 ) from error
+            if len(_COUNTED) >= _MOST_COUNTED:
+                _COUNTED.clear()
+            _COUNTED[same] = self._counts[key]
         return self._counts[key]
 
 
