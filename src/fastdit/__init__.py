@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fastdit.step_cache.forecasters.reuse import Reuse as Reuse
     from fastdit.step_cache.forecasters.taylor import PublishedTaylor as PublishedTaylor
     from fastdit.step_cache.forecasters.taylor import Taylor as Taylor
+    from fastdit.step_cache.gates.cg_taylor import CGTaylor as CGTaylor
     from fastdit.step_cache.gates.dbcache import DBCache as DBCache
     from fastdit.step_cache.gates.easycache import EasyCache as EasyCache
     from fastdit.step_cache.gates.first_block_cache import FirstBlockCache as FirstBlockCache
@@ -86,6 +87,7 @@ _PUBLIC = {
     "step_cache.forecasters.foca": ("FoCa",),
     "step_cache.forecasters.reuse": ("Reuse",),
     "step_cache.forecasters.taylor": ("PublishedTaylor", "Taylor"),
+    "step_cache.gates.cg_taylor": ("CGTaylor",),
     "step_cache.gates.dbcache": ("DBCache",),
     "step_cache.gates.easycache": ("EasyCache",),
     "step_cache.gates.first_block_cache": ("FirstBlockCache",),

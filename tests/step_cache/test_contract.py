@@ -9,6 +9,7 @@ import pytest
 from fastdit import (
     DMD,
     FORA,
+    CGTaylor,
     ClusCa,
     DBCache,
     DuCa,
@@ -40,6 +41,7 @@ ROWS: dict[str, tuple[Any, Any, bool]] = {
     "FirstBlockCache": (FirstBlockCache(0.8), FirstBlockCache(0.0), True),
     "FirstBlockCache, per image": (FirstBlockCache(0.8, per_image=True), FirstBlockCache(0.0, per_image=True), True),
     "FirstBlockCache with FoCa": (FirstBlockCache(0.8, forecast=FoCa()), FirstBlockCache(0.0, forecast=FoCa()), True),
+    "CGTaylor": (CGTaylor(0.8), CGTaylor(0.0), True),
     "DBCache": (DBCache(0.9, 1, 0, first=2), DBCache(0.0, 1, 0, first=2), True),
     "EasyCache": (EasyCache(0.9), EasyCache(0.0), True),
     "EasyCache, per image": (EasyCache(0.9, per_image=True), EasyCache(0.0, per_image=True), True),
