@@ -89,8 +89,8 @@ def train(
     average = build().to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     names = {name for name, parameter in model.named_parameters() if parameter.ndim == 4 and parameter.requires_grad}
-    ends = {"encoder.layers.0.weight", *(name for name in names if model.get_parameter(name).shape[0] == 3)}
-    optimizer = MuonWithAdamW(model, names - ends, lr=_RATE, dtype=working_dtype(device))
+    outer = {"encoder.layers.0.weight", *(name for name in names if model.get_parameter(name).shape[0] == 3)}
+    optimizer = MuonWithAdamW(model, names - outer, lr=_RATE, dtype=working_dtype(device))
     if (state := run.resume(device)) is not None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
