@@ -59,13 +59,13 @@ def text(minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown 
 def transformer(
     minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown = 0.0, device: Device = DEVICE
 ) -> None:
-    """Train the denoiser on from wherever it is; needs the autoencoder and the text encoders."""
+    """Train the transformer on from wherever it is; needs the autoencoder and the text encoders."""
     transformer_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
 
 
 @app.command()
 def go_on(minutes: Minutes, directory: Directory = DIRECTORY, device: Device = DEVICE) -> None:
-    """Train whatever is next: the autoencoder to its end, the text encoders to theirs, then the denoiser."""
+    """Train whatever is next: the autoencoder to its end, the text encoders to theirs, then the transformer."""
     left = minutes
     stages = ((autoencoder_stage.train, "autoencoder", 60.0, 20.0), (text_stage.train, "text", 7.0, 4.0))
     for train, name, ends, cooldown in stages:
@@ -101,7 +101,7 @@ def sample(
     guidance: float = 3.0,
     device: Device = DEVICE,
 ) -> None:
-    """Write a sheet of the denoiser's pictures."""
+    """Write a sheet of the transformer's pictures."""
     settings = {"pixels": pixels, "count": count, "steps": steps}
     print(sample_stage.sheet(directory, torch.device(device), guidance=guidance, prompts=prompts, **settings))
 

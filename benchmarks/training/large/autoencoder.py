@@ -1,7 +1,7 @@
 """The autoencoder: an ordinary `AutoencoderTiny` of a factor of 8 into 16 channels, trained on windows of pictures.
 
 Most windows are of pictures of 512 pixels, half of them at an object's edge. Latents are kept near unit variance, and
-are decoded with a little noise on them, which makes a smooth space that a denoiser learns easily. At half their size
+are decoded with a little noise on them, which makes a smooth space that a transformer learns easily. At half their size
 they must mean the half-size picture, so that the space bears resampling.
 """
 
@@ -70,8 +70,8 @@ def train(
 ) -> None:
     """Train for some minutes (or up to a number of steps), measure the latents, and save as ``directory/vae``.
 
-    `decoder_only` leaves the encoder and its measures as they are, and with them every latent that a denoiser has seen:
-    the decoder can still learn, whatever was trained on the latents.
+    `decoder_only` leaves the encoder and its measures as they are, and with them every latent that a transformer has
+    seen: the decoder can still learn, whatever was trained on the latents.
     """
     torch.manual_seed(0)
     name = "decoder" if decoder_only else "autoencoder"

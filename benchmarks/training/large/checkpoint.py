@@ -1,4 +1,4 @@
-"""What is published of a training: the parts that there are, and the denoiser's weights and average, in float16.
+"""What is published of a training: the parts that there are, and the transformer's weights and average, in float16.
 
 Optimisers stay behind. Their memory is some tens of steps long, and the learning rate warms up again without it.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / "checkpoint"
 _PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler")
-_DENOISER = "denoiser.safetensors"
+_TRANSFORMER = "transformer.safetensors"
 _PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
-class Denoiser:
+class Weights:
     """The weights, their average, and how far training is."""
 
     model: dict[str, Tensor]
@@ -47,7 +47,7 @@ def publish(directory: Path, folder: Path | None = None) -> None:
         if path.stem == "transformer":
             kinds = ("model", "average")
             tensors = {f"{kind}.{name}": tensor for kind in kinds for name, tensor in state[kind].items()}
-            _halve(tensors, folder / _DENOISER)
+            _halve(tensors, folder / _TRANSFORMER)
     (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
 
 
@@ -72,16 +72,16 @@ def unpack(directory: Path, folder: Path | None = None) -> None:
     if not folder.exists():
         return
     for part in _PARTS:
-        if not (directory / part).exists():
+        if (folder / part).exists() and not (directory / part).exists():
             shutil.copytree(folder / part, directory / part)
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "log.jsonl").exists():
         shutil.copy(folder / "log.jsonl", directory / "log.jsonl")
 
 
-def denoiser(folder: Path | None = None) -> Denoiser | None:
-    """Give the published denoiser, if there is one."""
-    path = (folder or FOLDER) / _DENOISER
+def transformer(folder: Path | None = None) -> Weights | None:
+    """Give the published transformer, if there is one."""
+    path = (folder or FOLDER) / _TRANSFORMER
     if not path.exists():
         return None
     kinds: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
@@ -90,7 +90,7 @@ def denoiser(folder: Path | None = None) -> Denoiser | None:
         kinds[kind][name] = tensor.float()
     numbers = numbers_of("transformer", folder)
     assert numbers is not None
-    return Denoiser(kinds["model"], kinds["average"], numbers)
+    return Weights(kinds["model"], kinds["average"], numbers)
 
 
 def _halve(weights: dict[str, Tensor], path: Path) -> None:

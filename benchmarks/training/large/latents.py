@@ -1,4 +1,4 @@
-"""Encoded pictures to train a denoiser on: drawn anew for every block of steps, by the block's number alone."""
+"""Encoded pictures to train a transformer on: drawn anew for every block of steps, by the block's number alone."""
 
 from __future__ import annotations
 

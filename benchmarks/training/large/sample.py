@@ -1,4 +1,4 @@
-"""Pictures of the denoiser as it is now, by an ordinary FluxPipeline, as one sheet."""
+"""Pictures of the transformer as it is now, by an ordinary FluxPipeline, as one sheet."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def pipeline(directory: Path, device: torch.device) -> tuple[FluxPipeline, int]:
         transformer.load_state_dict(state["average"])
         samples = state["samples"]
     else:
-        published = checkpoint.denoiser()
+        published = checkpoint.transformer()
         if published is None:
-            raise FileNotFoundError(f"there is no denoiser in {directory}, and none is published")
+            raise FileNotFoundError(f"there is no transformer in {directory}, and none is published")
         transformer.load_state_dict(published.average)
         samples = int(published.numbers["samples"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer")

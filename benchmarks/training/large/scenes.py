@@ -1,7 +1,7 @@
 """The language of the large model: what a picture can show, how a prompt says it, which prompts training never saw.
 
 A `Scene` holds what was *asked for*, and leaves most of a picture open: which fruit "a fruit" is, where it stands, how
-large, on what, in which light. A denoiser has to decide all this early and draw it late, which is what a sampler of
+large, on what, in which light. A transformer has to decide all this early and draw it late, which is what a sampler of
 few steps can get wrong. This module imports nothing heavy.
 """
 

@@ -1,7 +1,7 @@
 """The text encoders: a small CLIP (pooled) and a small T5 (tokens) that learn to say what a prompt asks for.
 
 The pooled vector must tell everything; of T5's tokens a learned query for each attribute must be able to read it, so
-that what a word means stays at a token, as the denoiser wants it.
+that what a word means stays at a token, as the transformer wants it.
 """
 
 from __future__ import annotations

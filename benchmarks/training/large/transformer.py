@@ -1,4 +1,4 @@
-"""The denoiser: a FLUX transformer of eleven million parameters, trained at 64, 256 and 1,024 tokens.
+"""A FLUX transformer of eleven million parameters, trained at 64, 256 and 1,024 tokens.
 
 Flow matching: x = (1 - sigma) x0 + sigma noise, target v = noise - x0. Composition is learned at 64 tokens, where a
 sample costs a twentieth of what it costs at 1,024; `PHASES` says what comes when, by samples seen. Guidance is learned
@@ -50,7 +50,7 @@ PHASES = (
 
 
 def build(*, double: int = 2, single: int = 6, heads: int = 4) -> FluxTransformer2DModel:
-    """Make an untrained denoiser whose blocks start as the identity (modulation and output at zero)."""
+    """Make an untrained transformer whose blocks start as the identity (modulation and output at zero)."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -97,7 +97,7 @@ def stratified_sigmas(count: int, shift: float, device: torch.device) -> Tensor:
 
 
 class Trainer:
-    """The denoiser, its average, its optimiser, and what a step needs."""
+    """The transformer, its average, its optimiser, and what a step needs."""
 
     def __init__(self, run: Run, device: torch.device, model: FluxTransformer2DModel) -> None:
         self.run = run
@@ -116,7 +116,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
-        elif (weights := checkpoint.denoiser()) is not None:
+        elif (weights := checkpoint.transformer()) is not None:
             self.model.load_state_dict(weights.model)
             self.average.load_state_dict(weights.average)
             self.run.set_numbers(weights.numbers)
