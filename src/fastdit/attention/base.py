@@ -100,12 +100,13 @@ class AttentionPass(Pass):
 
     def forward(self, call: ForwardCall, next: Forward) -> object:
         kernel, backend = self._kernel, self._kernel.backend_in(call.step.stage)
-        self._forwards += 1
         if backend == NATIVE:
+            self._forwards += 1
             return next(call)
         name = f"{kernel.describe()}: the attention backend {backend!r}"
         with KernelMode(kernel.kernel(backend), name, f"{type(kernel).__name__} {backend}") as mode:
             output = next(call)
+        self._forwards += 1
         self._answered += mode.answered
         return output
 

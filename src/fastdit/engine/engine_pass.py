@@ -41,8 +41,9 @@ class EnginePass(Pass):
             self._admitted.clear()
         self._stage, self._environment = _stage_of(self._run), None
         self._called, self._ran, self._eager = True, 0, 0
-        self._in_run["forwards"] += 1
-        return next(call)
+        output = next(call)
+        self._in_run["forwards"] += 1  # one that failed says nothing of the engine's use
+        return output
 
     def outcome(self) -> Outcome:
         """Name what ran the forward's blocks: the engine, "eager", both with their shares, or "none" if none ran."""
