@@ -62,7 +62,9 @@ def test_something_that_is_no_accelerator_is_refused(part: Any) -> None:
         accelerate(pipe, [part])
 
 
-@pytest.mark.parametrize("thing", [None, 3, "FluxPipeline", object(), nn.Linear(2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "thing", [None, 3, "FluxPipeline", object(), nn.Linear(2, 2)], ids=lambda value: type(value).__name__
+)
 def test_something_that_is_no_pipeline_or_transformer_is_refused(thing: Any) -> None:
     with pytest.raises((UnsupportedModel, TypeError)):
         accelerate(thing, [FirstBlockCache(0.1)])
