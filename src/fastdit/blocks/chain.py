@@ -227,11 +227,11 @@ class _BlockProxy:
         return getattr(self._block, name)
 
 
-def with_answers(module: nn.Module, answer: Block, children: Mapping[str, Value], *, hooks: bool = True) -> nn.Module:
-    """Give a structural twin of `module` whose direct block lists hand their blocks' calls to `answer`."""
+def with_answers(module: nn.Module, answer: Block, children: Mapping[str, Value]) -> nn.Module:
+    """Give a structural twin of `module`, without hooks, whose direct block lists hand their calls to `answer`."""
     stacks = {
         name: BlockStack(child, name, answer)
         for name, child in module._modules.items()
         if isinstance(child, nn.ModuleList) and len(child._modules)
     }
-    return structural_twin(module, {**stacks, **children}, hooks=hooks)
+    return structural_twin(module, {**stacks, **children}, hooks=False)

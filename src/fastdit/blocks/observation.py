@@ -124,7 +124,7 @@ def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) ->
     first = next(name for name in inspect.signature(type(call.module).forward).parameters if name != "self")
     arguments = _own_containers(call.arguments)
     arguments[first] = map_tensors(call.arguments[first], lambda tensor: tensor * factor)
-    return with_answers(call.module, blocks.answer, call.children, hooks=False)(**arguments)
+    return with_answers(call.module, blocks.answer, call.children)(**arguments)
 
 
 def _own_containers(value: Value) -> Value:
