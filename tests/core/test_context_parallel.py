@@ -51,6 +51,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("place", range(len(CACHES)), ids=[type(cache).__name__ for cache in CACHES])
 def test_two_ranks_decide_as_one_process_does_and_give_its_picture(

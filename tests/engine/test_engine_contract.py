@@ -35,6 +35,7 @@ class TestAOT(EngineContract):
     engine = staticmethod(AOT)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", [Compile, AOT])
 def test_the_smallest_weights_of_a_block_are_its_own_too_and_seen_when_they_change(engine: Any) -> None:
     module = pieces.Model()
