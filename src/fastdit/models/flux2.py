@@ -24,25 +24,25 @@ class Flux2Family(PackedFamily):
         return super().refusal(pipeline, arguments)
 
 
-def _decoded(vae: Autoencoder, frames: torch.Tensor) -> torch.Tensor:
-    """Decode frames of normalised tokens."""
-    mean, deviation = _statistics(vae)
+def decoded_tokens(vae: Autoencoder, frames: torch.Tensor, epsilon: float | None = None) -> torch.Tensor:
+    """Decode frames of normalised tokens. `epsilon` is added to the variance, where it isn't the autoencoder's own."""
+    mean, deviation = _statistics(vae, epsilon)
     latents = nn.functional.pixel_shuffle(frames * deviation + mean, 2)
     pixels: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return pixels
 
 
-def _encoded(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode pixels to frames of normalised tokens."""
+def encoded_tokens(vae: Autoencoder, pixels: torch.Tensor, epsilon: float | None = None) -> torch.Tensor:
+    """Undo `decoded_tokens`."""
     latents = nn.functional.pixel_unshuffle(vae.encode(pixels.to(vae.dtype)).latent_dist.mode(), 2)
-    mean, deviation = _statistics(vae)
+    mean, deviation = _statistics(vae, epsilon)
     return (latents - mean) / deviation
 
 
-def _statistics(vae: Autoencoder) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(vae: Autoencoder, epsilon: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the mean and the deviation of every channel of a token, [1, C, 1, 1]."""
     mean, variance = (statistic.view(1, -1, 1, 1) for statistic in (vae.bn.running_mean, vae.bn.running_var))
-    return mean, torch.sqrt(variance + vae.config.batch_norm_eps)
+    return mean, torch.sqrt(variance + (vae.config.batch_norm_eps if epsilon is None else epsilon))
 
 
 FLUX2 = Flux2Family(
@@ -52,7 +52,7 @@ FLUX2 = Flux2Family(
     axes=4,
     unpacking="_unpack_latents_with_ids",
     refused=(),
-    decoding=_decoded,
-    encoding=_encoded,
+    decoding=decoded_tokens,
+    encoding=encoded_tokens,
 )
 FAMILIES = (FLUX2,)
