@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdit import FastditError, FirstBlockCache, Interval, SeaCache, ToCa, accelerate
 from fastdit.errors import UnsupportedModel
 from fastdit.testing import seed_weights
-from fastdit.testing.tiny import of_diffusers, randn
+from fastdit.testing.tiny import component, randn
 
 SAMPLES, ROWS, COLUMNS, TEXT, STEPS = 2, 4, 6, 5, 6
 
@@ -19,20 +19,9 @@ SAMPLES, ROWS, COLUMNS, TEXT, STEPS = 2, 4, 6, 5, 6
 def ernie() -> tuple[nn.Module, dict[str, Any]]:
     """ERNIE-Image: image and text in one stream, 24 + 5 tokens of two samples."""
     try:
-        cls = of_diffusers("ErnieImageTransformer2DModel")
+        model = component("ErnieImageTransformer2DModel", {"in_channels": 4, "out_channels": 4}, seed=0)
     except UnsupportedModel as error:
         pytest.skip(str(error))
-    model = cls(
-        hidden_size=32,
-        num_attention_heads=2,
-        num_layers=3,
-        ffn_hidden_size=32,
-        in_channels=4,
-        out_channels=4,
-        text_in_dim=16,
-        rope_axes_dim=(4, 6, 6),
-    ).eval()
-    seed_weights(model, 0)
     return model, {
         "hidden_states": randn(SAMPLES, 4, ROWS, COLUMNS, seed=31),
         "timestep": torch.tensor([700, 700]),

@@ -1,4 +1,4 @@
-"""Families that take stages of whole frames only: Sana, AuraFlow, PRX, and the videos of Wan and HunyuanVideo."""
+"""Families that take stages of whole frames only: of pictures, and the videos of Wan and HunyuanVideo."""
 
 from __future__ import annotations
 

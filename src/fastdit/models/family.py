@@ -124,7 +124,7 @@ class Family(Protocol):
 
 
 #: The library's own: modules of this package, each with its `FAMILIES`.
-_OWN = ("flux", "flux2", "qwen_image", "sd3", "placed", "lumina2", "z_image", "hidream", "whole_frames")
+_OWN = ("flux", "flux2", "qwen_image", "sd3", "placed", "lumina2", "z_image", "hidream", "whole_frames", "ernie_image")
 
 _REGISTERED: list[Family] = []
 

@@ -89,6 +89,16 @@ TRANSFORMERS: dict[str, Configuration] = {
         "text_embed_dim": 32,
         **_FOUR_CHANNELS,
     },
+    "ErnieImageTransformer2DModel": {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_layers": 3,
+        "ffn_hidden_size": 32,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_in_dim": 16,
+        "rope_axes_dim": (4, 6, 6),
+    },
     "Flux2Transformer2DModel": {
         **_PACKED,
         "num_single_layers": 2,

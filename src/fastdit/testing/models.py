@@ -265,6 +265,15 @@ PIPELINES: dict[str, TinyPipeline | TinySibling] = {
             "PRXTransformer2DModel",
             lambda batch: _masked(batch, 32, torch.bool, guidance_scale=1.0, use_resolution_binning=False),
         ),
+        # Blocks that take the sequence first, both branches in one batch.
+        TinyPipeline(
+            "ErnieImagePipeline",
+            "ErnieImageTransformer2DModel",
+            lambda batch: _texts(batch, 16, guidance_scale=2.0),
+            vae="AutoencoderKLFlux2",
+            token=4,
+            side=16,
+        ),
         TinySibling("FluxImg2ImgPipeline", _FLUX, _picture),
         TinySibling("ChromaImg2ImgPipeline", _CHROMA, _picture),
         TinySibling("QwenImageImg2ImgPipeline", _QWEN, _picture),
