@@ -30,7 +30,7 @@ ORDER = (
     ("models",),
     ("blocks",),
     ("run", "record", "step", "layout", "accelerator", "meter"),
-    ("structure", "nested", "config", "errors"),
+    ("structure", "nested", "config", "process", "errors"),
     ("__init__",),
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from fastdit.blocks.attention import Attend, AttentionCall, first_line
+from fastdit.process import unheard_warnings
 
 
 class Target(NamedTuple):
@@ -44,13 +44,12 @@ def failure_of(kernel: Callable[[], Attend], target: Target) -> str | None:
     query, key, value = values.view(3, 1, 2, 32, head_size)
     expected = ((query @ key.transpose(2, 3)) * head_size**-0.5).softmax(dim=3) @ value
     call = AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype))
-    with warnings.catch_warnings(record=True) as remarks, torch.no_grad():
-        warnings.simplefilter("always")
+    with unheard_warnings() as remarks, torch.no_grad():
         try:
             found = kernel()(call)
             right = found.shape == expected.shape and torch.allclose(found.float(), expected, atol=0.1)
         except Exception as error:
-            return "; ".join([first_line(error), *(first_line(remark.message) for remark in remarks)])
+            return "; ".join([first_line(error), *map(first_line, remarks)])
     return None if right else "it runs there and gives something else than attention"
 
 

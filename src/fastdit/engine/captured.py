@@ -8,6 +8,7 @@ anew where a weight has moved; what is changed in place is seen. What the cache 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,15 +31,17 @@ class Captures:
 
     def __init__(self, execute: Execute, record: Record | None = None) -> None:
         self._execute, self._record = execute, record or _CudaGraphs()
+        self._turn = threading.Lock()  # twins in several threads share an engine, and with it the memory of its blocks
         self._blocks: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
 
     def __call__(self, call: PieceCall) -> object:
         """Give the output of a block, in memory of its own."""
         addresses = [tensor.data_ptr() for tensor in (*call.module.parameters(), *call.module.buffers())]
-        found = self._blocks.get(call.module)
-        if found is None or found.addresses != addresses:
-            found = self._blocks[call.module] = _Capture(self._execute, self._record, call, addresses)
-        return found.replay(call)
+        with self._turn:
+            found = self._blocks.get(call.module)
+            if found is None or found.addresses != addresses:
+                found = self._blocks[call.module] = _Capture(self._execute, self._record, call, addresses)
+            return found.replay(call)
 
 
 class _Capture:
@@ -74,6 +77,7 @@ class _CudaGraphs:
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # "global" would make calls of CUDA in other threads fail meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = run()
         return output, graph.replay

@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import os
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +31,7 @@ from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.processor import ProcessorEngine
 from fastdit.engine.staged import StagedEngine, following_tokens, stage_of
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
+from fastdit.process import environment, unheard_warnings
 
 _NUMBERS = itertools.count()
 
@@ -150,17 +149,10 @@ def isolated(function: _Piece, *, mode: str, dynamic: bool | None) -> _Piece:
 
 @contextmanager
 def inductor_in(folder: Path) -> Iterator[None]:
-    """Let Inductor keep what it makes in a folder, and take from there what it has made before."""
-    before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's remarks on itself
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    """Let Inductor keep what it makes in a folder, and take from there what it has made before.
+
+    Inductor is told of the folder by the process's environment, so one thread at a time is here.
+    """
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    with environment(folders), unheard_warnings():  # the compiler's remarks on itself
+        yield

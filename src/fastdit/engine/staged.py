@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from fastdit.engine.flat import Flat
 from fastdit.engine.key import EngineKey
 from fastdit.engine.piece import PieceCall
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
+from fastdit.process import switching, unheard_warnings
 
 #: The shape of each tensor of a call, in order.
 Shapes = tuple[tuple[int, ...], ...]
@@ -115,8 +115,7 @@ def exported(call: PieceCall, shapes: tuple[Shapes, ...]) -> ExportedProgram:
     varying = _varying(shapes)
     dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in varying)
     tensors = tuple(call.tensors)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's remarks on itself
+    with switching(), unheard_warnings():  # the exporter's remarks on itself
         program = torch.export.export(Flat(call), tensors, dynamic_shapes=(dynamic,) if any(dynamic) else None)
     inputs = set(program.graph_signature.user_inputs)
     placeholders = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]

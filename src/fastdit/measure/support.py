@@ -23,6 +23,7 @@ from fastdit.accelerator import Accelerator
 from fastdit.errors import FastditError, FastditWarning, UnsupportedModel
 from fastdit.models.family import families
 from fastdit.models.undescribed import annotated, why_not, why_not_whole
+from fastdit.process import unheard_warnings
 from fastdit.schedule.base import Schedule
 from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.ralu import RALU
@@ -171,8 +172,7 @@ def _ran(output: torch.Tensor | list[torch.Tensor], record: RunRecord, accelerat
 
 
 def _answered(run: Callable[[], bool]) -> Answer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with unheard_warnings():
         try:
             return Answer(True) if run() else Answer(False, "it ran, and nothing was saved or the result is not finite")
         except FastditError as error:

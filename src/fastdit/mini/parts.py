@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from fastdit.errors import UnsupportedModel
+from fastdit.process import switching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,14 +71,15 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     loggings = diffusers_logging, transformers_logging
-    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
-    for one in loggings:
-        one.set_verbosity(logging.ERROR)
-        one.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for one, level, bar in before:
-            one.set_verbosity(level)
-            if bar:
-                one.enable_progress_bar()
+    with switching():
+        before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
+        try:
+            for one in loggings:
+                one.set_verbosity(logging.ERROR)
+                one.disable_progress_bar()
+            yield
+        finally:
+            for one, level, bar in before:
+                one.set_verbosity(level)
+                if bar:
+                    one.enable_progress_bar()

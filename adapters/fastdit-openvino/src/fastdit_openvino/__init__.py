@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import threading
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +26,7 @@ from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.staged import Shapes, StagedEngine, exported, stage_of
 from fastdit.errors import EngineBuildFailed, EngineMismatch, UnsupportedModel
 from fastdit.nested import tensors_of
+from fastdit.process import unheard_warnings
 
 __all__ = ["OpenVINO"]
 
@@ -93,8 +93,7 @@ class OpenVINO(StagedEngine):
     def _convert(self, call: PieceCall, shapes: tuple[Shapes, ...]) -> bytes:
         """Compile a piece for all of `shapes`, and give the blob."""
         openvino = _openvino()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the converter's remarks on torch
+        with unheard_warnings():  # the converter's remarks on torch
             model = openvino.convert_model(exported(call, shapes))
         model.reshape(
             {
