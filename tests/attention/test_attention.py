@@ -28,6 +28,8 @@ from fastdit import (
     UnsupportedModel,
     accelerate,
 )
+from fastdit.attention.torch_kernels import KERNELS
+from fastdit.blocks.attention import AttentionCall
 from fastdit.testing import AcceleratorContract
 from fastdit.testing.tiny import randn
 
@@ -41,8 +43,15 @@ Registry = attention_dispatch._AttentionBackendRegistry
 
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Note the name of every backend of diffusers that computes something."""
+    """Note the name of every backend of diffusers, and every kernel of torch's, that computes something."""
     names: list[str] = []
+
+    def named(name: str, attend: Any) -> Any:
+        def noted(call: Any) -> Any:
+            names.append(name)
+            return attend(call)
+
+        return noted
 
     def noting(name: AttentionBackendName, compute: Any) -> Any:
         def noted(**kwargs: Any) -> Any:
@@ -53,6 +62,8 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name, compute in list(Registry._backends.items()):
         monkeypatch.setitem(Registry._backends, name, noting(name, compute))
+    for kernel, attend in list(KERNELS.items()):
+        monkeypatch.setitem(KERNELS, kernel, named(kernel, attend))
     return names
 
 
@@ -157,7 +168,8 @@ def test_a_model_that_runs_in_another_thread_meanwhile_keeps_its_own_attention(a
         ("sage", "sageattention"),
         ("flash", "flash-attn"),
         ("flash_hub", "Hub|kernels"),
-        ("_native_cudnn", "No viable backend|No available kernel"),
+        ("_native_cudnn", "CUDA devices alone"),
+        ("_native_efficient", "CUDA devices alone"),
         ("_native_npu", "torch_npu"),
     ],
 )
@@ -307,6 +319,73 @@ def test_the_trial_is_in_the_precision_that_the_model_computes_in() -> None:
     pipe.transformer.norm_out.to(torch.float32)  # as diffusers keeps some weights
     with pytest.raises(UnsupportedModel, match=r"on cpu in torch\.bfloat16"):
         accelerate(pipe, [Attention("_native_cudnn")])
+
+
+OF_SIX = {"none": None, "keys": (torch.arange(6) != 3).expand(6, 6), "added": randn(2, 1, 6, 6, seed=4)}
+SWITCHES = ("flash", "mem_efficient", "math", "cudnn")
+
+
+def switches() -> tuple[bool, ...]:
+    """What torch may choose among in this process."""
+    return tuple(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SWITCHES)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_while_a_kernel_computes_the_process_chooses_among_all_of_them_as_before(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that put such switches back leave those of the other."""
+    pipe, call = tiny.flux(steps=1)
+    fast = accelerate(pipe, [Attention(backend)], strict=True)
+    before, set_meanwhile = switches(), []
+    for name in SWITCHES:
+        monkeypatch.setattr(torch._C, f"_set_sdp_use_{name}", lambda on, name=name: set_meanwhile.append(name))
+    tiny.run(fast, call)
+    assert set_meanwhile == [] and switches() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"is_causal": True}, {"enable_gqa": True}], ids=str)
+@pytest.mark.parametrize(
+    "mask", [None, (torch.arange(6) != 3).expand(6, 6), randn(2, 1, 6, 6, seed=4)], ids=["none", "keys", "added"]
+)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kernel_that_is_called_gives_what_torch_gives_when_it_may_take_no_other(
+    backend: str, mask: Tensor | None, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if mask is not None and (backend == "_native_flash" or "is_causal" in options):
+        pytest.skip("no kernel takes both, and flash takes no mask")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and backend in ("_native_efficient", "_native_cudnn"):
+        pytest.skip("a kernel for CUDA devices alone")
+    if backend in ("_native_flash", "_native_cudnn") and device == "cuda" and dtype == torch.float32:
+        pytest.skip("in half precision alone")
+    heads = 2 if "enable_gqa" in options else 4
+    query, key, value = (randn(2, h, 6, 8, seed=s).to(device, dtype) for s, h in enumerate((4, heads, heads)))
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    mask = None if mask is None else mask.to(device)
+    call = AttentionCall(query, key, value, attn_mask=mask, **options)
+    if "enable_gqa" in options and backend != "_native_math":
+        repeated = (each.repeat_interleave(2, dim=1) for each in (key, value))
+        expected = torch_s(backend, AttentionCall(query, *repeated, attn_mask=mask))
+    else:
+        expected = torch_s(backend, call)
+    assert torch.equal(KERNELS[backend](call), expected)
+
+
+def torch_s(backend: str, call: AttentionCall) -> Tensor:
+    """Attend by torch, which may take one of its kernels alone."""
+    names = {"math": "MATH", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+    with nn.attention.sdpa_kernel(getattr(nn.attention.SDPBackend, names[backend.removeprefix("_native_")])):
+        return call.by_torch()
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"), [((1, 2, 5, 8), (1, 2, 5, 8)), ((2, 4, 5, 8), (2, 4, 6, 8)), ((2, 4, 5, 8), (2, 4, 5, 4))]
+)
+def test_a_fused_kernel_refuses_what_it_would_read_past_its_end(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
+    with pytest.raises(NotImplementedError, match="it takes"):
+        KERNELS["_native_flash"](AttentionCall(randn(2, 4, 6, 8, seed=0), torch.ones(keys), torch.ones(values)))
 
 
 def test_a_bare_module_takes_a_kernel() -> None:

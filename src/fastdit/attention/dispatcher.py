@@ -3,7 +3,7 @@
 diffusers has one function that dispatches attention to a backend. Its own `set_attention_backend` writes the choice
 into the model's processors and, besides, into a default of the process that other models follow. Here the function is
 called with the backend's name, on what the model hands to torch's attention; so models whose processors don't know
-the dispatcher (SD3, PixArt) take every backend too.
+the dispatcher (SD3, PixArt) take every backend too. torch's own kernels are called directly (`torch_kernels.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from fastdit.accelerator import Change, Effects
 from fastdit.attention.base import AttentionKernel
+from fastdit.attention.torch_kernels import KERNELS
 from fastdit.blocks.attention import Attend, AttentionCall
 from fastdit.config import register
 from fastdit.errors import InvalidConfig
@@ -82,6 +83,8 @@ class Attention(AttentionKernel):
     def kernel(self, backend: str) -> Attend:
         from diffusers.models.attention_dispatch import AttentionBackendName
 
+        if backend in KERNELS:
+            return KERNELS[backend]
         name = AttentionBackendName(backend)
         return partial(_dispatched, name, _options_of(name))
 
