@@ -19,6 +19,7 @@ from fastdit.engine.base import Engine, Execute, PieceCall
 from fastdit.errors import FastditError, FastditWarning
 from fastdit.schedule.bottleneck_sampling import BottleneckSampling
 from fastdit.schedule.just_in_time import JustInTime
+from fastdit.schedule.lifts.latent import LatentLift
 from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
@@ -48,12 +49,12 @@ STEPS = 18
 #: Every schedule runs as many steps as there are without one, which is what a mask counts.
 SCHEDULES: Mapping[str, Accelerator | None] = {
     "none": None,
-    "RALU": RALU(steps=(11, 7), ends=(0.5,), starts=(0.15,), lift=PixelLift()),
-    "RALU, mixed stage": RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.3),
+    "ProgressiveResolution": ProgressiveResolution(steps=(11, 7), ends=(0.5,), starts=(0.15,), lift=PixelLift()),
+    "RALU": RALU(steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.3),
     "RALU, the query's frame, text attention": RALU(
         steps=(5, 6, 7), ends=(0.30, 0.45), ratio=0.3, frame="query", selector=TextAttention()
     ),
-    "ProgressiveResolution": ProgressiveResolution((11, 7)),
+    "ProgressiveResolution, latents enlarged": ProgressiveResolution(steps=(11, 7), lift=LatentLift(resize="bicubic")),
     "BottleneckSampling": BottleneckSampling((4, 8, 6)),
     "JustInTime": JustInTime((7, 6, 5)),
 }

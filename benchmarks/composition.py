@@ -1,9 +1,9 @@
-"""Whether accelerators compose: RALU, TeaCache and an engine together against the product of their own speed-ups.
+"""Whether accelerators compose: a schedule, TeaCache and an engine together against the product of their own speed-ups.
 
-    predicted = speed-up of RALU x that of TeaCache over RALU alone x that of the engine alone
+    predicted = speed-up of ProgressiveResolution x that of TeaCache over it alone x that of the engine alone
 
 Parts that touch different things should multiply: fewer tokens, fewer steps, faster steps. TeaCache's part is measured
-inside RALU's run, since how many steps it may skip depends on the schedule; the engine's is measured on the plain run.
+inside the schedule's run, which decides how many steps it may skip; the engine's is measured on the plain run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdit.errors import NeverFired
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
 from fastdit.measure.timing import medians, time_interleaved
-from fastdit.schedule.ralu import RALU
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.step_cache.coefficients import Coefficients
 from fastdit.step_cache.gates.teacache import TeaCache
 from synthetic import FluxSize, random_call, random_flux
@@ -34,7 +34,7 @@ MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)
 
 def main(
     rounds: Annotated[int, typer.Option(help="Paired rounds.")] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of the runs without RALU.")] = 50,
+    steps: Annotated[int, typer.Option(help="Steps of the runs without ProgressiveResolution.")] = 50,
     tokens_per_side: int = 32,
     dtype: str = "bfloat16",
     threshold: float = 0.25,
@@ -51,31 +51,31 @@ def main(
     engine = Compile(packed=packed, directory=str(directory or tempfile.mkdtemp(prefix="engines-")))
     stacks = {
         "plain": [],
-        "RALU": [RALU("4x")],
+        "ProgressiveResolution": [ProgressiveResolution("4x")],
         "engine": [engine],
-        "RALU, TeaCache": [RALU("4x"), cache],
-        "RALU, TeaCache, engine": [RALU("4x"), cache, engine],
+        "ProgressiveResolution, TeaCache": [ProgressiveResolution("4x"), cache],
+        "ProgressiveResolution, TeaCache, engine": [ProgressiveResolution("4x"), cache, engine],
     }
     twins = {name: accelerate(pipeline, stack) for name, stack in stacks.items()}
     embeds = {name: value for name, value in call.items() if name.endswith("embeds")}
-    for name in ("engine", "RALU, TeaCache, engine"):
+    for name in ("engine", "ProgressiveResolution, TeaCache, engine"):
         print(name, twins[name].fastdit.warmup(call["height"], call["width"], progress=False, **embeds))
 
     def run(name: str) -> None:
-        count = {} if "RALU" in name else {"num_inference_steps": steps}
+        count = {} if "ProgressiveResolution" in name else {"num_inference_steps": steps}
         twins[name](**call, **count, output_type="latent", generator=torch.Generator().manual_seed(0))
 
     tasks = {name: (lambda _, name=name: run(name)) for name in twins}
     seconds = time_interleaved(tasks, rounds=rounds, warmup=1)
     pairs = {
-        "RALU": ("plain", "RALU"),
-        "TeaCache": ("RALU", "RALU, TeaCache"),
+        "ProgressiveResolution": ("plain", "ProgressiveResolution"),
+        "TeaCache": ("ProgressiveResolution", "ProgressiveResolution, TeaCache"),
         "engine": ("plain", "engine"),
-        "together": ("plain", "RALU, TeaCache, engine"),
+        "together": ("plain", "ProgressiveResolution, TeaCache, engine"),
     }
     speed_ups = {name: median_of_ratios(seconds[slow], seconds[fast]) for name, (slow, fast) in pairs.items()}
     # Measured over predicted, round by round, so that the interval holds the noise of all the parts.
-    names = ("plain", "RALU, TeaCache", "engine", "RALU, TeaCache, engine")
+    names = ("plain", "ProgressiveResolution, TeaCache", "engine", "ProgressiveResolution, TeaCache, engine")
     turns = list(zip(*(seconds[name] for name in names), strict=True))
     predicted = [(plain / cached) * (plain / faster) for plain, cached, faster, _ in turns]
     measured = [plain / together for plain, *_, together in turns]

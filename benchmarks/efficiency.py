@@ -1,4 +1,4 @@
-"""How much of RALU's saving in FLOPs arrives on the clock: a random FLUX of about 100 M parameters at 1024 tokens."""
+"""How much of a schedule's saving in FLOPs arrives on the clock: a random FLUX of 100 M parameters at 1024 tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdit.acceleration import accelerate
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
 from fastdit.measure.timing import medians, time_interleaved
-from fastdit.schedule.ralu import RALU
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.stack import Stack
 from synthetic import FluxSize, random_call, random_flux
 
@@ -32,7 +32,7 @@ def main(
     pipeline = random_flux(MODEL, dtype=getattr(torch, dtype))
     parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
     call = random_call(pipeline, image_tokens_per_side=32, text_tokens=64)
-    twins = {"plain": accelerate(pipeline, Stack()), preset: accelerate(pipeline, [RALU(preset)])}
+    twins = {"plain": accelerate(pipeline, Stack()), preset: accelerate(pipeline, [ProgressiveResolution(preset)])}
 
     def run(name: str) -> object:
         count = {"num_inference_steps": steps} if name == "plain" else {}
@@ -46,7 +46,8 @@ def main(
     share = speed_up.estimate / flops_speed_up
     print(Environment.capture())
     print(f"{parameters / 1e6:.0f} M parameters, 1024 image tokens, {dtype}; median seconds {medians(seconds)}")
-    print(f"RALU {preset}: {speed_up:.2f} times on the clock, {flops_speed_up:.2f} times in FLOPs: {share:.3f} of it")
+    clock = f"{speed_up:.2f} times on the clock, {flops_speed_up:.2f} times in FLOPs: {share:.3f} of it"
+    print(f"ProgressiveResolution {preset}: {clock}")
     values = {"seconds": seconds, "flops": flops, "parameters": parameters, "speed_up": speed_up, "share": share}
     save(out, {"preset": preset, "dtype": dtype, "steps": steps, "bar": BAR, **values})
     raise typer.Exit(share < BAR)

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from common import save
 from counting import RunFlops, Stage, stages_of
-from fastdit.schedule.presets import PAPER
+from fastdit.schedule.presets import RALU_PRESETS
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 
 TERA = 1e12
@@ -31,9 +32,9 @@ def main(
     steps = plain_steps or counter.architecture.steps
     runs = {f"plain, {steps} steps": [Stage(steps, counter.image_tokens)]}
     for preset in counter.architecture.presets:
-        runs[f"RALU {preset}"] = stages_of(RALU(preset).plan(side, side, None))
-        if preset in PAPER:
-            runs[f"RALU {preset}, paper"] = stages_of(RALU.paper(preset).plan(side, side, None))
+        runs[f"ProgressiveResolution {preset}"] = stages_of(ProgressiveResolution(preset).plan(side, side, None))
+        if preset in RALU_PRESETS:
+            runs[f"RALU {preset}"] = stages_of(RALU(preset).plan(side, side, None))
     rows = {
         name: {"transformer": counter.transformer(stages).total / TERA, "published": counter.published(stages) / TERA}
         for name, stages in runs.items()

@@ -37,6 +37,7 @@ from fastdit.engine.compile import Compile
 from fastdit.errors import NeverFired
 from fastdit.measure.statistics import Interval, ratio_of_medians
 from fastdit.record import Stopwatch
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
 from fastdit.step_cache.coefficients import Coefficients
@@ -97,16 +98,16 @@ def rows(model: Published, directory: str) -> list[Row]:
     whole: dict[str, Callable[[], list[Accelerator]]] = {
         "empty stack": lambda: [],
         "Compile": lambda: [engine],
-        f"RALU {preset}": lambda: [RALU(preset)],
-        f"RALU {preset}, TeaCache, Compile": lambda: [RALU(preset), cache, engine],
+        f"ProgressiveResolution {preset}": lambda: [ProgressiveResolution(preset)],
+        f"ProgressiveResolution {preset}, TeaCache, Compile": lambda: [ProgressiveResolution(preset), cache, engine],
         "TeaCache": lambda: [cache],
-        f"RALU {preset}, TeaCache": lambda: [RALU(preset), cache],
-        f"RALU {preset}, Compile": lambda: [RALU(preset), engine],
+        f"ProgressiveResolution {preset}, TeaCache": lambda: [ProgressiveResolution(preset), cache],
+        f"ProgressiveResolution {preset}, Compile": lambda: [ProgressiveResolution(preset), engine],
         "TeaCache, Compile": lambda: [cache, engine],
         "AOT": lambda: [package],
         "Compile, CUDA graphs": lambda: [Compile(cuda_graphs=True, directory=directory)],
-        f"RALU {preset}, paper": lambda: [RALU.paper(preset)],
-        f"RALU {preset}, paper, Compile": lambda: [RALU.paper(preset), engine],
+        f"RALU {preset}": lambda: [RALU(preset)],
+        f"RALU {preset}, Compile": lambda: [RALU(preset), engine],
         "TaylorSeer": lambda: [TaylorSeer()],
         "FirstBlockCache": lambda: [FirstBlockCache(0.1)],
         "ToCa": lambda: [ToCa()],
@@ -115,7 +116,7 @@ def rows(model: Published, directory: str) -> list[Row]:
         "TensorRT (adapter)": lambda: tensorrt(directory),
     }
     plain = [Row(f"plain, {count} steps", None, count) for count in (steps, steps // 2, steps // 4)]
-    return plain + [Row(name, make, None if "RALU" in name else steps) for name, make in whole.items()]
+    return plain + [Row(name, make, None if preset in name else steps) for name, make in whole.items()]
 
 
 def attention(name: str) -> Accelerator:

@@ -1,4 +1,4 @@
-"""What each part of a schedule is worth: one preset of RALU on the embedded pipeline, one part exchanged at a time.
+"""What each part of a schedule is worth: a preset on the embedded pipeline, one part exchanged at a time.
 
 `pictures` makes and scores everything and may share its machine; `clock` then times it all in turns on a quiet one.
 """
@@ -22,7 +22,8 @@ from fastdit.schedule.lifts.corrected import CorrectedLift
 from fastdit.schedule.lifts.latent import LatentLift
 from fastdit.schedule.lifts.pixel import PixelLift
 from fastdit.schedule.lifts.token_copy import TokenCopy
-from fastdit.schedule.presets import PRESETS
+from fastdit.schedule.presets import WHOLE_PRESETS
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.schedule.selectors.base import Selector
 from fastdit.schedule.selectors.edges import Edges
@@ -41,7 +42,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def configurations() -> list[Configuration]:
     """The preset, which all others are compared with, and the preset with one part exchanged."""
     schedules: dict[str, Accelerator] = {
-        f"RALU {PRESET}": RALU(PRESET),
+        f"ProgressiveResolution {PRESET}": ProgressiveResolution(PRESET),
         **whole_frames(),
         **mixed_stages(),
         **sparse_stages(),
@@ -51,23 +52,23 @@ def configurations() -> list[Configuration]:
 
 def whole_frames() -> dict[str, Accelerator]:
     """Two stages, as the preset has them, with another lift, noise, start or spacing."""
-    recipe = PRESETS[PRESET]
-    matched = RALU(steps=recipe.steps, ends=recipe.ends, starts=recipe.starts, lift=PixelLift())
+    recipe = WHOLE_PRESETS[PRESET]
+    matched = ProgressiveResolution(steps=recipe.steps, ends=recipe.ends, starts=recipe.starts, lift=PixelLift())
     return {
-        "lift: latents enlarged": RALU(PRESET, lift=LatentLift(resize="bicubic")),
-        "lift: latents enlarged, a third corrected": RALU(PRESET, lift=CorrectedLift()),
-        "lift: noisy tokens copied": RALU(PRESET, lift=TokenCopy()),
-        "noise: drawn anew": RALU(PRESET, lift=PixelLift(noise="fresh")),
-        "noise: Hadamard children": RALU(PRESET, lift=PixelLift(noise="hadamard")),
-        "switch: a later start": RALU(PRESET, starts=(0.4,)),
-        "switch: a later end": RALU(PRESET, ends=(0.7,)),
+        "lift: latents enlarged": ProgressiveResolution(PRESET, lift=LatentLift(resize="bicubic")),
+        "lift: latents enlarged, a third corrected": ProgressiveResolution(PRESET, lift=CorrectedLift()),
+        "lift: noisy tokens copied": ProgressiveResolution(PRESET, lift=TokenCopy()),
+        "noise: drawn anew": ProgressiveResolution(PRESET, lift=PixelLift(noise="fresh")),
+        "noise: Hadamard children": ProgressiveResolution(PRESET, lift=PixelLift(noise="hadamard")),
+        "switch: a later start": ProgressiveResolution(PRESET, starts=(0.4,)),
+        "switch: a later end": ProgressiveResolution(PRESET, ends=(0.7,)),
         "spacing: shifts matched": matched,
     }
 
 
 def mixed_stages() -> dict[str, Accelerator]:
     """A mixed stage of three steps between the two, for which the last one has a step less."""
-    recipe = PRESETS[PRESET]
+    recipe = WHOLE_PRESETS[PRESET]
     coarse, fine = recipe.steps
     assert recipe.shifts is not None
 

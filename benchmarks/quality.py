@@ -1,4 +1,4 @@
-"""Quality at equal time on the embedded pipeline: fewer plain steps, caches, RALU, and stacks of them."""
+"""Quality at equal time on the embedded pipeline: fewer plain steps, caches, schedules, and stacks of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
 from fastdit.schedule.lifts.pixel import PixelLift
-from fastdit.schedule.ralu import RALU
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.stack import Stack
 from fastdit.step_cache.forecasters.taylor import Taylor
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
@@ -41,14 +41,14 @@ def configurations() -> list[Configuration]:
         "FirstBlockCache .3 of 20 steps": ([FirstBlockCache(0.3)], 20),
     }
     schedules: dict[str, list[Accelerator]] = {
-        "RALU 4x": [RALU("4x")],
-        "RALU 5x": [RALU("5x")],
-        "RALU 7x": [RALU("7x")],
-        "RALU 10x": [RALU("10x")],
-        "RALU 4x + TeaCache .2": [RALU("4x"), TeaCache(0.2)],
-        "RALU 4x + TeaCache .2, Taylor": [RALU("4x"), TeaCache(0.2, forecast=line)],
-        "RALU 5x + TeaCache .2, Taylor": [RALU("5x"), TeaCache(0.2, forecast=line)],
-        "RALU 7x + TeaCache .2, Taylor": [RALU("7x"), TeaCache(0.2, forecast=line)],
+        "ProgressiveResolution 4x": [ProgressiveResolution("4x")],
+        "ProgressiveResolution 5x": [ProgressiveResolution("5x")],
+        "ProgressiveResolution 7x": [ProgressiveResolution("7x")],
+        "ProgressiveResolution 10x": [ProgressiveResolution("10x")],
+        "ProgressiveResolution 4x + TeaCache .2": [ProgressiveResolution("4x"), TeaCache(0.2)],
+        "ProgressiveResolution 4x + TeaCache .2, Taylor": [ProgressiveResolution("4x"), TeaCache(0.2, forecast=line)],
+        "ProgressiveResolution 5x + TeaCache .2, Taylor": [ProgressiveResolution("5x"), TeaCache(0.2, forecast=line)],
+        "ProgressiveResolution 7x + TeaCache .2, Taylor": [ProgressiveResolution("7x"), TeaCache(0.2, forecast=line)],
     }
     return [
         *map(plain, (50, 15, 10, 7, 5)),
@@ -58,7 +58,7 @@ def configurations() -> list[Configuration]:
 
 
 def fast_configurations() -> list[Configuration]:
-    """What is about six times faster and more: caches alone, on few steps too, beside RALU with a cache."""
+    """What is about six times faster and more: caches alone, on few steps too, beside a schedule with a cache."""
     line = Taylor(1)
     coarse = {"ends": (0.5,), "starts": (0.15,), "lift": PixelLift()}
     alone: dict[str, tuple[list[Accelerator], int]] = {
@@ -68,10 +68,19 @@ def fast_configurations() -> list[Configuration]:
         "TeaCache .25 of 12 steps": ([TeaCache(0.25)], 12),
     }
     both: dict[str, list[Accelerator]] = {
-        "RALU 12 + 3 steps + TeaCache .16, Taylor": [RALU(steps=(12, 3), **coarse), TeaCache(0.16, forecast=line)],
-        "RALU 10 + 3 steps + TeaCache .2, Taylor": [RALU(steps=(10, 3), **coarse), TeaCache(0.2, forecast=line)],
-        "RALU 12 + 3 steps + TeaCache .2, Taylor": [RALU(steps=(12, 3), **coarse), TeaCache(0.2, forecast=line)],
-        "RALU 6 + 3 steps": [RALU(steps=(6, 3), **coarse)],
+        "ProgressiveResolution 12 + 3 steps + TeaCache .16, Taylor": [
+            ProgressiveResolution(steps=(12, 3), **coarse),
+            TeaCache(0.16, forecast=line),
+        ],
+        "ProgressiveResolution 10 + 3 steps + TeaCache .2, Taylor": [
+            ProgressiveResolution(steps=(10, 3), **coarse),
+            TeaCache(0.2, forecast=line),
+        ],
+        "ProgressiveResolution 12 + 3 steps + TeaCache .2, Taylor": [
+            ProgressiveResolution(steps=(12, 3), **coarse),
+            TeaCache(0.2, forecast=line),
+        ],
+        "ProgressiveResolution 6 + 3 steps": [ProgressiveResolution(steps=(6, 3), **coarse)],
     }
     return [
         *map(plain, (50, 8, 7, 6, 5)),

@@ -64,10 +64,11 @@ def flops(data: Mapping[str, Any]) -> list[str]:
 def efficiency(data: Mapping[str, Any]) -> list[str]:
     ratio = data["flops"]["plain"] / data["flops"][data["preset"]]
     return [
-        "## RALU's saving on the clock",
-        f"A random FLUX of {data['parameters'] / 1e6:.0f} M parameters, 1024 image tokens, {data['dtype']}: RALU "
-        f"{data['preset']} is **{interval(data['speed_up'], 2)}** times faster than {data['steps']} plain steps, "
-        f"{ratio:.2f} times by FLOPs; {data['share']:.3f} of the saving arrives (bar {data['bar']}).",
+        "## ProgressiveResolution's saving on the clock",
+        f"A random FLUX of {data['parameters'] / 1e6:.0f} M parameters, 1024 image tokens, {data['dtype']}: "
+        f"ProgressiveResolution {data['preset']} is **{interval(data['speed_up'], 2)}** times faster than "
+        f"{data['steps']} plain steps, {ratio:.2f} times by FLOPs; {data['share']:.3f} of the saving "
+        f"arrives (bar {data['bar']}).",
         machine(data),
     ]
 
@@ -101,7 +102,7 @@ def composition(data: Mapping[str, Any]) -> list[str]:
     lines = ["| part | faster |", "|---|--:|"]
     lines += [f"| {name} | {interval(ratio, 2)} |" for name, ratio in data["speed_ups"].items()]
     return [
-        "## RALU, TeaCache and Compile together",
+        "## ProgressiveResolution, TeaCache and Compile together",
         f"Measured over the product of the parts: **{interval(data['share'], 3)}** (bar {data['bar']}).",
         "\n".join(lines),
         machine(data),
@@ -123,8 +124,8 @@ def spatial(results: Results, title: str) -> list[str]:
     names = [configuration.name for configuration in results.configurations]
     lines = ["| preset | speed-up | rival | its time | judge, preset - rival | Frechet distance, preset - rival |"]
     lines.append("|---|--:|---|--:|--:|--:|")
-    for preset in (name for name in names if name.startswith("RALU ")):
-        own = preset.removeprefix("RALU ")
+    for preset in (name for name in names if name.startswith("ProgressiveResolution ")):
+        own = preset.removeprefix("ProgressiveResolution ")
         plain = _plain_around(results, preset)
         others = [name for name in names if name.startswith(f"{own} rival: ")]
         for rival in plain + others:

@@ -1,4 +1,4 @@
-"""Schedules at equal time on the embedded pipelines: RALU's presets beside the schedules that take as long.
+"""Schedules at equal time on the embedded pipelines: ProgressiveResolution's presets beside their rivals.
 
 `pictures` makes and scores everything and may share its machine; `clock` then times it all in turns on a quiet one.
 """
@@ -21,6 +21,7 @@ from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
 from fastdit.schedule.bottleneck_sampling import BottleneckSampling
+from fastdit.schedule.lifts.latent import LatentLift
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
@@ -74,16 +75,21 @@ def configurations(mini: Architecture) -> list[Configuration]:
     schedules: dict[str, Accelerator] = {}
     for preset, (recipe, bottleneck, progressive) in RIVALS[mini].items():
         schedules |= {
-            f"RALU {preset}": RALU(preset),
+            f"ProgressiveResolution {preset}": ProgressiveResolution(preset),
             f"{preset} rival: paper's recipe, {_listed(recipe.recipe.steps)}": recipe,
             f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
-            f"{preset} rival: progressive, {_listed(progressive)}": ProgressiveResolution(progressive),
+            f"{preset} rival: latents enlarged, {_listed(progressive)}": enlarged(progressive),
         }
     return [
         *map(plain, PLAIN[mini]),
         Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
         *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
     ]
+
+
+def enlarged(steps: tuple[int, int]) -> ProgressiveResolution:
+    """The plainest of two stages: latents are enlarged, and noise is drawn anew."""
+    return ProgressiveResolution(steps=steps, lift=LatentLift(resize="bicubic", noise="fresh"))
 
 
 def _listed(steps: tuple[int, ...]) -> str:

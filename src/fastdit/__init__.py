@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastdit.schedule.lifts.corrected import CorrectedLift as CorrectedLift
     from fastdit.schedule.lifts.latent import LatentLift as LatentLift
     from fastdit.schedule.lifts.pixel import PixelLift as PixelLift
+    from fastdit.schedule.lifts.spectral import SpectralLift as SpectralLift
     from fastdit.schedule.lifts.token_copy import TokenCopy as TokenCopy
     from fastdit.schedule.progressive_resolution import ProgressiveResolution as ProgressiveResolution
     from fastdit.schedule.ralu import RALU as RALU
@@ -119,7 +120,7 @@ _BESIDE = {
         "NoActiveRun",
         "UnsupportedModel",
     ),
-    "schedule.lifts": ("CorrectedLift", "LatentLift", "PixelLift", "TokenCopy"),
+    "schedule.lifts": ("CorrectedLift", "LatentLift", "PixelLift", "SpectralLift", "TokenCopy"),
     "schedule.selectors": ("Edges", "LatentVariance", "PixelGradient", "TextAttention", "VelocityVariance"),
 }
 

@@ -102,16 +102,19 @@ def demo(
 @app.command()
 def plan(
     stack: Annotated[
-        Path | None, typer.Argument(help="A saved stack's directory; without it, RALU 4x and TeaCache are planned.")
+        Path | None,
+        typer.Argument(
+            help="A saved stack's directory; without it, ProgressiveResolution 4x and TeaCache are planned."
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help=PIXELS)] = None,
     width: Annotated[int | None, typer.Option(help=PIXELS)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; the schedule's own if left out.")] = None,
 ) -> None:
     """Print what a stack would do in a call of the embedded pipeline, without running it."""
-    from fastdit import RALU, Stack, TeaCache, load_mini
+    from fastdit import ProgressiveResolution, Stack, TeaCache, load_mini
 
-    chosen = Stack([RALU("4x"), TeaCache()]) if stack is None else Stack.from_pretrained(stack)
+    chosen = Stack([ProgressiveResolution("4x"), TeaCache()]) if stack is None else Stack.from_pretrained(stack)
     typer.echo(chosen.explain(load_mini(), height, width, steps))
 
 

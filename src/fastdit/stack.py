@@ -27,7 +27,7 @@ from fastdit.step_cache.base import StepCache
 from fastdit.token_cache.base import TokenCache
 from fastdit.twins.foreign_state import changes_of
 
-VERSION = 1
+VERSION = 2
 _FILE = "stack.json"
 
 
@@ -127,8 +127,8 @@ class Stack(Sequence[Accelerator]):
         if Need.TOKEN_POSITIONS in needs and not family.mixes:
             raise UnsupportedModel(
                 f"{accelerator.describe()} must place tokens, and can't in {type(pipeline).__name__}, whose stages "
-                f"are whole frames: {why_not(type(pipeline))}; take a schedule of whole frames, such as RALU of two "
-                "stages without frame"
+                f"are whole frames: {why_not(type(pipeline))}; take a schedule of whole frames, such as "
+                "ProgressiveResolution"
             )
         if family.one_plane:
             return
@@ -175,13 +175,17 @@ class Stack(Sequence[Accelerator]):
         """Rebuild a stack. Raises `InvalidConfig` for another version, an unknown type or an unknown field."""
         if not isinstance(data, Mapping) or set(data) != {"fastdit_stack", "accelerators"}:
             raise InvalidConfig("a stack's JSON has exactly the keys 'fastdit_stack' and 'accelerators'")
-        if type(data["fastdit_stack"]) is not int or data["fastdit_stack"] != VERSION:
+        version = data["fastdit_stack"]
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise InvalidConfig(
-                f"this stack was written in version {data['fastdit_stack']!r} and this fastdit reads {VERSION}; write "
-                "it again with a matching release"
+                f"this stack was written in version {version!r} and this fastdit reads {VERSION} and older; write it "
+                "again with a matching release"
             )
         if not isinstance(data["accelerators"], list):
             raise InvalidConfig("'accelerators' must be a list of accelerators")
+        if version == 1:
+            for item in data["accelerators"]:
+                _refuse_two_stages_named_ralu(item)
         return cls(decode(item, f"accelerators[{index}]") for index, item in enumerate(data["accelerators"]))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -198,3 +202,13 @@ class Stack(Sequence[Accelerator]):
         except ValueError as error:
             raise InvalidConfig(f"{path} is not JSON: {error}; write it with Stack.save_pretrained") from error
         return cls.from_json(data)
+
+
+def _refuse_two_stages_named_ralu(item: object) -> None:
+    """Raise `InvalidConfig` for a RALU of the first version, whose presets were two stages of whole frames."""
+    if isinstance(item, Mapping) and item.get("type") == "RALU" and not item.get("ratio"):
+        given = f"{item['preset']!r}" if item.get("preset") else f"steps={item.get('steps')}"
+        raise InvalidConfig(
+            "this stack was written when RALU's presets had no region-adaptive stage; what it means is now written "
+            f"ProgressiveResolution({given}, ...)"
+        )

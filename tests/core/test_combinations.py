@@ -91,7 +91,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "schedule": {
         "no schedule": None,
         "RALU": RALU(steps=(3, 3, 3), ends=(0.3, 0.45), ratio=0.3),
-        "ProgressiveResolution": ProgressiveResolution((5, 4)),
+        "ProgressiveResolution": ProgressiveResolution(steps=(5, 4)),
         "BottleneckSampling": BottleneckSampling((3, 3, 3)),
         "JustInTime": JustInTime((3, 3, 3)),
     },

@@ -19,7 +19,6 @@ from fastdit import (
     IncompatibleStack,
     Interval,
     JustInTime,
-    ProgressiveResolution,
     Stack,
     StepMask,
     ToCa,
@@ -47,7 +46,6 @@ def made(cls: type[Accelerator]) -> Any:
     """An object with as few arguments as there must be."""
     arguments: dict[type, tuple[Any, ...]] = {
         StepMask: ((1, 0),),
-        ProgressiveResolution: ((2, 2),),
         BottleneckSampling: ((2, 2, 2),),
         JustInTime: ((2, 2, 2),),
         Attention: ("native",),

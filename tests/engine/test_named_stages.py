@@ -10,9 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastdit import (
-    RALU,
     Compile,
     InvalidConfig,
+    ProgressiveResolution,
     accelerate,
 )
 from fastdit.engine.registry import Registry
@@ -64,7 +64,7 @@ def test_any_number_of_named_stages_is_one_graph_for_a_kind_of_block(tmp_path: P
 @pytest.mark.exhaustive
 def test_the_stages_of_a_schedule_are_one_graph() -> None:
     pipeline, call = small()
-    schedule = RALU(steps=(2, 2), ends=(0.5,), lift=TokenCopy())
+    schedule = ProgressiveResolution(steps=(2, 2), ends=(0.5,), lift=TokenCopy())
     fast = accelerate(pipeline, [schedule, Compile(tokens=(25, 100))])
     before = counters["stats"]["unique_graphs"]
     changes = {"height": 160, "width": 160, "num_inference_steps": None}

@@ -67,7 +67,7 @@ def test_rows_are_timed_in_turns_and_set_beside_plain_runs_that_take_as_long(nam
     assert rows[0].speed_up is not None and rows[0].speed_up.estimate == 1.0
     assert half.equal_steps is not None
     assert (half.forwards, half.skipped) == (12, 6)
-    assert [len(row.step_seconds) for row in rows] == [0, 0, 1, 2]
+    assert [len(row.step_seconds) for row in rows] == [0, 0, 1, 3]
     assert half.to_json()["stack"]["accelerators"][0]["type"] == "FORA"
 
 

@@ -11,10 +11,10 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import fastdit
 from fastdit import (
-    RALU,
     EasyCache,
     FirstBlockCache,
     InvalidConfig,
+    ProgressiveResolution,
     TeaCache,
     accelerate,
 )
@@ -138,6 +138,6 @@ def test_caches_skip_steps_and_stay_near_the_plain_picture(mini: Any, cache: Any
 @pytest.mark.exhaustive
 def test_a_schedule_s_pictures_still_show_what_was_asked(mini: Any) -> None:
     prompts = held_out(8, 7, kind="single", background=True)
-    fast = accelerate(mini, [RALU("2x")])
+    fast = accelerate(mini, [ProgressiveResolution("2x")])
     images = fast(prompts, generator=torch.Generator().manual_seed(7), output_type="pt").images
     assert load_judge().parts(images, prompts)["objects_right"].sum() >= 6

@@ -118,7 +118,7 @@ def test_three_steps_are_worse_than_twelve_by_the_judge(mini: Any) -> None:
 
 
 def test_a_seed_reaches_a_schedule_through_the_pipeline_s_own_keywords(mini: Any) -> None:
-    fast = fastdit.accelerate(mini, [fastdit.RALU("7x")])
+    fast = fastdit.accelerate(mini, [fastdit.ProgressiveResolution("7x")])
     first, second = (
         fast(PROMPT, generator=torch.Generator().manual_seed(1), output_type="latent").images for _ in range(2)
     )

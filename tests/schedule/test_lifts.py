@@ -17,6 +17,8 @@ from fastdit import (
     InvalidConfig,
     LatentLift,
     PixelLift,
+    ProgressiveResolution,
+    SpectralLift,
     TokenCopy,
     accelerate,
 )
@@ -35,9 +37,11 @@ LIFTS = [
 ]
 
 
-def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, generator: torch.Generator) -> Tensor:
+def straight_line(
+    pipe: Any, call: dict[str, Any], schedule: ProgressiveResolution, noise: Tensor, generator: torch.Generator
+) -> Tensor:
     """Two whole-frame stages written out, without twins: the tokens at the end, [1, SIDE * SIDE, C]."""
-    plan = ralu.plan(SIDE, SIDE, None)
+    plan = schedule.plan(SIDE, SIDE, None)
     vae = pipe.vae
 
     frames = assembled(noise, SIDE, SIDE)
@@ -45,17 +49,17 @@ def straight_line(pipe: Any, call: dict[str, Any], ralu: RALU, noise: Tensor, ge
     coarse = patches(halved)
     _, clean = stage(pipe, call, coarse, SIDE // 2, plan.stages[0].sigmas)
     small = assembled(clean, SIDE // 2, SIDE // 2)
-    if isinstance(ralu.lift, PixelLift):
+    if isinstance(schedule.lift, PixelLift):
         pixels = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
         large = functional.interpolate(pixels, scale_factor=2, mode="bicubic").clamp(-1, 1)
         latents = (vae.encode(large).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
     else:
-        latents = functional.interpolate(small, scale_factor=2, mode=ralu.lift.resize)
+        latents = functional.interpolate(small, scale_factor=2, mode=schedule.lift.resize)
     start = plan.stages[1].sigmas[0]
     drawn = noise
-    if ralu.lift.noise == "fresh":
+    if schedule.lift.noise == "fresh":
         drawn = torch.randn(noise.shape, generator=generator)
-    elif ralu.lift.noise == "hadamard":
+    elif schedule.lift.noise == "hadamard":
         drawn = patches(hadamard(halved, torch.randn(1, 12, SIDE, SIDE, generator=generator)))
     return stage(pipe, call, (1 - start) * patches(latents) + start * drawn, SIDE, plan.stages[1].sigmas)[0]
 
@@ -74,7 +78,7 @@ def hadamard(parents: Tensor, fresh: Tensor) -> Tensor:
 @pytest.mark.parametrize("lift", LIFTS, ids=str)
 def test_two_whole_frame_stages_equal_the_straight_line_loop(lift: Any) -> None:
     pipe, call = tiny.flux(size=128, steps=5)
-    ralu = RALU(steps=(3, 2), ends=(0.6,), starts=(0.2,), lift=lift)
+    ralu = ProgressiveResolution(steps=(3, 2), ends=(0.6,), starts=(0.2,), lift=lift)
     noise = tiny.randn(1, SIDE * SIDE, 16, seed=5)
     found = tiny.run(accelerate(pipe, [ralu]), call, latents=noise, output_type="latent", seed=4)
     with torch.no_grad():
@@ -121,7 +125,7 @@ def test_the_noise_of_hadamard_children_pools_to_that_of_their_parents() -> None
 
 def test_shared_noise_is_that_of_the_same_place_and_needs_no_generator() -> None:
     pipe, call = tiny.flux(size=128, steps=5)
-    fast = accelerate(pipe, [RALU(steps=(3, 2), ends=(0.6,), starts=(0.2,), lift=PixelLift())])
+    fast = accelerate(pipe, [ProgressiveResolution(steps=(3, 2), ends=(0.6,), starts=(0.2,), lift=PixelLift())])
     latents = tiny.randn(1, SIDE * SIDE, 16, seed=5)
     first = tiny.run(fast, call, latents=latents, seed=1)
     assert torch.equal(tiny.run(fast, call, latents=latents, seed=2), first)
@@ -159,16 +163,44 @@ def test_what_a_mixed_stage_has_refined_is_not_lifted_again() -> None:
 
 @pytest.mark.parametrize(
     ("lift", "ends", "starts"),
-    [(PixelLift(), (0.5,), (0.5,)), (LatentLift(), (0.5,), (0.7,)), (TokenCopy(), (0.5,), (0.4,))],
+    [
+        (PixelLift(), (0.5,), (0.6,)),
+        (LatentLift(), (0.5,), (0.7,)),
+        (TokenCopy(), (0.5,), (0.4,)),
+        (SpectralLift(), (0.5,), (0.4,)),
+    ],
     ids=str,
 )
 def test_a_start_that_a_lift_can_t_go_back_to_is_refused(lift: Lift, ends: Any, starts: Any) -> None:
     with pytest.raises(InvalidConfig):
-        RALU(steps=(2, 2), ends=ends, starts=starts, lift=lift)
+        ProgressiveResolution(steps=(2, 2), ends=ends, starts=starts, lift=lift)
+
+
+def test_a_spectral_lift_keeps_the_coarse_band_and_fills_what_is_above_it_with_noise() -> None:
+    scipy = pytest.importorskip("scipy.fft")
+    end, start = 0.3, 0.3 / 1.7
+    latents, noise = tiny.randn(1, 16, 16, seed=1), tiny.randn(1, 64, 16, seed=2)
+    made = Switch(
+        FLUX, None, CoarseLayout(8, 8), FineLayout(8, 8), latents, latents, noise, end, start, lambda *_: noise
+    )
+    found = scipy.dctn(assembled(SpectralLift()(made), 8, 8).numpy(), axes=(2, 3), norm="ortho")
+    coarse = scipy.dctn(assembled(latents, 4, 4).numpy(), axes=(2, 3), norm="ortho")
+    fresh = scipy.dctn(assembled(noise, 8, 8).numpy(), axes=(2, 3), norm="ortho")
+    expected = (1 - start) * fresh
+    rows, columns = coarse.shape[2:]
+    expected[:, :, :rows, :columns] = 2 / (2 - end) * coarse
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_a_spectral_lift_is_refused_where_regions_are_refined() -> None:
+    with pytest.raises(InvalidConfig, match=r"SpectralLift\(\) takes whole frames, and RALU has a mixed stage"):
+        RALU("4x", lift=SpectralLift())
 
 
 def test_token_copy_may_start_as_late_as_its_covariance_allows() -> None:
-    assert RALU(steps=(2, 2), ends=(0.5,), starts=(0.5 / 1.5,), lift=TokenCopy()).recipe.starts == (0.5 / 1.5,)
+    assert ProgressiveResolution(steps=(2, 2), ends=(0.5,), starts=(0.5 / 1.5,), lift=TokenCopy()).recipe.starts == (
+        0.5 / 1.5,
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, "half"])

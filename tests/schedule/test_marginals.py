@@ -18,30 +18,32 @@ from fastdit import (
     RALU,
     BottleneckSampling,
     ProgressiveResolution,
+    SpectralLift,
     TokenCopy,
 )
 from fastdit.layout import CoarseLayout, FineLayout, TokenLayout, gather_tokens
 from fastdit.models.flux import FLUX
 from fastdit.schedule.lifts.base import Switch
-from fastdit.schedule.presets import PAPER, PRESETS
+from fastdit.schedule.presets import PUBLISHED, RALU_PRESETS, WHOLE_PRESETS
 
 SIDE = 8
 CHANNELS = 16
 
-PLANNED: dict[str, tuple[Any, Any, tuple[float, ...]]] = {
-    **{name: (RALU(name), RALU(name).recipe.lift, RALU(name).recipe.ends) for name in PRESETS},
-    **{f"paper's {name}": (RALU.paper(name, fidelity="exact"), TokenCopy(), PAPER[name].ends) for name in PAPER},
-    "bottleneck": (BottleneckSampling(), BottleneckSampling().lift, BottleneckSampling().ends),
-    "progressive": (ProgressiveResolution(), ProgressiveResolution().lift, ProgressiveResolution().ends),
+PLANNED: dict[str, Any] = {
+    **{f"whole frames {name}": ProgressiveResolution(name) for name in WHOLE_PRESETS},
+    **{f"published {name}": ProgressiveResolution.published(name) for name in PUBLISHED},
+    **{f"regions {name}": RALU(name) for name in RALU_PRESETS},
+    "bottleneck": BottleneckSampling(),
 }
 
 
 def switches() -> list[Any]:
     """Every switch of every preset; those that an earlier one has, too, belong to the exhaustive part."""
     seen, listed = set(), []
-    for name, (schedule, lift, ends) in PLANNED.items():
-        for number, end in enumerate(ends):
-            start = None if schedule.recipe.starts is None else schedule.recipe.starts[number]
+    for name, schedule in PLANNED.items():
+        lift, starts = schedule.recipe.lift, schedule.recipe.starts
+        for number, end in enumerate(schedule.recipe.ends):
+            start = None if starts is None else starts[number]
             # Without a start the matching finds one, which is this preset's own.
             key = repr((lift, schedule.recipe.layouts[number : number + 2], end, start or name))
             listed.append(pytest.param(name, number, marks=[pytest.mark.exhaustive] * (key in seen)))
@@ -63,10 +65,11 @@ def layouts(names: tuple[str, str], batch: int) -> tuple[TokenLayout, TokenLayou
 
 @pytest.mark.parametrize(("name", "number"), switches(), ids=str)
 def test_after_every_switch_of_every_preset_the_latents_follow_the_flow(pipe: Any, name: str, number: int) -> None:
-    schedule, lift, ends = PLANNED[name]
+    schedule = PLANNED[name]
+    lift, ends = schedule.recipe.lift, schedule.recipe.ends
     stages = list(pairwise(schedule.plan(SIDE, SIDE, None).stages))[number]
-    # Tokens are copied in no time; the other lifts decode and encode.
-    batch = 2000 if isinstance(lift, TokenCopy) else 96
+    # Noisy tokens are lifted in no time; the other lifts decode and encode.
+    batch = 2000 if isinstance(lift, (TokenCopy, SpectralLift)) else 96
     before, after = layouts((stages[0].layout, stages[1].layout), batch)
     start, end = 1.0 - stages[1].sigmas[0], ends[number]
     generator = torch.Generator().manual_seed(7)

@@ -181,8 +181,6 @@ def test_what_it_can_t_go_together_with_is_refused_by_name() -> None:
     ):
         with pytest.raises(IncompatibleStack, match=reason):
             Stack([QUERY, other])
-    with pytest.raises(InvalidConfig, match="two stages have none"):
-        RALU("4x", frame="query")
     with pytest.raises(InvalidConfig, match="'coarse', 'fine', 'query'"):
         RALU(**SHORT, frame="key")
 

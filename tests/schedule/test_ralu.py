@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def test_a_call_without_a_generator_works_and_varies(built: tiny.Built) -> None:
     assert not torch.equal(tiny.run(fast, call, seed=None), tiny.run(fast, call, seed=None))
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("4x", 28), ("5x", 24), ("7x", 17), ("10x", 12), ("14x", 7)])
+@pytest.mark.parametrize(("preset", "steps"), [("4x", 18), ("5x", 15), ("7x", 10)])
 def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, steps: int) -> None:
     pipe, call = built
     fast = accelerate(pipe, [RALU(preset)])
@@ -95,8 +95,8 @@ def test_a_preset_brings_its_own_step_count(built: tiny.Built, preset: str, step
 def test_without_a_preset_it_takes_the_first_of_the_pipeline_s_family() -> None:
     assert RALU().of(FLUX) == RALU("4x")
     assert RALU(lift=PixelLift(noise="fresh")).of(SD3) == RALU("2x", lift=PixelLift(noise="fresh"))
-    whole = RALU(steps=(4, 2), ends=(0.5,))
-    assert whole.of(SD3) is whole.of(QWEN_IMAGE) is whole
+    own = RALU(steps=(4, 2, 2), ends=(0.3, 0.5), ratio=0.3)
+    assert own.of(SD3) is own.of(QWEN_IMAGE) is own
     assert Stack.from_json(Stack([RALU()]).to_json()) == Stack([RALU()])
 
 
@@ -301,7 +301,6 @@ def test_fewer_steps_than_stages_are_refused_by_name(built: tiny.Built, steps: i
     "arguments",
     [
         {"preset": "8x"},
-        {"preset": "4x", "steps": (5, 6, 7)},
         {"steps": (5, 6, 7)},
         {"steps": (5, 6), "ends": (0.3, 0.45), "ratio": 0.3},
         {"steps": (5, 6), "ends": (0.3,), "ratio": 0.3},
@@ -335,33 +334,23 @@ def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, 
 
 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
-    late = RALU("4x", ends=(0.8,))
-    whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.6), "lift": PixelLift()}
-    assert late.recipe == RALU(**whole, ends=(0.8,)).recipe
+    late = RALU("4x", ends=(0.3, 0.8))
+    assert late.recipe == RALU(steps=(5, 6, 7), ends=(0.3, 0.8), ratio=0.3).recipe
     pipe, _ = tiny.flux()
     plans = [accelerate(pipe, [ralu]).fastdit.plan(128, 128) for ralu in (late, RALU("4x"))]
-    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[22, 6]] * 2
-    assert plans[0].stages[0].sigmas[-1] == pytest.approx(0.2)
-    restarted = RALU("4x", restart=6.0)
-    assert restarted.recipe.starts is restarted.recipe.shifts is None
+    assert [[stage.steps for stage in plan.stages] for plan in plans] == [[5, 6, 7]] * 2
+    assert plans[0].stages[1].sigmas[-1] == pytest.approx(0.2)
 
 
-def test_given_shifts_space_the_stages_and_no_shifts_are_matched() -> None:
-    pipe, _ = tiny.flux()
-    stages = {"steps": (4, 3), "ends": (0.5,), "starts": (0.2,), "lift": PixelLift()}
-    plan = accelerate(pipe, [RALU(**stages, shifts=(2.0, 0.5))]).fastdit.plan(128, 128)
-    for stage, (start, stop, shift) in zip(plan.stages, [(1.0, 0.5, 2.0), (0.8, 0.0, 0.5)], strict=True):
-        uniform = [sigma / (shift - (shift - 1) * sigma) for sigma in stage.sigmas]
-        assert (stage.sigmas[0], stage.sigmas[-1]) == pytest.approx((start, stop))
-        assert [b - a for a, b in pairwise(uniform)] == pytest.approx(
-            [(uniform[-1] - uniform[0]) / stage.steps] * stage.steps
-        )
-    assert "shifts 2.000, 0.500; as given" in plan.notes
-    matched = accelerate(pipe, [RALU(**stages)]).fastdit.plan(128, 128)
-    assert any("matching distance" in note for note in matched.notes)
+def test_two_stages_are_refused_with_the_name_that_they_have() -> None:
+    with pytest.raises(InvalidConfig, match=r"write ProgressiveResolution\('10x'\), or choose one of 4x"):
+        RALU("10x")
+    with pytest.raises(InvalidConfig, match=r"write ProgressiveResolution\(steps=\(22, 6\), \.\.\.\)"):
+        RALU(steps=(22, 6), ends=(0.5,))
 
 
 def test_the_papers_recipe_is_kept_with_and_without_the_flaws_of_its_code() -> None:
+    assert RALU.paper("4x").recipe == dataclasses.replace(RALU("4x").recipe, exact=False)
     assert RALU.paper("4x") == RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3, fidelity="paper")
     assert RALU.paper("7x", fidelity="exact", restart=4.0) == RALU(
         steps=(2, 3, 5), ends=(0.2, 0.3), ratio=0.1, restart=4.0

@@ -65,7 +65,7 @@ FORECASTS: dict[str, Any] = {
 SCHEDULES: dict[str, Any] = {
     "no schedule": None,
     "RALU": RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3),
-    "ProgressiveResolution": ProgressiveResolution((3, 3)),
+    "ProgressiveResolution": ProgressiveResolution(steps=(3, 3)),
     "BottleneckSampling": BottleneckSampling((2, 2, 2)),
     "JustInTime": JustInTime((2, 2, 2)),
 }

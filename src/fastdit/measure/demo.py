@@ -12,14 +12,14 @@ from fastdit.measure.timing import Progress, silent
 from fastdit.mini import load_mini
 from fastdit.mini.judge import load_judge
 from fastdit.mini.prompts import held_out
-from fastdit.schedule.ralu import RALU
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.stack import Stack
 from fastdit.step_cache.forecasters.taylor import Taylor
 from fastdit.step_cache.gates.teacache import TeaCache
 
 FULL_STEPS = 50  # the baseline of the RALU paper
 SHORT_STEPS = 28  # what FLUX is commonly run with
-FEW_STEPS = 15  # near the time of RALU "4x" and of TeaCache, so that these have a rival of their own
+FEW_STEPS = 15  # near the time of ProgressiveResolution "4x" and of TeaCache, so that these have a rival of their own
 
 REPORT, RESULTS = "report.html", "results.json"
 
@@ -41,9 +41,9 @@ def accelerated_configurations() -> list[Configuration]:
     return [
         Configuration("TeaCache", Stack([TeaCache(0.25)]), full),
         Configuration("TeaCache, Taylor", Stack([TeaCache(0.25, forecast=Taylor(1))]), full),
-        Configuration("RALU 4x", Stack([RALU("4x")])),
-        Configuration("RALU 4x + TeaCache", Stack([RALU("4x"), TeaCache(0.25)])),
-        Configuration("RALU 7x + TeaCache", Stack([RALU("7x"), TeaCache(0.25)])),
+        Configuration("ProgressiveResolution 4x", Stack([ProgressiveResolution("4x")])),
+        Configuration("ProgressiveResolution 4x + TeaCache", Stack([ProgressiveResolution("4x"), TeaCache(0.25)])),
+        Configuration("ProgressiveResolution 7x + TeaCache", Stack([ProgressiveResolution("7x"), TeaCache(0.25)])),
     ]
 
 

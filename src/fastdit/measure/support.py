@@ -26,6 +26,7 @@ from fastdit.models.undescribed import annotated, why_not, why_not_whole
 from fastdit.process import unheard_warnings
 from fastdit.schedule.base import Schedule
 from fastdit.schedule.lifts.pixel import PixelLift
+from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.policy import SkipPolicy
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 STEPS = 6
 _MIXED = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
-_WHOLE = RALU(steps=(3, 3), ends=(0.5,), starts=(0.2,), lift=PixelLift())
+_WHOLE = ProgressiveResolution(steps=(3, 3), ends=(0.5,), starts=(0.2,), lift=PixelLift())
 _STEP_CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 _TOKEN_CACHE = ToCa(3, 0.5, first=1)
 _NOT_RUN = "not run: there is no tiny model of it here"

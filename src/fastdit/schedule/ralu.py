@@ -1,39 +1,34 @@
 """RALU: half-resolution first, then edge regions at full resolution, then everything (arXiv 2507.08422).
 
-The stages share one run: the first on a quarter of the tokens, the last on all; between them, where there are three,
-one with the most edge-rich coarse tokens split in four. At each switch a *lift* brings the tokens to the next stage and
-to an earlier time, so that they follow the flow's own marginal there, and NT-matching spaces the timesteps.
+The stages share one run: the first on a quarter of the tokens, the second with the most edge-rich coarse tokens split
+in four, the last on all. At each switch a *lift* brings the tokens to the next stage and to an earlier time, so that
+they follow the flow's own marginal there, and NT-matching spaces the timesteps.
 
-`RALU.paper("4x")` is the paper's recipe. The presets differ from it where that was measured to be better: they lift the
-clean estimate through pixels instead of copying noisy tokens, so that the last stage may keep what the first composed
-instead of drawing it anew, with one field of noise for the whole run, and they have no mixed stage. Beside it,
-fidelity="exact" (the default) mends three flaws of the published code: tokens that are not copied get the right
-variance, edges in dark areas are seen, and ties go to raster order instead of to noise. Under both, noise comes from
-the user's generator, fresh for each call and image, and every image of a batch has its own selection.
+`RALU.paper("4x")` is the published recipe. `RALU("4x")` takes its numbers and mends three flaws of the published code
+(fidelity="exact", the default): tokens that are not copied get the right variance, edges in dark areas are seen, and
+ties go to raster order instead of to noise. Under both, noise comes from the user's generator, fresh for each call and
+image, and every image of a batch has its own selection. Two stages of whole frames are `ProgressiveResolution`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastdit.accelerator import Change, Effects, Need
-from fastdit.config import Count, Positive, Range, register
+from fastdit.config import Range, register
 from fastdit.errors import InvalidConfig, UnsupportedModel
-from fastdit.models.family import Family, Pipeline, Transformer, family_of
-from fastdit.schedule.base import ScheduleRun
-from fastdit.schedule.lifts.base import Lift
-from fastdit.schedule.presets import PAPER, PRESETS, THREE, TWO, listed, of_family
-from fastdit.schedule.recipe import Between, Frame, Recipe, check_schedule
+from fastdit.models.family import Pipeline, Transformer, family_of
+from fastdit.schedule.preset_schedule import PresetSchedule
+from fastdit.schedule.presets import RALU_PRESETS, REGIONS, WHOLE_PRESETS, listed
+from fastdit.schedule.recipe import Between, Frame
 from fastdit.schedule.selectors.base import Seen, Selector
-from fastdit.schedule.staged import Generators, StagedRun, StagedSchedule
-from fastdit.step import SchedulePlan
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class RALU(StagedSchedule):
-    """Region-adaptive latent upsampling in two or three stages.
+class RALU(PresetSchedule):
+    """Region-adaptive latent upsampling in three stages: coarse, then edge regions at full size, then everything.
 
     At a switch from the time e on one layout to the time s < e on the next, copied tokens are re-noised,
 
@@ -42,16 +37,15 @@ class RALU(StagedSchedule):
     and a clean estimate x0 that was lifted becomes y = s x0 + (1 - s) z. Times run from 0 (noise) to 1 (data).
 
     Args:
-        preset: a setting of the model's family by how many times fewer FLOPs it costs than plain sampling: "4x", "5x",
-            "7x", "10x" and "14x" of FLUX.1, "2x", "3x", "6x" and "9x" of SD3. `RALU()` takes the first of the
-            pipeline's own. What is given beside it takes the place of the preset's; without a preset, `steps` and
-            `ends` are needed.
-        steps: how many a stage, two (coarse, fine) or three (coarse, mixed, fine) of them, each at least 1.
-        ends: the times at which all stages but the last end, rising, between 0 and 1.
-        ratio: the share of coarse tokens, between 0 and 1, that a mixed stage refines; needed where there is one.
-        selector: by what a mixed stage chooses them: `Edges()` (the paper's, and the default), `PixelGradient()`,
+        preset: a setting of the model's family by how many times fewer FLOPs it costs than plain sampling: "4x", "5x"
+            and "7x" of FLUX.1, "2x" and "3x" of SD3. `RALU()` takes the first of the pipeline's own. What is given
+            beside it takes the place of the preset's; without a preset, `steps`, `ends` and `ratio` are needed.
+        steps: how many a stage (coarse, mixed, fine), each at least 1.
+        ends: the times at which the first two stages end, rising, between 0 and 1.
+        ratio: the share of coarse tokens, between 0 and 1, that the mixed stage refines.
+        selector: by what it chooses them: `Edges()` (the paper's, and the default), `PixelGradient()`,
             `VelocityVariance()` or `TextAttention()`.
-        lift: what happens at a switch: `TokenCopy()` (the paper's; without a preset the default), `PixelLift()` or
+        lift: what happens at a switch: `TokenCopy()` (the paper's, and the default), `PixelLift()` or
             `LatentLift(resize=...)`.
 
     And to tinker with:
@@ -79,81 +73,48 @@ class RALU(StagedSchedule):
     [('coarse', 5, 1024), ('mixed', 6, 1945), ('fine', 7, 4096)]
     """
 
-    preset: str | None = None
     _: dataclasses.KW_ONLY
-    steps: Annotated[tuple[Count, ...], Range(at_least=2, at_most=3)] | None = None
-    ends: tuple[Between, ...] | None = None
     ratio: Between | None = None
-    starts: tuple[Between, ...] | None = None
     restart: Annotated[float, Range(at_least=2)] | None = None
-    shifts: tuple[Positive, ...] | None = None
     selector: Selector | None = None
-    lift: Lift | None = None
-    base_shift: Positive = 3.0
     fidelity: Literal["exact", "paper"] = "exact"
     frame: Frame = "coarse"
 
+    needs: ClassVar = frozenset({Need.TOKEN_POSITIONS})
+    layouts: ClassVar = REGIONS
+    presets: ClassVar = RALU_PRESETS
+
     def __post_init__(self) -> None:
-        check_schedule(self)
-        if self.preset is not None and self.preset not in PRESETS:
-            raise InvalidConfig(f"RALU has no preset {self.preset!r}; choose one of {listed(PRESETS)}")
-        own = (self.steps, self.ends, self.ratio, self.starts)
-        if self.preset is None and None in own[:2] and any(value is not None for value in own):
+        if self.preset in set(WHOLE_PRESETS) - set(RALU_PRESETS):
             raise InvalidConfig(
-                "RALU without a preset needs steps=(a, b) and ends=(e,), or three steps, two ends and ratio"
+                f"RALU has no preset {self.preset!r}, which is one of whole frames: write ProgressiveResolution("
+                f"{self.preset!r}), or choose one of {listed(RALU_PRESETS)}"
             )
-        self.recipe.check("RALU")
-        if "mixed" not in self.recipe.layouts:
-            if self.selector is not None:
-                raise InvalidConfig(f"{self.selector!r} chooses for a mixed stage, and two stages have none")
-            if self.frame == "query":
-                raise InvalidConfig('frame="query" is of a mixed stage, and two stages have none; use frame="coarse"')
+        if isinstance(self.steps, (tuple, list)) and len(self.steps) == 2:
+            raise InvalidConfig(
+                "RALU refines regions in a stage of its own and takes three step counts; for two stages of whole "
+                f"frames write ProgressiveResolution(steps={tuple(self.steps)}, ...)"
+            )
+        super().__post_init__()
 
     @classmethod
     def paper(cls, preset: str = "4x", *, fidelity: Literal["exact", "paper"] = "paper", **settings: Any) -> RALU:
         """Give the paper's recipe of a preset; fidelity="exact" mends the flaws of its code, `settings` change it."""
-        if preset not in PAPER:
-            raise InvalidConfig(f"the paper has no preset {preset!r}; choose one of {listed(PAPER)}")
-        recipe = PAPER[preset]
+        if preset not in RALU_PRESETS:
+            raise InvalidConfig(f"the paper has no preset {preset!r}; choose one of {listed(RALU_PRESETS)}")
+        recipe = RALU_PRESETS[preset]
         published = {"steps": recipe.steps, "ends": recipe.ends, "ratio": recipe.ratio}
         return cls(fidelity=fidelity, **{**published, **settings})
 
     @property
-    def recipe(self) -> Recipe:
-        names = ("steps", "ends", "ratio", "starts", "shifts", "restart", "selector", "lift", "base_shift", "frame")
-        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        own["exact"] = self.fidelity == "exact"
-        if self.steps is not None:
-            own["layouts"] = TWO if len(self.steps) == 2 else THREE
-        if self.preset is None and self.steps is not None:
-            return Recipe(**own)
-        if self.restart is not None:
-            own |= {"starts": None, "shifts": None}
-        return dataclasses.replace(PRESETS[self.preset or next(iter(PRESETS))], **own)
-
-    def of(self, family: Family) -> RALU:
-        """Give the schedule with the preset of a pipeline's family, where it names none and has no steps.
-
-        Raises `InvalidConfig` for another family's preset.
-        """
-        if self.preset is None and self.steps is not None:
-            return self
-        presets = of_family(family.name)
-        if self.preset in presets:
-            return self
-        if self.preset is None and presets:
-            return dataclasses.replace(self, preset=presets[0])
-        asked = f"RALU's preset {self.preset!r} is for {self.recipe.family}" if self.preset else "RALU() takes a preset"
-        raise InvalidConfig(
-            f"{asked}, and the pipeline is {family.name}, whose presets are: {', '.join(presets) or 'none'}; choose "
-            "one of them, or give steps and ends"
-        )
+    def settings(self) -> dict[str, Any]:
+        names = ("ratio", "restart", "selector", "frame")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**super().settings, **given, "exact": self.fidelity == "exact"}
 
     @property
     def effects(self) -> Effects:
         declared = super().effects
-        if "mixed" in self.recipe.layouts or self.frame != "coarse":
-            declared = declared.adding(needs={Need.TOKEN_POSITIONS})
         if self.frame == "query":
             needs = {Need.SEEN_ATTENTION, Need.PLAIN_ATTENTION, Need.FIXED_ROWS}
             declared = declared.adding(changes={Change.KEY_PLACES}, needs=needs)
@@ -171,9 +132,4 @@ class RALU(StagedSchedule):
                 'frame="coarse" or frame="fine"'
             )
         self.recipe.selector.check(transformer)
-        if family is not None:
-            self.of(family)
-
-    def begin(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, generator: Generators) -> ScheduleRun:
-        """Make the state of one run."""
-        return StagedRun(self.of(family).recipe, plan, family, pipeline, generator)
+        super().check(pipeline, transformer)

@@ -59,9 +59,11 @@ class Recipe:
         check_rising(f"{name}'s ends", ends, stages - 1)
         if (self.ratio is None) == ("mixed" in self.layouts):
             raise InvalidConfig(
-                "a mixed stage refines a share of the tokens, and two stages have none between them that would, got "
+                "a mixed stage, and no other, refines a share of the tokens: give `ratio` with one, got "
                 f"ratio={self.ratio!r}"
             )
+        if self.lift.whole_frames and "mixed" in self.layouts:
+            raise InvalidConfig(f"{self.lift!r} takes whole frames, and {name} has a mixed stage; take another lift")
         if starts is not None:
             if self.restart is not None:
                 raise InvalidConfig("starts and restart both say where stages start; give one of them")

@@ -21,7 +21,7 @@ class TestCosineSteps(AcceleratorContract):
 
 
 class TestSharpLift(AcceleratorContract):
-    accelerator = ProgressiveResolution((6, 6), lift=SharpLift(0.5))
+    accelerator = ProgressiveResolution(steps=(6, 6), lift=SharpLift(0.5))
 
 
 class TestQueryChunks(AcceleratorContract):

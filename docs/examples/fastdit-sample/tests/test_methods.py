@@ -107,7 +107,7 @@ def test_the_family_is_found_by_its_entry_point_and_takes_stages() -> None:
     pipeline, call = easy_animate()
     family = family_of(pipeline)
     assert family is not None and family.name == EASY_ANIMATE.name
-    fast = accelerate(pipeline, [ProgressiveResolution((2, 2), lift=SharpLift())])
+    fast = accelerate(pipeline, [ProgressiveResolution(steps=(2, 2), lift=SharpLift())])
     plain, found = (one(**call, generator=torch.Generator().manual_seed(0)).frames for one in (pipeline, fast))
     assert torch.isfinite(found).all() and found.shape == plain.shape
     assert [step.tokens for step in fast.fastdit.last_run.steps] == [6, 6, 24, 24]

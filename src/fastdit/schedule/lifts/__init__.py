@@ -3,6 +3,7 @@
 from fastdit.schedule.lifts.corrected import CorrectedLift
 from fastdit.schedule.lifts.latent import LatentLift
 from fastdit.schedule.lifts.pixel import PixelLift
+from fastdit.schedule.lifts.spectral import SpectralLift
 from fastdit.schedule.lifts.token_copy import TokenCopy
 
-__all__ = ["CorrectedLift", "LatentLift", "PixelLift", "TokenCopy"]
+__all__ = ["CorrectedLift", "LatentLift", "PixelLift", "SpectralLift", "TokenCopy"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional
@@ -51,6 +51,9 @@ class Switch:
 class Lift(Config):
     """Base of what a schedule does at a switch."""
 
+    #: Whether the lift takes whole frames alone, and none of which regions are finer.
+    whole_frames: ClassVar[bool] = False
+
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
         """Raise `InvalidConfig` where the lift can't go back from the times `ends` to `starts`."""
 
@@ -75,9 +78,9 @@ class CleanLift(Lift):
     noise: Literal["shared", "fresh", "hadamard"] = "shared"
 
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
-        if any(start >= end for start, end in zip(starts, ends, strict=True)):
+        if any(start > end for start, end in zip(starts, ends, strict=True)):
             raise InvalidConfig(
-                f"a stage starts at an earlier time than the one before it ended, got ends={tuple(ends)} and "
+                f"a stage starts at no later time than the one before it ended, got ends={tuple(ends)} and "
                 f"starts={tuple(starts)}"
             )
 
