@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import sys
 from collections.abc import Iterator, Sized
 from importlib.metadata import entry_points
+from numbers import Integral
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from fastdit.errors import InvalidConfig
 
 _REGISTRY: dict[str, type[Any]] = {}
+
+#: How many characters of a wrong value a message shows.
+_LONGEST_SHOWN = 200
 
 
 _Type = TypeVar("_Type", bound=type[Any])
@@ -68,12 +74,29 @@ def encode(value: Any) -> Any:
     return value
 
 
+def parsed(path: Path, writer: str) -> Any:
+    """Read a file of JSON. Raises `InvalidConfig` where it is none, and says that `writer` writes them."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{path} is not JSON that can be read: {error}; write it with {writer}") from error
+
+
 def decode(data: Any, where: str = "stack") -> Any:
     """Rebuild what `encode` wrote. Raises `InvalidConfig` for a type, a field or a value that is not allowed."""
+    try:
+        return _decoded(data, where)
+    except RecursionError:
+        raise InvalidConfig(f"{where}: what it holds is nested without end; write it with `encode`") from None
+
+
+def _decoded(data: Any, where: str) -> Any:
     if isinstance(data, list):
-        return tuple(decode(item, f"{where}[{index}]") for index, item in enumerate(data))
+        return tuple(_decoded(item, f"{where}[{index}]") for index, item in enumerate(data))
     if not isinstance(data, dict):
         return data
+    if not all(isinstance(key, str) for key in data):
+        raise InvalidConfig(f"{where}: names of fields are texts, got {shown([*data])}")
     fields = dict(data)
     name = fields.pop("type", None)
     if isinstance(name, str) and name not in _REGISTRY:
@@ -81,13 +104,13 @@ def decode(data: Any, where: str = "stack") -> Any:
     if not isinstance(name, str) or name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
         raise InvalidConfig(
-            f"{where}: unknown type {name!r}; the allowed types are {known}, and those of adapters once installed"
+            f"{where}: unknown type {shown(name)}; the allowed types are {known}, and those of adapters once installed"
         )
     cls = _REGISTRY[name]
     allowed = {field.name for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(fields) - allowed):
         raise InvalidConfig(f"{where}: {name} has no field {', '.join(unknown)}; its fields are {sorted(allowed)}")
-    arguments = {key: decode(value, f"{where}.{key}") for key, value in fields.items()}
+    arguments = {key: _decoded(value, f"{where}.{key}") for key, value in fields.items()}
     try:
         return cls(**arguments)
     except TypeError as error:
@@ -131,17 +154,35 @@ Count = Annotated[int, Range(at_least=1)]
 AtLeastZero = Annotated[float, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
+#: A timestep shift: beyond these, nearly all steps of a run would be taken at one noise level.
+Shift = Annotated[float, Range(at_least=0.01, at_most=100)]
 
 
 class Config:
-    """Base of frozen dataclasses whose fields are checked against their annotations when an object is made."""
+    """Base of frozen dataclasses whose fields are checked against their annotations when an object is made.
+
+    What one annotation can't say, such as two fields that contradict each other, a class says in `check_values`.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__post_init__" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}.__post_init__ would leave its fields unchecked; write check_values instead"
+            )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raise `InvalidConfig` where fields, each as annotated, can't go together; derived ones are set here."""
 
 
 def check_fields(value: Any) -> None:
-    """Raise `InvalidConfig` for the first field of a dataclass that is not as annotated; a list becomes a tuple.
+    """Raise `InvalidConfig` for the first field of a dataclass that is not as annotated.
+
+    A list becomes a tuple, and whole numbers of other libraries Python's own.
 
     The annotations of the bases hold as well, so a class that annotates a field anew can narrow it and no more.
 
@@ -154,11 +195,25 @@ def check_fields(value: Any) -> None:
     """
     for name, annotation in _annotations(type(value)):
         given = getattr(value, name)
-        if isinstance(given, list):
-            given = tuple(given)
-            object.__setattr__(value, name, given)
-        if not _fits(given, annotation):
-            raise InvalidConfig(f"{type(value).__name__}'s {name} is {_described(annotation)}, got {given!r}")
+        if _fits(given, annotation):
+            continue
+        plain = tuple(map(_plain, given)) if isinstance(given, (list, tuple)) else _plain(given)
+        if not _fits(plain, annotation):
+            raise InvalidConfig(f"{type(value).__name__}'s {name} is {_described(annotation)}, got {shown(given)}")
+        object.__setattr__(value, name, plain)
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def shown(value: Any) -> str:
+    """Show a value in a message, shortened, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that can't be shown"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _annotations(cls: type[Any]) -> Iterator[tuple[str, _Annotation]]:
@@ -182,7 +237,7 @@ def _fits(value: Any, annotation: _Annotation) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
-        return value in arguments
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
     if origin is tuple and isinstance(value, tuple):
         each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         return len(value) == len(each) and all(map(_fits, value, each))
@@ -210,10 +265,12 @@ def _described(annotation: _Annotation) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a configuration's value is a finite real number (True and False are not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a configuration's value is a finite real number (True and False are not); whole ones fit in 64 bits."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether a configuration's value is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and is_number(value) and value >= least

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 import torch
 
@@ -26,7 +26,7 @@ class RunState(Protocol):
 
 
 #: What to do with histories when a schedule changes the tokens: drop them, or copy them to the new tokens.
-STAGE_CHANGES = ("reset", "carry")
+StageChange = Literal["reset", "carry"]
 
 StateKey = tuple[str, ...]
 _State = TypeVar("_State", bound=RunState)

@@ -16,7 +16,7 @@ from fastdit.accelerator import (
     Need,
 )
 from fastdit.attention.base import AttentionKernel
-from fastdit.config import decode, encode
+from fastdit.config import decode, encode, parsed, shown
 from fastdit.engine.base import Engine
 from fastdit.errors import IncompatibleStack, InvalidConfig, UnsupportedModel
 from fastdit.models.components import require_block_lists, require_family, transformers_of
@@ -36,12 +36,12 @@ class Stack(Sequence[Accelerator]):
 
     def __init__(self, accelerators: Iterable[Accelerator] | Accelerator = ()) -> None:
         if not isinstance(accelerators, (Accelerator, Iterable)):
-            raise InvalidConfig(f"a stack is made of accelerators, got {accelerators!r}; write [RALU('4x'), ...]")
+            raise InvalidConfig(f"a stack is made of accelerators, got {shown(accelerators)}; write [RALU('4x'), ...]")
         given = (accelerators,) if isinstance(accelerators, Accelerator) else tuple(accelerators)
         for accelerator in given:
             if not isinstance(accelerator, Accelerator):
                 raise InvalidConfig(
-                    f"a stack is made of accelerators, got {accelerator!r}; write RALU('4x'), TeaCache(0.25), ..."
+                    f"a stack is made of accelerators, got {shown(accelerator)}; write RALU('4x'), TeaCache(0.25), ..."
                 )
         order = list(Level)
         self._accelerators = tuple(sorted(given, key=lambda accelerator: order.index(accelerator.level)))
@@ -178,8 +178,8 @@ class Stack(Sequence[Accelerator]):
         version = data["fastdit_stack"]
         if type(version) is not int or not 1 <= version <= VERSION:
             raise InvalidConfig(
-                f"this stack was written in version {version!r} and this fastdit reads {VERSION} and older; write it "
-                "again with a matching release"
+                f"this stack was written in version {shown(version)} and this fastdit reads {VERSION} and older; "
+                "write it again with a matching release"
             )
         if not isinstance(data["accelerators"], list):
             raise InvalidConfig("'accelerators' must be a list of accelerators")
@@ -196,18 +196,13 @@ class Stack(Sequence[Accelerator]):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Stack:
         """Read what `save_pretrained` wrote."""
-        path = Path(directory) / _FILE
-        try:
-            data = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InvalidConfig(f"{path} is not JSON: {error}; write it with Stack.save_pretrained") from error
-        return cls.from_json(data)
+        return cls.from_json(parsed(Path(directory) / _FILE, "Stack.save_pretrained"))
 
 
 def _refuse_two_stages_named_ralu(item: object) -> None:
     """Raise `InvalidConfig` for a RALU of the first version, whose presets were two stages of whole frames."""
     if isinstance(item, Mapping) and item.get("type") == "RALU" and not item.get("ratio"):
-        given = f"{item['preset']!r}" if item.get("preset") else f"steps={item.get('steps')}"
+        given = shown(item["preset"]) if item.get("preset") else f"steps={shown(item.get('steps'))}"
         raise InvalidConfig(
             "this stack was written when RALU's presets had no region-adaptive stage; what it means is now written "
             f"ProgressiveResolution({given}, ...)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -18,7 +18,7 @@ from fastdit.accelerator import Change, Effects
 from fastdit.attention.base import AttentionKernel
 from fastdit.attention.torch_kernels import KERNELS
 from fastdit.blocks.attention import Attend, AttentionCall
-from fastdit.config import register
+from fastdit.config import Range, register
 from fastdit.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ class Attention(AttentionKernel):
     True
     """
 
-    backend: str | tuple[str, ...]
+    backend: str | Annotated[tuple[str, ...], Range(at_least=1)]
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
+        super().check_values()
         known = [name.value for name in _names()]
         for backend in self.backends:
             if backend not in known:
@@ -65,8 +66,6 @@ class Attention(AttentionKernel):
                     f"Attention takes the name of an attention backend of diffusers, or a tuple of one a stage, got "
                     f"{self.backend!r}; the names are {', '.join(known)}"
                 )
-        if not self.backends:
-            raise InvalidConfig("Attention takes one backend, or one for each stage, and got none")
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 import torch
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
-from fastdit.config import check_fields
 from fastdit.engine.arguments import outline_of
 from fastdit.engine.engine_pass import EnginePass
 from fastdit.engine.fingerprint import structure_of, weights_of
@@ -48,9 +47,6 @@ class Engine(Accelerator):
 
     #: Whether the weights become a part of the engine, so that it is built for one module and its weights.
     bakes_weights: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def lasting(self) -> Workshop:
         return Workshop(self)

@@ -83,8 +83,8 @@ class Compile(StagedEngine, ProcessorEngine):
     cuda_graphs: bool = False
     mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if self.cuda_graphs and self.tokens:
             raise InvalidConfig("a CUDA graph has one shape; leave tokens out of Compile(cuda_graphs=True)")
 

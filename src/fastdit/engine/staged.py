@@ -36,8 +36,8 @@ class StagedEngine(Engine):
     _: dataclasses.KW_ONLY
     tokens: tuple[Annotated[int, Range(at_least=2)], ...] = ()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if len(set(self.tokens)) < len(self.tokens) or len(self.tokens) == 1:
             raise InvalidConfig(
                 f"{type(self).__name__}'s tokens are at least two different numbers, or none, got {self.tokens!r}"

@@ -27,7 +27,7 @@ from fastdit.config import is_count
 from fastdit.errors import FastditWarning, InvalidConfig, UnsupportedModel
 from fastdit.measure.timing import Progress, silent
 from fastdit.models.signals import SIGNAL_KINDS, signal_for
-from fastdit.step_cache.base import Memory, Site, StepCache, difference
+from fastdit.step_cache.base import Memory, Scope, Site, StepCache, difference
 from fastdit.step_cache.coefficients import Coefficients
 from fastdit.step_cache.curves import MagnitudeCurve
 from fastdit.step_cache.gates.magcache import curve_of
@@ -156,7 +156,7 @@ class _Residuals(StepCache):
     It looks at every block list by itself, for in some models a later list takes latents and text joined.
     """
 
-    scope: str = "list"
+    scope: Scope = "list"
     walks: dict[str, _Walk] = dataclasses.field(default_factory=dict)
 
     @property

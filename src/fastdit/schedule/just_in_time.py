@@ -15,13 +15,13 @@ from itertools import accumulate, pairwise
 from typing import Annotated, ClassVar
 
 from fastdit.accelerator import Need
-from fastdit.config import Count, Positive, Range, register
+from fastdit.config import Count, Range, Shift, register
 from fastdit.errors import InvalidConfig
 from fastdit.models.family import Family, Pipeline
 from fastdit.schedule.anchors import AnchorRun
 from fastdit.schedule.base import Schedule, ScheduleRun
 from fastdit.schedule.matching import stage_sigmas
-from fastdit.schedule.recipe import Between, check_rising, check_schedule, shared_steps
+from fastdit.schedule.recipe import Between, check_rising, shared_steps
 from fastdit.schedule.selectors.base import Selector
 from fastdit.schedule.selectors.latent_variance import LatentVariance
 from fastdit.schedule.staged import Generators
@@ -43,7 +43,7 @@ class JustInTime(Schedule):
         selector: scores the tokens by the clean estimate; those with the highest scores join.
 
     And to tinker with:
-        shift: the timestep shift that spaces the steps, above 0: of all together, as in plain sampling, or with `ends`
+        shift: the timestep shift that spaces the steps, .01 to 100: of all together, as in plain sampling, or with `ends`
             of each stage between its own two times. The default has the mean noise level of the paper's distribution,
             so that switches come early, while there is little to lose.
         ends: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
@@ -63,12 +63,12 @@ class JustInTime(Schedule):
     shares: tuple[Between, ...] = (0.35, 0.62)
     ends: tuple[Between, ...] | None = None
     selector: Selector = dataclasses.field(default_factory=LatentVariance)
-    shift: Positive = 6.0
+    shift: Shift = 6.0
 
     needs: ClassVar = frozenset({Need.TOKEN_POSITIONS})
 
-    def __post_init__(self) -> None:
-        check_schedule(self)
+    def check_values(self) -> None:
+        super().check_values()
         sparse = len(self.steps) - 1
         check_rising("JustInTime's shares", self.shares, sparse)
         if self.ends is not None:

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastdit.config import Count, Positive
+from fastdit.config import Count, Shift
 from fastdit.errors import InvalidConfig
 from fastdit.models.family import Family, Pipeline, Transformer, family_of
 from fastdit.schedule.base import ScheduleRun
 from fastdit.schedule.lifts.base import Lift
 from fastdit.schedule.presets import listed
-from fastdit.schedule.recipe import Between, Recipe, check_schedule
+from fastdit.schedule.recipe import Between, Recipe
 from fastdit.schedule.staged import Generators, StagedRun, StagedSchedule
 from fastdit.step import SchedulePlan
 
@@ -29,16 +29,16 @@ class PresetSchedule(StagedSchedule):
     steps: tuple[Count, ...] | None = None
     ends: tuple[Between, ...] | None = None
     starts: tuple[Between, ...] | None = None
-    shifts: tuple[Positive, ...] | None = None
+    shifts: tuple[Shift, ...] | None = None
     lift: Lift | None = None
-    base_shift: Positive = 3.0
+    base_shift: Shift = 3.0
 
     layouts: ClassVar[tuple[str, ...]]
     presets: ClassVar[Mapping[str, Recipe]]
     own: ClassVar[Mapping[str, Any]] = {}
 
-    def __post_init__(self) -> None:
-        check_schedule(self)
+    def check_values(self) -> None:
+        super().check_values()
         name = type(self).__name__
         if self.preset is not None and self.preset not in self.presets:
             raise InvalidConfig(f"{name} has no preset {self.preset!r}; choose one of {listed(self.presets)}")

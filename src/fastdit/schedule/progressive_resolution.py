@@ -37,9 +37,9 @@ class ProgressiveResolution(PresetSchedule):
             `SpectralLift()` or `TokenCopy()`.
 
     And to tinker with:
-        shifts: one timestep shift a stage, above 0: above 1 a stage takes its smaller steps where there is more noise,
+        shifts: one timestep shift a stage, .01 to 100: above 1 a stage takes its smaller steps where there is more noise,
             below 1 where there is less. Left out without a preset, NT-matching solves them.
-        base_shift: the timestep shift, above 0, that the model was trained for (3 for both families).
+        base_shift: the timestep shift, .01 to 100, that the model was trained for (3 for both families).
 
     Raises:
         InvalidConfig: for an unknown preset, another family's, and values out of range.

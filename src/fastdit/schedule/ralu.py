@@ -51,9 +51,9 @@ class RALU(PresetSchedule):
     And to tinker with:
         starts: the times at which all stages but the first start. Left out, they are s of the times before them, with
             one Z that `restart` fixes (at least 2; larger restarts closer to noise) and the matching solves otherwise.
-        shifts: one timestep shift a stage, above 0, for which `starts` are needed: above 1 a stage takes its smaller
+        shifts: one timestep shift a stage, .01 to 100, for which `starts` are needed: above 1 a stage takes its smaller
             steps where there is more noise, below 1 where there is less. Left out, the matching solves them.
-        base_shift: the timestep shift, above 0, that the model was trained for (3 for both families).
+        base_shift: the timestep shift, .01 to 100, that the model was trained for (3 for both families).
         fidelity: "exact", or "paper" to repeat the flaws of the published code.
         frame: where coarse and mixed stages place their tokens: in the "coarse" frame, as if the picture were half as
             large, with children between the coarse tokens (published for FLUX, and what the model sees at half the
@@ -84,18 +84,18 @@ class RALU(PresetSchedule):
     layouts: ClassVar = REGIONS
     presets: ClassVar = RALU_PRESETS
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         if self.preset in set(WHOLE_PRESETS) - set(RALU_PRESETS):
             raise InvalidConfig(
                 f"RALU has no preset {self.preset!r}, which is one of whole frames: write ProgressiveResolution("
                 f"{self.preset!r}), or choose one of {listed(RALU_PRESETS)}"
             )
-        if isinstance(self.steps, (tuple, list)) and len(self.steps) == 2:
+        if self.steps is not None and len(self.steps) == 2:
             raise InvalidConfig(
                 "RALU refines regions in a stage of its own and takes three step counts; for two stages of whole "
-                f"frames write ProgressiveResolution(steps={tuple(self.steps)}, ...)"
+                f"frames write ProgressiveResolution(steps={self.steps}, ...)"
             )
-        super().__post_init__()
+        super().check_values()
 
     @classmethod
     def paper(cls, preset: str = "4x", *, fidelity: Literal["exact", "paper"] = "paper", **settings: Any) -> RALU:

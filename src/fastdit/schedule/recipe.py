@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from fastdit.config import Range, check_fields
+from fastdit.config import Range
 from fastdit.errors import InvalidConfig
 from fastdit.schedule import matching
-from fastdit.schedule.base import Schedule
 from fastdit.schedule.lifts.base import Lift
 from fastdit.schedule.lifts.token_copy import TokenCopy
 from fastdit.schedule.selectors.base import Seen, Selector
@@ -158,16 +156,3 @@ def check_rising(what: str, values: Sequence[float], count: int) -> None:
     """Raise `InvalidConfig` where these are not so many values that rise."""
     if len(values) != count or any(early >= late for early, late in pairwise(values)):
         raise InvalidConfig(f"{what} are {count} value{'s that rise' if count > 1 else ''}, got {values!r}")
-
-
-def check_schedule(schedule: Schedule) -> None:
-    """Check the fields of a schedule, after whole numbers of other libraries have become Python's own."""
-    for field in dataclasses.fields(schedule):
-        value = getattr(schedule, field.name)
-        if isinstance(value, (list, tuple)):
-            object.__setattr__(schedule, field.name, tuple(map(_plain, value)))
-    check_fields(schedule)
-
-
-def _plain(value: object) -> object:
-    return value if isinstance(value, (bool, float)) or not hasattr(value, "__index__") else operator.index(value)

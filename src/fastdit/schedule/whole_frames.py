@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from fastdit.config import Count, Positive
+from fastdit.config import Count, Shift
 from fastdit.schedule.lifts.base import CleanLift
 from fastdit.schedule.lifts.latent import LatentLift
-from fastdit.schedule.recipe import Between, Recipe, check_schedule
+from fastdit.schedule.recipe import Between, Recipe
 from fastdit.schedule.staged import StagedSchedule
 
 
@@ -22,7 +22,7 @@ class WholeFrames(StagedSchedule):
         starts: the times at which all but the first start, each before the end of the stage before it.
         lift: resizes the clean estimate at every switch.
 
-    And to tinker with: `base_shift`, above 0, the timestep shift that the model was trained for, to which NT-matching
+    And to tinker with: `base_shift`, .01 to 100, the timestep shift that the model was trained for, to which NT-matching
     fits the stages' own.
 
     Raises:
@@ -34,13 +34,13 @@ class WholeFrames(StagedSchedule):
     ends: tuple[Between, ...]
     starts: tuple[Between, ...]
     lift: CleanLift = dataclasses.field(default_factory=lambda: LatentLift(resize="bicubic", noise="fresh"))
-    base_shift: Positive = 3.0
+    base_shift: Shift = 3.0
 
     #: The stages in their order.
     layouts: ClassVar[tuple[str, ...]]
 
-    def __post_init__(self) -> None:
-        check_schedule(self)
+    def check_values(self) -> None:
+        super().check_values()
         self.recipe.check(type(self).__name__)
 
     @property

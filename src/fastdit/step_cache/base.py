@@ -10,7 +10,7 @@ common to all gates (forced steps, doubt, memory of the reference) is in `fastdi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -24,10 +24,10 @@ from fastdit.accelerator import (
 )
 from fastdit.blocks.chain import Pass
 from fastdit.errors import InvalidConfig
-from fastdit.run import STAGE_CHANGES, Run
+from fastdit.run import Run, StageChange
 from fastdit.step import StepContext
 from fastdit.step_cache.block_pass import BlockCachePass, Learned
-from fastdit.step_cache.forecasters.base import Forecaster, is_forecaster
+from fastdit.step_cache.forecasters.base import Forecaster
 from fastdit.step_cache.forecasters.reuse import Reuse
 from fastdit.step_cache.forward_pass import ForwardCachePass
 from fastdit.step_cache.policy import SkipPolicy
@@ -36,7 +36,8 @@ from fastdit.step_cache.site import Memory, Site, Verdict, difference
 __all__ = ["SCOPES", "Memory", "Site", "StepCache", "Verdict", "difference"]
 
 #: What one decision stands for: all blocks that follow it, those of its own block list, or the whole forward.
-SCOPES = ("stack", "list", "forward")
+Scope = Literal["stack", "list", "forward"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,8 @@ class StepCache(Accelerator):
     forecast: Forecaster = dataclasses.field(default_factory=Reuse)
     policy: SkipPolicy = dataclasses.field(default_factory=SkipPolicy)
     per_image: bool = False
-    scope: str = "stack"
-    stage_change: str = "reset"
+    scope: Scope = "stack"
+    stage_change: StageChange = "reset"
 
     level: ClassVar = Level.STEP_CACHE
     changes: ClassVar = frozenset({Change.STEP_ORDER})
@@ -68,17 +69,12 @@ class StepCache(Accelerator):
     #: How many steps must have been computed before the gate can skip one.
     warm_up: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        if not is_forecaster(self.forecast):
-            raise InvalidConfig(f"forecast is a forecaster such as Reuse() or Taylor(1), got {self.forecast!r}")
-        if not isinstance(self.policy, SkipPolicy):
-            raise InvalidConfig(f"policy is a SkipPolicy, got {self.policy!r}")
-        if not isinstance(self.per_image, bool):
-            raise InvalidConfig(f"per_image is True or False, got {self.per_image!r}")
-        if self.scope not in self.scopes or self.stage_change not in STAGE_CHANGES:
+    def check_values(self) -> None:
+        super().check_values()
+        if self.scope not in self.scopes:
             raise InvalidConfig(
-                f"{type(self).__name__}'s scope is one of {', '.join(self.scopes)}, where its signal is, and its "
-                f"stage_change one of {', '.join(STAGE_CHANGES)}; got {self.scope!r} and {self.stage_change!r}"
+                f"{type(self).__name__}'s scope is one of {', '.join(self.scopes)}, where its signal is, got "
+                f"{self.scope!r}"
             )
 
     @property

@@ -41,8 +41,8 @@ class Coefficients(Measured):
     measured_by: ClassVar = "calibrate_teacache"
     absent: ClassVar = {"signal": "modulated"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if self.signal_range is not None and self.signal_range[0] > self.signal_range[1]:
             raise InvalidConfig(f"Coefficients' signal_range is a rising pair, got {self.signal_range!r}")
         if self.signal not in SIGNAL_KINDS:

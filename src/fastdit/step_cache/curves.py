@@ -41,8 +41,8 @@ class MagnitudeCurve(Measured):
     what: ClassVar = "magnitude curves"
     measured_by: ClassVar = "calibrate_magcache"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if self.unconditional is not None and len(self.unconditional) != len(self.ratios):
             raise InvalidConfig(
                 f"both branches of a magnitude curve have one ratio a step, got {len(self.ratios)} and "

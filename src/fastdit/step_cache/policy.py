@@ -39,8 +39,8 @@ class SkipPolicy(Config):
     max_skipped: Count | None = None
     window: tuple[Share, Share] = (0.0, 1.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if not self.window[0] < self.window[1]:
             raise InvalidConfig(f"SkipPolicy's window is a rising pair of shares from 0 to 1, got {self.window!r}")
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from fastdit.config import Config
+from fastdit.config import Config, parsed
 from fastdit.errors import InvalidConfig
 
 Entry = dict[str, Any]
@@ -47,10 +47,7 @@ class Measured(Config):
     @classmethod
     def load(cls: type[_Self], path: str | Path) -> _Self:
         """Read what `save` wrote. Raises `InvalidConfig` for anything else."""
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except ValueError as error:
-            raise InvalidConfig(f"{path} is not JSON: {error}; write it with {cls.__name__}.save") from error
+        data = parsed(Path(path), f"{cls.__name__}.save")
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or {*cls.absent, *data} != names:
             raise InvalidConfig(f"{path} does not hold {cls.what}: expected the fields {sorted(names)}")

@@ -26,10 +26,10 @@ from fastdit.accelerator import (
     Need,
 )
 from fastdit.blocks.chain import Pass
-from fastdit.config import is_count
-from fastdit.errors import InvalidConfig, UnsupportedModel
+from fastdit.config import Count, Whole
+from fastdit.errors import UnsupportedModel
 from fastdit.models.roles import token_roles
-from fastdit.run import STAGE_CHANGES, Run
+from fastdit.run import Run, StageChange
 from fastdit.step import StepContext
 from fastdit.token_cache.attention_scores import AttentionScore
 from fastdit.token_cache.choice import COMPUTED, PARTIAL, REUSED, Choice, undescribed
@@ -48,11 +48,11 @@ class TokenCache(Accelerator):
     out altogether in some of them.
     """
 
-    interval: int = 4
+    interval: Count = 4
     _: dataclasses.KW_ONLY
-    first: int = 3
-    seed: int = 0
-    stage_change: str = "reset"
+    first: Whole = 3
+    seed: Whole = 0
+    stage_change: StageChange = "reset"
 
     level: ClassVar = Level.TOKEN_CACHE
     changes: ClassVar = frozenset({Change.BLOCK_PARTS})
@@ -61,15 +61,6 @@ class TokenCache(Accelerator):
 
     #: Whether some steps leave the blocks out, so that their residuals must be kept.
     reuses_blocks: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if not is_count(self.interval, 1):
-            raise InvalidConfig(f"{name}'s interval counts steps from one full step to the next, got {self.interval!r}")
-        if self.stage_change not in STAGE_CHANGES:
-            raise InvalidConfig(f"stage_change is one of {', '.join(STAGE_CHANGES)}, got {self.stage_change!r}")
-        if not is_count(self.first) or not is_count(self.seed):
-            raise InvalidConfig(f"{name}'s first and seed are whole numbers from 0, got {self.first!r}, {self.seed!r}")
 
     @property
     def neutral(self) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastdit.config import Count, Share, check_fields, register
+from fastdit.config import Count, Share, register
 from fastdit.layout import gather_tokens
 from fastdit.token_cache.base import Choice, TokenCache
 from fastdit.token_cache.memory import TokenState
@@ -52,10 +52,6 @@ class ClusCa(TokenCache):
     gamma: Share = 0.005
     _: dataclasses.KW_ONLY
     iterations: Count = 10
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        super().__post_init__()
 
     def choose(self, choice: Choice) -> torch.Tensor | None:
         """Draw one token of each cluster; where a cluster is empty, the first token of the picture stands in."""

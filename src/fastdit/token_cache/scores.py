@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdit.accelerator import Effects, Need
-from fastdit.config import AtLeastZero, Count, Range, Share, check_fields
+from fastdit.config import AtLeastZero, Count, Range, Share
 from fastdit.errors import InvalidConfig
 from fastdit.step import StepContext
 from fastdit.token_cache.attention_scores import AttentionScore
@@ -71,10 +71,6 @@ class ScoredTokens(TokenCache):
     step_slope: float = 0.0
     interval_slope: Annotated[float, Range(above=-1, below=1)] = 0.0
     guidance_halves: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        super().__post_init__()
 
     @property
     def effects(self) -> Effects:

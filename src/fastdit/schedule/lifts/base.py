@@ -12,6 +12,7 @@ which is the flow's own marginal for whatever clean latents `lifted` is, at any 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -48,7 +49,7 @@ class Switch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lift(Config):
+class Lift(Config, ABC):
     """Base of what a schedule does at a switch."""
 
     #: Whether the lift takes whole frames alone, and none of which regions are finer.
@@ -57,9 +58,9 @@ class Lift(Config):
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
         """Raise `InvalidConfig` where the lift can't go back from the times `ends` to `starts`."""
 
+    @abstractmethod
     def __call__(self, switch: Switch) -> torch.Tensor:
         """Give the tokens [B, N', C] of the layout `switch.after` at the time `switch.start`, in float32."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,9 @@ class CleanLift(Lift):
                 f"starts={tuple(starts)}"
             )
 
+    @abstractmethod
     def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
         """Bring frames [B, C, h, w] of clean coarse latents to twice the height and width."""
-        raise NotImplementedError
 
     def lowered(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
         """Bring frames of clean fine latents to half the height and width, for schedules that go back."""

@@ -6,6 +6,7 @@ They choose by what the stage before has shown of the picture.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
 from typing import ClassVar
@@ -56,7 +57,7 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selector(Config):
+class Selector(Config, ABC):
     """Base of what gives a stage's tokens a score; those with the highest are split, or join."""
 
     #: What of the coarse stage is kept for it, if anything.
@@ -65,6 +66,6 @@ class Selector(Config):
     def check(self, transformer: nn.Module) -> None:
         """Raise `UnsupportedModel` if the transformer doesn't show what the selector asks to see."""
 
+    @abstractmethod
     def scores(self, scene: Scene) -> torch.Tensor:
         """Score the tokens of each image, [B, rows * columns]."""
-        raise NotImplementedError

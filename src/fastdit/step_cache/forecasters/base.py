@@ -7,6 +7,7 @@ computed steps (a list of tensors, the residuals of the carried streams) and pre
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,7 @@ class History:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecaster(Config):
+class Forecaster(Config, ABC):
     """Base of the forecasters: a frozen dataclass whose `begin` makes the `History` of one branch."""
 
     @property
@@ -61,11 +62,6 @@ class Forecaster(Config):
         """Whether noise in the features grows in a prediction, as it does in every extrapolation."""
         return True
 
+    @abstractmethod
     def begin(self) -> History:
         """Make the history of one branch."""
-        raise NotImplementedError
-
-
-def is_forecaster(value: object) -> bool:
-    """Whether a configuration's value is a forecaster."""
-    return isinstance(value, Forecaster) and type(value) is not Forecaster

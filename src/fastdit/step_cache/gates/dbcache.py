@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdit.config import AtLeastZero, Count, Whole, check_fields, register
+from fastdit.config import AtLeastZero, Count, Whole, register
+from fastdit.step_cache.base import Scope
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.policy import SkipPolicy
 
@@ -40,11 +41,10 @@ class DBCache(FirstBlockCache):
     first: Whole = 8
     max_consecutive: Count | None = None
     max_skipped: Count | None = None
-    scope: str = "list"
+    scope: Scope = "list"
     policy: SkipPolicy = dataclasses.field(init=False, repr=False, default_factory=lambda: SkipPolicy(first=8, last=0))
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check_values(self) -> None:
+        super().check_values()
         policy = SkipPolicy(self.first, 0, max_consecutive=self.max_consecutive, max_skipped=self.max_skipped)
         object.__setattr__(self, "policy", policy)
-        super().__post_init__()

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from fastdit.config import AtLeastZero, register
-from fastdit.step_cache.base import Memory, Site
+from fastdit.step_cache.base import Memory, Scope, Site
 from fastdit.step_cache.gates.threshold import AccumulatingGate
 from fastdit.step_cache.policy import SkipPolicy
 
@@ -57,7 +57,7 @@ class EasyCache(AccumulatingGate):
     threshold: AtLeastZero = 0.05
     _: dataclasses.KW_ONLY
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(first=2))
-    scope: str = "forward"
+    scope: Scope = "forward"
 
     scopes: ClassVar = ("forward",)
     warm_up: ClassVar[int] = 2

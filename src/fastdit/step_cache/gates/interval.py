@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdit.config import Count, check_fields, register
+from fastdit.config import Count, register
 from fastdit.step import StepContext
 from fastdit.step_cache.base import Memory, StepCache, Verdict
 
@@ -30,10 +30,6 @@ class Interval(StepCache):
     """
 
     interval: Count = 3
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        super().__post_init__()
 
     @property
     def neutral(self) -> bool:

@@ -69,8 +69,8 @@ class MagCache(ThresholdGate):
 
     needs: ClassVar = frozenset({Need.OWN_TIMESTEPS})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if isinstance(self.curve, str):
             MagnitudeCurve.named(self.curve)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastdit.config import Range, check_fields, register
+from fastdit.config import Range, register
 from fastdit.errors import InvalidConfig
 from fastdit.step import StepContext
 from fastdit.step_cache.base import Memory, StepCache, Verdict
@@ -31,15 +31,13 @@ class StepMask(StepCache):
     2
     """
 
-    mask: Annotated[tuple[bool, ...], Range(at_least=1)] = ()
+    mask: Annotated[tuple[bool | Literal[0, 1], ...], Range(at_least=1)] = ()
     _: dataclasses.KW_ONLY
     policy: SkipPolicy = dataclasses.field(default_factory=lambda: SkipPolicy(first=0, last=0))
 
-    def __post_init__(self) -> None:
-        if isinstance(self.mask, (tuple, list)) and all(entry in (0, 1) for entry in self.mask):
-            object.__setattr__(self, "mask", tuple(bool(entry) for entry in self.mask))
-        check_fields(self)
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
+        object.__setattr__(self, "mask", tuple(map(bool, self.mask)))
 
     @property
     def neutral(self) -> bool:
@@ -60,4 +58,4 @@ class StepMask(StepCache):
         return None if self.skippable(total_steps) else super().outlook(total_steps)
 
     def decide(self, memory: Memory, change: float, context: StepContext) -> Verdict:
-        return Verdict(self.mask[context.step], "mask")
+        return Verdict(bool(self.mask[context.step]), "mask")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdit.config import Count, Whole, check_fields, register
+from fastdit.config import Count, Whole, register
 from fastdit.step_cache.forecasters.base import Forecaster
 from fastdit.step_cache.forecasters.taylor import Order, PublishedTaylor
 from fastdit.step_cache.gates.interval import Interval
@@ -45,8 +45,7 @@ class TaylorSeer(Interval):
     forecast: Forecaster = dataclasses.field(init=False, repr=False, default_factory=PublishedTaylor)
     policy: SkipPolicy = dataclasses.field(init=False, repr=False, default_factory=lambda: SkipPolicy(3, 0))
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check_values(self) -> None:
+        super().check_values()
         object.__setattr__(self, "forecast", PublishedTaylor(self.order))
         object.__setattr__(self, "policy", SkipPolicy(self.first, 0))
-        super().__post_init__()

@@ -55,8 +55,8 @@ class TeaCache(AccumulatingGate):
     needs: ClassVar = frozenset({Need.MODULATED_SIGNAL})
     scopes: ClassVar = ("stack",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         if isinstance(self.coefficients, str):
             Coefficients.named(self.coefficients)
         elif isinstance(self.coefficients, tuple):

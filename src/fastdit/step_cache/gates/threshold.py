@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from fastdit.config import AtLeastZero, check_fields
+from fastdit.config import AtLeastZero
 from fastdit.step import StepContext
 from fastdit.step_cache.base import Memory, StepCache, Verdict
 
@@ -16,10 +16,6 @@ class ThresholdGate(StepCache):
     """Base of the gates that skip below a `threshold`, at least 0 and without a unit; at 0 every step is computed."""
 
     threshold: AtLeastZero = 0.1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        super().__post_init__()
 
     @property
     def neutral(self) -> bool:
