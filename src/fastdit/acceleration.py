@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -21,9 +19,9 @@ from fastdit.engine.warmup import WarmUp, progress_bar
 from fastdit.engine.workshop import Workshop
 from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
 from fastdit.layout import FineLayout
-from fastdit.models.components import BARE, TRANSFORMERS, pipeline_type, require_family, transformers_of
+from fastdit.models.components import BARE, TRANSFORMERS, grid_of, pipeline_type, require_family, transformers_of
 from fastdit.models.family import family_of
-from fastdit.nested import Args, Kwargs, Value, named_arguments
+from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
 from fastdit.record import RunRecord
 from fastdit.run import Run
@@ -136,11 +134,13 @@ class Acceleration:
 
     def call(self, twin: Any, args: Args, kwargs: Kwargs) -> Value:
         """Run one call of the pipeline's class in a run of its own."""
-        function = type(self.base).__call__
-        bound = _signature(function).bind(twin, *args, **kwargs)
+        signature = call_signature(type(self.base))
+        bound = signature.bind(twin, *args, **kwargs)
         given = named_arguments(bound)
         bound.apply_defaults()
         arguments = named_arguments(bound)
+        if isinstance(arguments.get("prompt"), list) and not arguments["prompt"]:
+            raise InvalidConfig("prompt is an empty list; give one prompt or more")
         with self._exclusive():
             self._check_states()
             run, stages = self._begun(given, arguments)
@@ -150,9 +150,12 @@ class Acceleration:
             with self._open(run, stages) as finished:
                 if stages is not None:
                     # The schedule's own count where the user gave none, for the loop's shares and its progress bar.
-                    bound.arguments["num_inference_steps"] = stages.plan.steps
-                    args, kwargs = bound.args[1:], bound.kwargs
-                result = function(twin, *args, **kwargs)
+                    place, steps = list(signature.parameters).index("num_inference_steps") - 1, stages.plan.steps
+                    if place < len(args):
+                        args = (*args[:place], steps, *args[place + 1 :])
+                    else:
+                        kwargs = {**kwargs, "num_inference_steps": steps}
+                result = type(self.base).__call__(twin, *args, **kwargs)
                 result = _lifted_result(stages, arguments, result)
                 if not getattr(twin, "_interrupt", False):
                     finished()
@@ -191,21 +194,22 @@ class Acceleration:
 
         It runs the pipeline, without the caches, for as few steps as pass through all stages. `call` holds what decides
         the shapes or the kind of the real calls besides their size: prompts or their embeddings (a prompt of no words
-        if left out), guidance, the number of images. Raises what the call itself would raise.
+        if left out), guidance, the number of images. A stack without an engine has nothing to build and runs nothing.
+        Raises what the call itself would raise.
         """
-        if self.workshop is None or isinstance(self.base, nn.Module):
+        if isinstance(self.base, nn.Module):
             raise InvalidConfig(
-                "there is no engine to warm up; add Compile() or AOT() to the stack"
-                if self.workshop is None
-                else "a bare module is warmed up in your own loop: one step of each shape in `with twin.fastdit.run(1)`"
+                "a bare module is warmed up in your own loop: one step of each shape in `with twin.fastdit.run(1)`"
             )
-        parameters = inspect.signature(type(self.base).__call__).parameters
+        parameters = call_signature(type(self.base)).parameters
         own: Kwargs = {"output_type": "latent", "height": height, "width": width}
         if "prompt_embeds" not in call:
             own["prompt"] = ""
         given = {name: value for name, value in own.items() if name in parameters and value is not None} | call
         with self._exclusive():
             plan = make_plan(self.stack, self.base, height, width, num_inference_steps)
+            if self.workshop is None:
+                return WarmUp((), 0.0)
             bare = Stack(one for one in self.stack if one.level not in (Level.STEP_CACHE, Level.TOKEN_CACHE))
             controller = Acceleration(self.base, bare, strict=False, workshop=self.workshop)
             controller._replaced = self._replaced
@@ -243,8 +247,7 @@ class Acceleration:
             plan = schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
         grid = None
         if family is not None:
-            size = family.size(self.base, arguments)
-            grid = FineLayout(*family.grid(self.base, *size))
+            grid = FineLayout(*grid_of(family, self.base, arguments))
         run = Run(plan=plan, grid=grid, checks=self._checks())
         if schedule is None or plan is None or family is None:
             return run, None
@@ -345,8 +348,3 @@ def _lifted_result(stages: StagePass | None, arguments: Mapping[str, Value], res
     name = next(iter(result))  # images, or the frames of a video
     setattr(result, name, lift(stages, result[name]))
     return result
-
-
-@lru_cache(maxsize=64)
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)

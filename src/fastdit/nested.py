@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -108,3 +109,36 @@ def named_arguments(bound: inspect.BoundArguments) -> Kwargs:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
+
+
+def call_signature(cls: type) -> inspect.Signature:
+    """Give the whole signature of a class's `__call__`: where it has `*args` or `**kwargs`, with what is behind them.
+
+    A class that hands arguments on is taken to give them to the next one in its line, in the order of their places. A
+    parameter that both name is the first one's.
+    """
+    return _whole(*(vars(one)["__call__"] for one in cls.__mro__ if "__call__" in vars(one)))
+
+
+@lru_cache(maxsize=64)
+def _whole(own: Callable[..., Any], *behind: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(own)
+    return _joined(signature, _whole(*behind)) if behind else signature
+
+
+def _joined(own: inspect.Signature, behind: inspect.Signature) -> inspect.Signature:
+    kinds = inspect.Parameter
+    parameters = list(own.parameters.values())
+    handed = {parameter.kind for parameter in parameters} & {kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD}
+    placed = [one for one in parameters if one.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    taken = {one.name: one for one in placed}
+    for place, one in enumerate(behind.parameters.values()):
+        if one.name in taken or one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD):
+            continue
+        known = own.parameters.get(one.name, one)
+        if kinds.VAR_POSITIONAL in handed and place >= len(placed) and one.kind is not kinds.KEYWORD_ONLY:
+            taken[one.name] = known.replace(kind=one.kind)
+        elif kinds.VAR_KEYWORD in handed:
+            taken[one.name] = known.replace(kind=kinds.KEYWORD_ONLY)
+    joined = {**taken, **{one.name: one for one in parameters if one.name not in taken}}
+    return inspect.Signature(sorted(joined.values(), key=lambda one: one.kind))

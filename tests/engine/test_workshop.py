@@ -37,6 +37,7 @@ from fastdit import (
     StepMask,
     ToCa,
     accelerate,
+    load_mini,
 )
 from fastdit.engine.arguments import canonical, canonical_strides, outline_of
 from fastdit.engine.fingerprint import sample_of, structure_of, weights_of
@@ -266,10 +267,18 @@ def test_a_warm_up_passes_through_every_stage_though_a_cache_would_skip_one(tmp_
     assert len(fast.fastdit.workshop.builds) == 6
 
 
-def test_a_warm_up_without_an_engine_or_of_a_bare_module_is_refused_by_name() -> None:
+def test_the_embedded_pipeline_is_warmed_up_at_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    fast = accelerate(load_mini(), [Written(directory=str(tmp_path))])
+    shapes = {build.shape for build in fast.fastdit.warmup(128, 128, 2, progress=False).builds}
+    assert shapes == {"float32[1, 64, 256] on cpu"}
+
+
+def test_a_warm_up_without_an_engine_runs_nothing_and_one_of_a_bare_module_is_refused_by_name() -> None:
     pipeline, _ = tiny_flux()
-    with pytest.raises(InvalidConfig, match="no engine to warm up"):
-        accelerate(pipeline, []).fastdit.warmup(64, 64)
+    fast = accelerate(pipeline, [FirstBlockCache(0.1)])
+    assert fast.fastdit.warmup(64, 64).builds == () and fast.fastdit.last_run is None
+    with pytest.raises(InvalidConfig, match="height"):
+        fast.fastdit.warmup(-64, 64)
     with pytest.raises(InvalidConfig, match="your own loop"):
         accelerate(pipeline.transformer, [AOT()]).fastdit.warmup()
 

@@ -8,8 +8,8 @@ from typing import cast
 from torch import nn
 
 from fastdit.accelerator import Accelerator
-from fastdit.errors import UnsupportedModel
-from fastdit.models.family import Family, Pipeline, family_of
+from fastdit.errors import InvalidConfig, UnsupportedModel
+from fastdit.models.family import Arguments, Family, Pipeline, family_of
 from fastdit.models.undescribed import why_not
 
 #: What a bare module is called, as if it were a pipeline's.
@@ -49,6 +49,31 @@ def require_family(base: Pipeline | nn.Module, accelerator: Accelerator) -> Fami
             "accelerators that need no description of the tokens"
         )
     return family
+
+
+def grid_of(family: Family, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
+    """Give the rows and columns of image tokens of a call. Raises `InvalidConfig` where its size holds none."""
+    for name in ("height", "width"):
+        if (side := arguments.get(name)) is not None and side < 0:
+            raise InvalidConfig(
+                f"{name} is a number of pixels, got {side}; give one that is a multiple of a token's side"
+            )
+    height, width = family.size(pipeline, arguments)
+    rows, columns = family.grid(pipeline, height, width)
+    if rows < 1 or columns < 1:
+        raise InvalidConfig(f"{height} x {width} px are too few for one token; give a larger height or width")
+    return rows, columns
+
+
+def size_remark(family: Family, pipeline: Pipeline, arguments: Arguments) -> tuple[str, ...]:
+    """Say that a call's size is no whole number of tokens, where it is none."""
+    height, width = family.size(pipeline, arguments)
+    rows, columns = family.grid(pipeline, height, width)
+    fits = family.grid(pipeline, height - 1, width - 1) == (rows - 1, columns - 1)
+    cut = (
+        f"{height} x {width} px are no whole number of tokens: the pipeline cuts them to {rows} x {columns}, or refuses"
+    )
+    return () if fits else (cut,)
 
 
 def _why_not(base: Pipeline | nn.Module) -> str:
