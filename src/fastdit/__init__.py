@@ -1,7 +1,7 @@
 """fastdit: a composable accelerator stack over unmodified diffusers pipelines.
 
     fast = accelerate(pipe, [RALU("4x"), TeaCache(0.25)])
-    image = fast("a red fox in the snow").images[0]
+    image = fast("a cat left of a tree on a green background").images[0]
 
 Names are imported when they are first used, so `import fastdit` does not import torch.
 """

@@ -14,6 +14,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import fastdit
+from fastdit import FastditWarning, accelerate
 from fastdit.errors import UnsupportedModel
 from fastdit.mini.judge import load_judge, wanted
 from fastdit.mini.parts import load_clip, quiet
@@ -62,6 +63,21 @@ def test_the_defaults_are_the_model_s_own(mini: Any) -> None:
     image = mini(PROMPT, num_inference_steps=1).images[0]
     assert image.size == (256, 256)
     assert fastdit.accelerate(mini).fastdit.plan().steps == 50
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sd3"])
+def test_words_that_the_model_does_not_know_are_said(architecture: Any) -> None:
+    pipeline = fastdit.load_mini(architecture)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
+    noise = torch.Generator().manual_seed(0)
+    with pytest.warns(FastditWarning, match="does not know 'fox', 'red', 'snow' and reads"):
+        pipeline(["A red fox in the snow", "a cat"], generator=noise, **call)
+    guided = {"true_cfg_scale": 2.0} if architecture == "flux" else {}
+    with pytest.warns(FastditWarning, match="does not know 'blurry'"):
+        accelerate(pipeline)("a cat", negative_prompt="blurry", generator=noise, **guided, **call)
+    known = [pipeline(said, generator=noise.manual_seed(0), **call).images for said in ("A Cat", "a cat")]
+    assert torch.equal(*known)
 
 
 def test_a_seed_gives_the_same_picture_twice(mini: Any) -> None:

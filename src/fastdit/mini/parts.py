@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import transformers
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from fastdit.errors import UnsupportedModel
+from fastdit.errors import FastditWarning, UnsupportedModel
 from fastdit.process import switching
 
 if TYPE_CHECKING:
@@ -54,6 +56,26 @@ def _complete(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> P
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of all encoders: whole words, 16 of them at most."""
     return PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer", **LOCAL)
+
+
+class WordsRemarked:
+    """What the embedded pipelines do before they encode a prompt: say which of its words the model does not know."""
+
+    tokenizer: PreTrainedTokenizerFast
+
+    def encode_prompt(self, prompt: object, *args: object, **kwargs: object) -> object:
+        """Encode prompts as the pipeline's class does. Warns (`FastditWarning`) of words outside of the vocabulary."""
+        given = [prompt, *(value for name, value in kwargs.items() if "prompt" in name)]
+        texts = [text for value in given for text in (value if isinstance(value, list | tuple) else [value])]
+        words = re.findall(r"\w+|[^\w\s]+", " ".join(text.lower() for text in texts if isinstance(text, str)))
+        if unknown := sorted(set(words) - self.tokenizer.get_vocab().keys()):
+            warnings.warn(
+                f"the embedded model does not know {', '.join(map(repr, unknown))} and reads nothing there; write in "
+                "the words of fastdit.mini.prompts.vocabulary(), such as 'a small apple on a blue background'",
+                FastditWarning,
+                stacklevel=3,
+            )
+        return super().encode_prompt(prompt, *args, **kwargs)  # type: ignore[misc]
 
 
 def finish(pipeline: DiffusionPipeline, name: str) -> None:

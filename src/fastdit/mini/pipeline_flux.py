@@ -17,7 +17,7 @@ NAME = "fastdit-mini"
 _SIDE = 32
 
 
-class MiniFluxPipeline(FluxPipeline):  # type: ignore[misc]
+class MiniFluxPipeline(parts.WordsRemarked, FluxPipeline):  # type: ignore[misc]
     """FluxPipeline whose calls default to the embedded model's size, prompt length, guidance and 50 steps."""
 
     @torch.no_grad()

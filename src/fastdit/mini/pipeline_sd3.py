@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "fastdit-mini-sd3"
 
 
-class MiniStableDiffusion3Pipeline(StableDiffusion3Pipeline):  # type: ignore[misc]
+class MiniStableDiffusion3Pipeline(parts.WordsRemarked, StableDiffusion3Pipeline):  # type: ignore[misc]
     """StableDiffusion3Pipeline whose calls default to the embedded model's prompt length, guidance and 28 steps."""
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +49,7 @@ _PLACE_PHRASES = {
     "bottom": "at the bottom",
     "center": "in the center",
 }
+_PLURALS = ("grapes",)
 _HELD_OUT_SHARE = 8  # one distinct prompt in eight is never trained on
 
 
@@ -87,23 +88,31 @@ class Scene:
 
     def prompt(self) -> str:
         """The scene in words, for example ``"a small apple on the left on a blue background"``."""
-        words = [_with_article(" ".join(filter(None, (self.size, self.objects[0]))))]
-        if self.place is not None:
-            words.append(_PLACE_PHRASES[self.place])
-        if self.relation is not None:
-            words += [self.relation, _with_article(self.objects[1])]
-        if self.background is not None:
-            words += ["on", _with_article(self.background), "background"]
-        return " ".join(words)
+        return self._said(_with_article)
+
+    @property
+    def trained_prompt(self) -> str:
+        """The scene in the words that the weights were trained on, which put an article before grapes, too."""
+        return self._said(_with_any_article)
 
     @property
     def held_out(self) -> bool:
-        """Whether this scene's prompt is kept out of training; decided by its text alone."""
-        return zlib.crc32(self.prompt().encode()) % _HELD_OUT_SHARE == 0
+        """Whether this scene's prompt was kept out of training; decided by its text there alone."""
+        return zlib.crc32(self.trained_prompt.encode()) % _HELD_OUT_SHARE == 0
+
+    def _said(self, with_article: Callable[[str], str]) -> str:
+        words = [with_article(" ".join(filter(None, (self.size, self.objects[0]))))]
+        if self.place is not None:
+            words.append(_PLACE_PHRASES[self.place])
+        if self.relation is not None:
+            words += [self.relation, with_article(self.objects[1])]
+        if self.background is not None:
+            words += ["on", with_article(self.background), "background"]
+        return " ".join(words)
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt of `Scene.prompt`'s grammar back; raises ValueError for anything else."""
+    """Read a prompt of `Scene.prompt`'s grammar, or the training's, back; raises ValueError for anything else."""
     words = prompt.lower().split()
     objects = tuple(word for word in words if word in OBJECTS)
     background = words[words.index("background") - 1] if "background" in words else None
@@ -118,7 +127,7 @@ def parse(prompt: str) -> Scene:
         place=place,
         relation=relation,
     )
-    if scene.prompt().split() != words:
+    if words not in (scene.prompt().split(), scene.trained_prompt.split()):
         raise ValueError(f"not a prompt of the mini model: {prompt!r} (did you mean {scene.prompt()!r}?)")
     return scene
 
@@ -173,4 +182,8 @@ def _all_pairs() -> Iterator[Scene]:
 
 
 def _with_article(noun: str) -> str:
+    return noun if noun.endswith(_PLURALS) else _with_any_article(noun)
+
+
+def _with_any_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
