@@ -21,6 +21,7 @@ LEVELS = ("schedule", "step_cache", "token_cache", "attention", "engine")
 
 #: Rooms by their order: what a row holds may import from its own row (levels aside) and from those below it.
 ORDER = (
+    ("__main__",),
     ("cli",),
     ("measure", "testing", "mini"),
     ("acceleration",),

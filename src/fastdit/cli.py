@@ -1,21 +1,26 @@
-"""The `fastdit` command. Torch is imported inside the commands, so that help and version answer at once."""
+"""The `fastdit` command. Torch is imported inside the commands, so that help and version answer at once.
+
+What goes wrong on purpose is said in one line, by whatever command; the exit status is then 2, and 130 after an
+interrupt (Ctrl-C).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 import functools
-import inspect
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import fastdit
 from fastdit.errors import FastditError, InvalidConfig
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
+    from fastdit.engine.registry import Registry
     from fastdit.measure.timing import Progress
     from fastdit.step_cache.coefficients import Coefficients
     from fastdit.step_cache.curves import MagnitudeCurve
@@ -34,6 +40,9 @@ if TYPE_CHECKING:
 WIDE = 150
 
 PIXELS = "Pixels; the pipeline's own if left out."
+
+#: Seconds between two words of progress where there is no terminal.
+EVERY_SECONDS = 10
 
 #: Prompts that the embedded pipeline is calibrated on by default.
 MINI_PROMPTS = 16
@@ -46,14 +55,41 @@ class Method(str, enum.Enum):
     MAGCACHE = "magcache"
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+class Commands(TyperGroup):
+    """The commands, and the one place where their errors are said."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise
+        except (FastditError, OSError) as error:
+            said, status = f"{type(error).__name__}: {error}", 2
+        except KeyboardInterrupt:
+            said, status = "Interrupted; nothing of this command's work is kept.", 130
+        typer.echo(" ".join(said.split()), err=True)
+        raise typer.Exit(status)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 engines = typer.Typer(no_args_is_help=True, help="List or remove the engines that are kept on disk.")
 app.add_typer(engines, name="engines")
 Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(fastdit.__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Accelerators for diffusers pipelines that compose, and an honest bench for them."""
     # Transformers remarks on optional packages at import, which a command's output is no place for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -62,7 +98,7 @@ def main() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(fastdit.__version__)
+    _print_version(True)
 
 
 @app.command()
@@ -74,29 +110,39 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts: about a minute, wider intervals.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 0,
 ) -> None:
-    """Make pictures with the embedded pipeline, plain and accelerated, and report speed and quality."""
+    """Make pictures with the embedded pipeline, plain and accelerated, and report speed and quality.
+
+    Results are written after every round: Ctrl-C ends the demo with those that are there.
+    """
     from rich.console import Console
 
-    errors = Console(stderr=True)
     try:
         from fastdit.measure.demo import EXTENTS, REPORT, RESULTS, run_demo
+        from fastdit.measure.noise import remarks
         from fastdit.measure.statistics import CONFIDENCE
         from fastdit.measure.table import rich_table
     except ModuleNotFoundError as error:
-        errors.print(f"The demo needs {error.name}: pip install 'fastdit\\[demo]'")
-        raise typer.Exit(1) from error
+        raise InvalidConfig(f"the demo needs {error.name}: pip install 'fastdit[demo]'") from error
 
-    with _progress(errors) as progress:
+    out.mkdir(parents=True, exist_ok=True)
+    with _progress(Console(stderr=True)) as progress:
         results = run_demo(out, extent=EXTENTS["quick" if quick else "full"], seed=seed, progress=progress)
+    interrupted = results.settings.get("interrupted")
     if as_json:
         typer.echo(results.dumps())
-        return
-    console = Console()
-    console.print(rich_table(results, narrow=console.width < WIDE))
-    console.print(
-        f"Measured on {results.environment}; {len(results.prompts)} prompts, brackets hold {CONFIDENCE:.0%} intervals."
-    )
-    console.print(f"Report: {out / REPORT}   Numbers: {out / RESULTS}")
+    else:
+        console = Console()
+        console.print(rich_table(results, narrow=console.width < WIDE))
+        for remark in remarks(results):
+            console.print(remark)
+        console.print(
+            f"Measured on {results.environment}; {len(results.prompts)} prompts, brackets hold {CONFIDENCE:.0%} "
+            "intervals."
+        )
+        console.print(f"Report: {out / REPORT}   Numbers: {out / RESULTS}")
+    if interrupted:
+        typer.echo(f"Interrupted {interrupted}; what was measured until then is kept in {out}.", err=True)
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -124,10 +170,26 @@ def matrix(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
 ) -> None:
     """Run tiny models of the installed diffusers' pipelines, and print what works with which."""
+    from rich.console import Console
+
     from fastdit.measure.support import pipeline_classes, supported, table
 
-    rows = [supported(pipeline) for pipeline in pipeline_classes() if only.lower() in pipeline.__name__.lower()]
+    asked = [pipeline for pipeline in pipeline_classes() if only.lower() in pipeline.__name__.lower()]
+    if not asked:
+        raise InvalidConfig(f"no pipeline of the installed diffusers has {only!r} in its name; give a part of one")
+    rows = []
+    try:
+        with _progress(Console(stderr=True)) as progress:
+            for done, pipeline in enumerate(asked, start=1):
+                rows.append(supported(pipeline))
+                progress("running tiny models", done, len(asked))
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        typer.echo(f"Interrupted after {len(rows)} of {len(asked)} pipelines.", err=True)
     typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if as_json else table(rows))
+    if len(rows) < len(asked):
+        raise typer.Exit(130)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +265,12 @@ class Calibration:
         """Gather the call's arguments that were given, and its noise. Raises where the pipeline does not take one."""
         import torch
 
+        from fastdit.nested import call_signature
+
         options = {"height": self.height, "width": self.width, "guidance_scale": self.guidance}
         given = {name: value for name, value in options.items() if value is not None}
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        if unknown := [name for name in given if name not in parameters and not takes_any]:
+        parameters = call_signature(type(pipeline)).parameters
+        if unknown := [name for name in given if name not in parameters]:
             raise InvalidConfig(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}; leave it out")
         return {**given, "generator": torch.Generator().manual_seed(self.seed)}
 
@@ -220,17 +283,12 @@ def calibrate(**options: object) -> None:
 
     build: Callable[..., Calibration] = Calibration
     calibration = build(**options)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        with _progress(errors) as progress, warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always", fastdit.FastditWarning)
-            result, use = calibration.run(progress)
-        for remark in remarks:
-            errors.print(f"{remark.category.__name__}: {remark.message}")
-        result.save(calibration.out)
-    except (FastditError, OSError) as error:
-        errors.print(f"{type(error).__name__}: {error}")
-        raise typer.Exit(1) from error
+    with _progress(Console(stderr=True)) as progress, warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always", fastdit.FastditWarning)
+        result, use = calibration.run(progress)
+    for remark in remarks:
+        typer.echo(f"{remark.category.__name__}: {remark.message}", err=True)
+    result.save(calibration.out)
     typer.echo(f"{calibration.out}: {result.provenance}")
     typer.echo(use)
 
@@ -238,9 +296,7 @@ def calibrate(**options: object) -> None:
 @engines.command("list")
 def list_engines(directory: Kept = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the engines that are kept, the last used first."""
-    from fastdit.engine.registry import Registry
-
-    registry = Registry(directory)
+    registry = _registry(directory)
     entries = registry.entries()
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
@@ -257,10 +313,16 @@ def list_engines(directory: Kept = None, as_json: Annotated[bool, typer.Option("
 @engines.command()
 def clear(directory: Kept = None) -> None:
     """Remove all the engines that are kept. Those that a process is using stay in its memory."""
+    registry = _registry(directory)
+    typer.echo(f"{registry.clear()} engines removed from {registry.directory}")
+
+
+def _registry(directory: Path | None) -> Registry:
     from fastdit.engine.registry import Registry
 
-    registry = Registry(directory)
-    typer.echo(f"{registry.clear()} engines removed from {registry.directory}")
+    if directory is not None and not directory.is_dir():
+        raise InvalidConfig(f"--directory {directory} is no directory; leave it out for fastdit's own cache")
+    return Registry(directory)
 
 
 def read_prompts(pipe: str, file: Path | None) -> list[str]:
@@ -303,7 +365,9 @@ def _saved(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 def _own_steps(pipeline: DiffusionPipeline) -> int:
     """Give the step count that a pipeline's call has by default."""
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    from fastdit.nested import call_signature
+
+    parameter = call_signature(type(pipeline)).parameters.get("num_inference_steps")
     if parameter is None or not isinstance(parameter.default, int):
         raise InvalidConfig(f"{type(pipeline).__name__} has no step count of its own; give --steps")
     return parameter.default
@@ -311,11 +375,15 @@ def _own_steps(pipeline: DiffusionPipeline) -> int:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    """A bar for every phase of a measurement, on a console that is not the results' own."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    """A bar for every phase, on a console that is not the results' own; lines of text where it is no terminal."""
+    if not console.is_terminal:
+        yield _lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    left = TimeRemainingColumn(compact=True)
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left)
     with Bars(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -325,3 +393,21 @@ def _progress(console: Console) -> Iterator[Progress]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield show
+
+
+def _lines() -> Progress:
+    """Say on stderr how far a phase is: at its first word, at its end, and every ten seconds between them."""
+    began: dict[str, float] = {}
+    said = 0.0
+
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if phase in began and done < total and now - said < EVERY_SECONDS:
+            return
+        start = began.setdefault(phase, now)
+        left = f", about {(now - start) / done * (total - done):.0f} s left" if 0 < done < total and now > start else ""
+        typer.echo(f"{phase} {done}/{total}{left}", err=True)
+        said = now
+
+    return show

@@ -29,8 +29,79 @@ def test_help_names_every_command() -> None:
     assert all(command in result.output for command in ("calibrate", "demo", "matrix", "plan", "version"))
 
 
-def test_version_prints_the_version() -> None:
-    assert CliRunner().invoke(app, ["version"]).output.strip() == fastdit.__version__
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_version_prints_the_version(asked: str) -> None:
+    assert CliRunner().invoke(app, [asked]).output.strip() == fastdit.__version__
+
+
+def test_the_command_is_there_as_a_module_too() -> None:
+    command = [sys.executable, "-m", "fastdit", "--version"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == fastdit.__version__
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a stack that is no JSON, and a file."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "stack.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("plan nowhere", "nowhere"),
+        ("plan broken", "is not JSON"),
+        ("plan --steps 0", "num_inference_steps"),
+        ("plan --height -5", "height is a number of pixels, got -5"),
+        ("matrix nonsense", "has 'nonsense' in its name"),
+        ("engines list --directory nowhere", "nowhere is no directory"),
+        ("engines clear --directory nowhere", "nowhere is no directory"),
+        ("demo --out file", "file"),
+        ("demo --out file/below", "file/below"),
+    ],
+)
+def test_what_can_t_be_done_is_said_in_one_line(
+    command: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_plan_says_that_its_size_is_cut() -> None:
+    assert "100 x 256 px are no whole number of tokens" in CliRunner().invoke(app, ["plan", "--height", "100"]).output
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interrupted_matrix_prints_what_it_has(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdit.measure import support
+
+    answers = iter([support.Support(name, "", None, *[support.Answer(None)] * 4) for name in ("First",) * finished])
+
+    def interrupted(pipeline: type) -> support.Support:
+        for answer in answers:
+            return answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(support, "supported", interrupted)
+    result = CliRunner().invoke(app, ["matrix", "Flux", "--json"])
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr and len(json.loads(result.stdout or "[]")) == finished
+
+
+def test_progress_without_a_terminal_is_said_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from fastdit.cli import _progress
+
+    with _progress(Console(stderr=True)) as progress:
+        for done in range(4):
+            progress("measuring", done + 1, 4)
+    assert capsys.readouterr().err.splitlines() == ["measuring 1/4", "measuring 4/4"]
 
 
 def test_the_command_line_does_not_import_torch() -> None:
@@ -102,7 +173,7 @@ def test_a_calibration_that_can_t_be_done_says_why_and_writes_nothing(
     options: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     result = calibrate(tmp_path, *options)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert said in result.stderr
     assert result.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
@@ -110,16 +181,16 @@ def test_a_calibration_that_can_t_be_done_says_why_and_writes_nothing(
 
 def test_a_prompts_file_without_prompts_is_refused(tmp_path: Path) -> None:
     result = calibrate(tmp_path, "--method", "magcache", prompts="\n  \n")
-    assert result.exit_code == 1 and "holds no prompt" in result.stderr
+    assert result.exit_code == 2 and "holds no prompt" in result.stderr
 
 
 def test_another_pipeline_needs_prompts_and_must_be_one(tmp_path: Path) -> None:
     command = ["calibrate", str(tmp_path), "--method", "magcache", "--out", str(tmp_path / "out.json")]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1 and "--prompts" in result.stderr
+    assert result.exit_code == 2 and "--prompts" in result.stderr
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     result = CliRunner().invoke(app, [*command, "--prompts", str(tmp_path / "prompts.txt")])
-    assert result.exit_code == 1 and "model_index.json" in result.stderr
+    assert result.exit_code == 2 and "model_index.json" in result.stderr
 
 
 def test_a_saved_pipeline_is_calibrated_by_its_directory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,41 @@ def test_records_tell_stages_and_scores_follow_their_prompts(measured: Measured)
     assert {step["stage"] for step in results["RALU"].records[0]["steps"]} == {0, 1, 2}
     assert results["8 steps"].metrics["judge"].samples == (0.0, 0.0, 1.0, 1.0)
     assert from_json(results.to_json()) == results
+
+
+@pytest.mark.parametrize(("calls", "rounds"), [(5, 1), (2, 0)])
+def test_an_interrupt_keeps_the_whole_rounds_that_were_measured(
+    calls: int, rounds: int, experiment: Experiment, tmp_path: Path
+) -> None:
+    told: list[int] = []
+    kept: list[Results] = []
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase == "measuring" and done == calls:
+            raise KeyboardInterrupt
+        told.append(done)
+
+    interrupted = dataclasses.replace(experiment, progress=interrupt)
+    if rounds == 0:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run(CONFIGURATIONS[:3], title="test", baseline="8 steps")
+        return
+    results, images = interrupted.run(
+        CONFIGURATIONS[:3], title="test", baseline="8 steps", directory=tmp_path, keep=kept.append
+    )
+    assert results.settings["interrupted"] == "after 1 of 2 rounds"
+    assert kept[-1] is results and len(kept) == 2
+    assert results.prompts == PROMPTS[:2] and {len(pictures) for pictures in images.values()} == {2}
+    for entry in results.configurations:
+        assert len(entry.seconds) == 1 and len(entry.metrics["sharpness"].samples) == 2 == len(entry.images)
+
+
+def test_the_results_so_far_are_given_after_every_round(experiment: Experiment) -> None:
+    kept: list[Results] = []
+    results, _ = experiment.run([plain(2), plain(1)], title="test", baseline="2 steps", keep=kept.append)
+    assert [len(one.prompts) for one in kept] == [2, 4]
+    assert kept[-1] == results and "interrupted" not in results.settings
+    assert kept[0]["1 steps"].metrics["sharpness"].samples == results["1 steps"].metrics["sharpness"].samples[:2]
 
 
 def test_a_round_repeats_its_pictures(experiment: Experiment) -> None:

@@ -58,4 +58,9 @@ def test_the_rival_gets_the_fewest_steps_that_take_as_long(goal: float, expected
     def plain(steps: int) -> Callable[[int], None]:
         return lambda _: time.sleep(0.012 * steps)
 
-    assert equal_time_steps(plain, lambda _: time.sleep(goal), rounds=1, most=6) == expected
+    heard: list[tuple[int, int]] = []
+    found = equal_time_steps(
+        plain, lambda _: time.sleep(goal), rounds=1, most=6, progress=lambda done, total: heard.append((done, total))
+    )
+    assert found == expected
+    assert heard[0] == (1, 7) and all(done <= total for done, total in heard) and heard[-1][0] == heard[-1][1]

@@ -48,7 +48,7 @@ def accelerated_configurations() -> list[Configuration]:
 
 
 def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progress = silent) -> Results:
-    """Measure, and write pictures, results.json and report.html into `directory`."""
+    """Measure, and write pictures, results.json (after every round) and report.html into a directory that is there."""
     pipeline = load_mini()
     pipeline.set_progress_bar_config(disable=True)
     prompts = held_out(extent.prompts, seed, background=True)
@@ -58,8 +58,12 @@ def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progre
     full = plain(FULL_STEPS)
     counts = sorted({SHORT_STEPS, FEW_STEPS, rival} - {FULL_STEPS}, reverse=True)
     configurations = [full, *map(plain, counts), *accelerated]
-    directory.mkdir(parents=True, exist_ok=True)
-    results, _ = experiment.run(configurations, title="fastdit demo", baseline=full.name, directory=directory)
-    results.save(directory / RESULTS)
+
+    def keep(results: Results) -> None:
+        results.save(directory / RESULTS)
+
+    results, _ = experiment.run(
+        configurations, title="fastdit demo", baseline=full.name, directory=directory, keep=keep
+    )
     write_report(results, directory)
     return results

@@ -89,6 +89,8 @@ class _Taken:
     flops: int | None
     images: list[Image] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
 
 
 @dataclass
@@ -130,12 +132,13 @@ class Experiment:
 
     def rival(self, accelerated: Configuration, *, rounds: int = 3) -> int:
         """The count of plain steps that takes as long as `accelerated`; see `equal_time_steps`."""
-        self.progress("finding the equal-time rival", 0, 1)
-        steps = equal_time_steps(
-            lambda count: self.task(plain(count)), self.task(accelerated), rounds=rounds, device=self.device
+        return equal_time_steps(
+            lambda count: self.task(plain(count)),
+            self.task(accelerated),
+            rounds=rounds,
+            device=self.device,
+            progress=partial(self.progress, "finding the equal-time rival"),
         )
-        self.progress("finding the equal-time rival", 1, 1)
-        return steps
 
     def fastest(self, configurations: Sequence[Configuration], *, rounds: int = 2) -> Configuration:
         """The configuration of the lowest median time, by a short race after a warm-up."""
@@ -145,11 +148,19 @@ class Experiment:
         return min(configurations, key=lambda configuration: times[configuration.name])
 
     def run(
-        self, configurations: Sequence[Configuration], *, title: str, baseline: str, directory: Path | None = None
+        self,
+        configurations: Sequence[Configuration],
+        *,
+        title: str,
+        baseline: str,
+        directory: Path | None = None,
+        keep: Callable[[Results], None] | None = None,
     ) -> tuple[Results, dict[str, list[Image]]]:
         """Run every configuration on every prompt, interleaved; give the results and all pictures.
 
-        With a `directory`, the pictures of the first prompts are saved there.
+        With a `directory`, the pictures of the first prompts are saved there. `keep` is given the results so far after
+        every round. An interrupt (Ctrl-C) after the first whole round ends the measurement there, and the results say
+        so; one before it is raised.
         """
         taken: dict[str, _Taken] = {}
         for done, configuration in enumerate(configurations, start=1):
@@ -159,29 +170,27 @@ class Experiment:
             self.progress("warm-up", done, len(configurations))
         tasks = {name: self.task(one.configuration) for name, one in taken.items()}
         samples = interleave(tasks, rounds=self.rounds, warmup=0, seed=self.seed, device=self.device)
-        for done, sample in enumerate(samples, start=1):
-            one = taken[sample.task]
-            one.images += sample.output
-            one.seconds.append(sample.seconds)
-            if one.configuration.stack is not None:
-                one.records.append(self._opened[sample.task].fastdit.last_run)
-            self.progress("measuring", done, self.rounds * len(tasks))
-        results = Results(
-            title=title,
-            baseline=baseline,
-            environment=Environment.capture(str(self.device)),
-            settings={
-                "pipeline": type(self.pipeline).__name__,
-                "seed": self.seed,
-                "call": _as_json(self.call),
-                "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
-            },
-            prompts=tuple(self.prompts),
-            images_per_round=self.batch,
-            configurations=tuple(self._result(one, taken[baseline].images, directory) for one in taken.values()),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        return results, {name: one.images for name, one in taken.items()}
+        rounds = 0
+        try:
+            for done, sample in enumerate(samples, start=1):
+                one = taken[sample.task]
+                one.images += sample.output
+                one.seconds.append(sample.seconds)
+                if one.configuration.stack is not None:
+                    one.records.append(self._opened[sample.task].fastdit.last_run)
+                if done % len(tasks) == 0:
+                    self._score(taken, baseline, rounds, directory)
+                    rounds += 1
+                    if keep is not None and rounds < self.rounds:
+                        keep(self._results(taken, title, baseline, rounds))
+                self.progress("measuring", done, self.rounds * len(tasks))
+        except KeyboardInterrupt:
+            if not rounds:
+                raise
+        results = self._results(taken, title, baseline, rounds)
+        if keep is not None:
+            keep(results)
+        return results, {name: one.images[: rounds * self.batch] for name, one in taken.items()}
 
     def _pipeline(self, configuration: Configuration) -> DiffusionPipeline:
         if configuration.name not in self._opened:
@@ -196,37 +205,63 @@ class Experiment:
         images: list[Image] = pipeline(generator=generators, **call).images
         return images
 
-    def _result(self, taken: _Taken, references: Sequence[Image], directory: Path | None) -> ConfigurationResult:
-        name, runs = taken.configuration.name, taken.records
-        self.progress(f"scoring {name}", 0, 1)
-        result = ConfigurationResult(
-            name=name,
+    def _score(self, taken: Mapping[str, _Taken], baseline: str, number: int, directory: Path | None) -> None:
+        """Score the pictures of a round, and save them if they are among the first."""
+        first = number * self.batch
+        places = slice(first, first + self.batch)
+        references = taken[baseline].images[places]
+        for name, one in taken.items():
+            images = one.images[places]
+            found = {} if self.judge is None else {"judge": self.judge.score(images, self.prompts[places]).tolist()}
+            found["sharpness"] = sharpness(images)
+            if one.configuration.keeps_seed:
+                found |= {"psnr": psnr(images, references), "ssim": ssim(images, references)}
+            for metric, values in found.items():
+                one.scores.setdefault(metric, []).extend(values)
+            if directory is not None:
+                one.saved += save_images(images[: max(SHOWN - first, 0)], directory, name, first)
+
+    def _results(self, taken: Mapping[str, _Taken], title: str, baseline: str, rounds: int) -> Results:
+        """The results of the first rounds."""
+        cut_short = {} if rounds == self.rounds else {"interrupted": f"after {rounds} of {self.rounds} rounds"}
+        return Results(
+            title=title,
+            baseline=baseline,
+            environment=Environment.capture(str(self.device)),
+            settings={
+                "pipeline": type(self.pipeline).__name__,
+                "seed": self.seed,
+                "call": _as_json(self.call),
+                "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
+                **cut_short,
+            },
+            prompts=tuple(self.prompts[: rounds * self.batch]),
+            images_per_round=self.batch,
+            configurations=tuple(self._result(one, rounds) for one in taken.values()),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def _result(self, taken: _Taken, rounds: int) -> ConfigurationResult:
+        runs, scored = taken.records[:rounds], rounds * self.batch
+        return ConfigurationResult(
+            name=taken.configuration.name,
             stack=taken.configuration.method,
             call=_as_json(taken.configuration.call),
-            seconds=tuple(taken.seconds),
-            flops=tuple(run.flops for run in runs) if taken.flops is None else (taken.flops,) * self.rounds,
-            metrics=self._metrics(taken.configuration, taken.images, references),
+            seconds=tuple(taken.seconds[:rounds]),
+            flops=tuple(run.flops for run in runs) if taken.flops is None else (taken.flops,) * rounds,
+            metrics={
+                name: Metric(mean(values[:scored]), tuple(values[:scored])) for name, values in taken.scores.items()
+            },
             records=tuple(run.to_json() for run in runs[:SHOWN]),
-            images=() if directory is None else save_images(taken.images[:SHOWN], directory, name),
+            images=taken.saved[:scored],
         )
-        self.progress(f"scoring {name}", 1, 1)
-        return result
-
-    def _metrics(
-        self, configuration: Configuration, images: Sequence[Image], references: Sequence[Image]
-    ) -> dict[str, Metric]:
-        samples = {} if self.judge is None else {"judge": self.judge.score(images, self.prompts).tolist()}
-        samples["sharpness"] = sharpness(images)
-        if configuration.keeps_seed:
-            samples |= {"psnr": psnr(images, references), "ssim": ssim(images, references)}
-        return {name: Metric(mean(values), tuple(values)) for name, values in samples.items()}
 
 
-def save_images(images: Sequence[Image], directory: Path, name: str) -> tuple[str, ...]:
-    """Save pictures as PNG under `directory`/images; give their names relative to `directory`."""
+def save_images(images: Sequence[Image], directory: Path, name: str, first: int = 0) -> tuple[str, ...]:
+    """Save pictures, numbered from `first`, as PNG under `directory`/images; give their names relative to it."""
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    names = [f"images/{stem}-{index}.png" for index in range(len(images))]
+    names = [f"images/{stem}-{index}.png" for index in range(first, first + len(images))]
     for image, file_name in zip(images, names, strict=True):
         image.save(directory / file_name, optimize=True)
     return tuple(names)

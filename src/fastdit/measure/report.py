@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastdit.measure import charts
+from fastdit.measure.noise import remarks
 from fastdit.measure.results import ConfigurationResult, JsonObject, Results
 from fastdit.measure.statistics import CONFIDENCE
 from fastdit.measure.table import header, rows, verdict
@@ -74,6 +75,7 @@ def render_report(results: Results, directory: Path) -> str:
     return environment.get_template("report.html.j2").render(
         results=results,
         summary=summary(results),
+        remarks=list(remarks(results)),
         prompts=results.prompts[:shown],
         gallery=pictures.items() if shown else (),
         frame=charts,

@@ -17,7 +17,8 @@ JsonObject = dict[str, Any]
 
 SCHEMA_VERSION = 1
 
-_EQUAL_TIME = 0.03  # medians of the same work differ by this much from run to run on a busy machine
+_LESS_TIME = 0.03  # medians of the same work differ by this much from run to run on a busy machine
+_MORE_TIME = 0.10  # a rival that gets more time than this is none
 
 
 class ResultsError(FastditError, ValueError):
@@ -90,12 +91,13 @@ class Results:
         return ratio_of_medians(self[self.baseline].seconds, self[name].seconds)
 
     def rival(self, name: str) -> str | None:
-        """The fastest plain configuration that gets at least the time of an accelerated one, if any does."""
+        """The fastest plain configuration that takes as long as an accelerated one, or at most a tenth longer."""
         if self[name].stack is None:
             return None
-        goal = self[name].median_seconds * (1 - _EQUAL_TIME)
-        slower = [entry for entry in self.configurations if entry.stack is None and entry.median_seconds >= goal]
-        return min(slower, key=lambda entry: entry.median_seconds).name if slower else None
+        least, most = (self[name].median_seconds * factor for factor in (1 - _LESS_TIME, 1 + _MORE_TIME))
+        plain = [entry for entry in self.configurations if entry.stack is None]
+        rivals = [entry for entry in plain if least <= entry.median_seconds <= most]
+        return min(rivals, key=lambda entry: entry.median_seconds).name if rivals else None
 
     def advantage(self, name: str, rival: str | None, metric: str) -> Interval | None:
         """How much higher a metric is than the rival's, its samples paired; None where either lacks them."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fastdit.measure.noise import too_noisy
 from fastdit.measure.results import ConfigurationResult, Results
 from fastdit.measure.statistics import Interval
 
@@ -59,7 +60,7 @@ def rich_table(results: Results, *, narrow: bool = False) -> Table:
         title = re.sub(r"(?<=[-/])| ", "\n", name) if narrow else name
         table.add_column(title, justify="right" if index else "left", min_width=None if index else _NAME_WIDTH)
     for row in rows(results, _broken if narrow else format):
-        cells = [re.sub(r" (?=vs |\()", "\n", cell) if narrow else cell for cell in row.cells]
+        cells = [re.sub(r" (?=vs |too |\()", "\n", cell) if narrow else cell for cell in row.cells]
         table.add_row(*(Text(cell, style=_STYLES[row.verdict] if "vs " in cell else "") for cell in cells))
     return table
 
@@ -76,6 +77,14 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
     baseline, names = results.baseline, {name for entry in results.configurations for name in entry.metrics}
     sharpest = results[baseline].metrics["sharpness"].interval.estimate
 
+    def seconds(entry: ConfigurationResult) -> str:
+        return f"{entry.median_seconds / results.images_per_round:.3f}"
+
+    def speed_up(entry: ConfigurationResult) -> str:
+        found = results.speed_up(entry.name)
+        noisy = f"{found.estimate:.2f} too noisy"
+        return "1" if entry.name == baseline else noisy if too_noisy(found) else show(found, ".2f")
+
     def measured(name: str) -> Callable[[ConfigurationResult], str]:
         return lambda entry: show(entry.metrics[name].interval, ".3f") if name in entry.metrics else _ABSENT
 
@@ -83,7 +92,9 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
         def cell(entry: ConfigurationResult) -> str:
             rival = results.rival(entry.name)
             advantage = results.advantage(entry.name, rival, metric)
-            return _ABSENT if advantage is None else show(advantage, "+.3f") + (f" vs {rival}" if named else "")
+            if rival is None or advantage is None:
+                return _ABSENT
+            return show(advantage, "+.3f") + (f" vs {rival} ({seconds(results[rival])} s)" if named else "")
 
         return cell
 
@@ -100,8 +111,8 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
 
     columns: dict[str, Callable[[ConfigurationResult], str]] = {
         "run": lambda entry: entry.name,
-        "s/image": lambda entry: f"{entry.median_seconds / results.images_per_round:.3f}",
-        "speed-up": lambda entry: "1" if entry.name == baseline else show(results.speed_up(entry.name), ".2f"),
+        "s/image": seconds,
+        "speed-up": speed_up,
         "fewer FLOPs": lambda entry: f"{results.flops_ratio(entry.name):.2f}",
     }
     if "judge" in names:

@@ -108,17 +108,27 @@ def equal_time_steps(
     rounds: int = 3,
     most: int = 50,
     device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """The fewest plain steps whose median time is not below that of `accelerated`, found by measuring.
 
     `plain(n)` is the task of n plain steps. Time is affine in the steps, so two counts give a first guess, and
     interleaved rounds around it decide. The rival never gets less time than the accelerated run, up to `most` steps.
+    `progress` hears (samples taken, samples that are expected), for how long the search goes on is not known before.
     """
+    taken = 0
 
     def measured(*counts: int) -> tuple[float, ...]:
         """Median seconds of the accelerated run, and of so many plain steps."""
+        nonlocal taken
         tasks = {"accelerated": accelerated} | {str(steps): plain(steps) for steps in counts}
-        return tuple(medians(time_interleaved(tasks, rounds=rounds, warmup=0, device=device)).values())
+        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        for sample in interleave(tasks, rounds=rounds, warmup=0, device=device):
+            seconds[sample.task].append(sample.seconds)
+            taken += 1
+            if progress is not None:
+                progress(taken, max(taken, 7 * rounds))
+        return tuple(median(values) for values in seconds.values())
 
     verdicts: dict[int, bool] = {}
 
@@ -136,4 +146,6 @@ def equal_time_steps(
         steps += 1
     while steps > 1 and long_enough(steps - 1):
         steps -= 1
+    if progress is not None:
+        progress(taken, taken)
     return steps

@@ -1,0 +1,5 @@
+"""`python -m fastdit`: the `fastdit` command."""
+
+from fastdit.cli import app
+
+app(prog_name="fastdit")
