@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from fastdit.models.components import BARE, TRANSFORMERS, grid_of, pipeline_type
 from fastdit.models.family import family_of
 from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
+from fastdit.process import undoing
 from fastdit.record import RunRecord
 from fastdit.run import Run
 from fastdit.schedule.stage_pass import StagePass
@@ -66,7 +67,6 @@ class Acceleration:
     """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
 
     def __init__(self, base: Any, stack: Stack, *, strict: bool, workshop: Workshop | None = None) -> None:
-        stack.check(base)
         self.base = base
         self.stack = stack
         self.strict = strict
@@ -75,13 +75,14 @@ class Acceleration:
         if workshop is not None:
             self._lasting = [(one, workshop if one.level is Level.ENGINE else kept) for one, kept in self._lasting]
         self._family = family_of(base) if isinstance(base, pipeline_type()) else None
-        self._lock = threading.Lock()
+        self._turn: dict[int, object] = {}  # of each process: a forked child's parent does not run its calls
         self.open_run: _Opened | None = None
         self.idle_is_plain = len(stack) == 0
         self._replaced: Kwargs = {}
         self._twins: dict[str, tuple[TransformerTwin, nn.Module]] = {}
         for name, module in transformers_of(base).items():
             self._twin_of(name, module)
+        stack.check(base)
 
     @property
     def active(self) -> Run | None:
@@ -218,8 +219,8 @@ class Acceleration:
             expected = len(plan.stages) * sum(map(self.workshop.expected, transformers_of(self.base).values()))
             known, start = len(self.workshop.builds), time.perf_counter()
             with progress_bar(expected, shown=progress) as show:
-                self.workshop.listener = show
                 try:
+                    self.workshop.listener = show
                     twin(**given, num_inference_steps=fewest_steps(bare, self.base, plan, height, width))
                 finally:
                     self.workshop.listener = None
@@ -302,15 +303,21 @@ class Acceleration:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentCall(
-                "this twin is already running a call; make one twin a thread with accelerate(pipe, stack), which "
-                "shares the weights"
-            )
-        try:
+        """Have the twin for one call; it is free and shows no run afterwards, at whatever line an interrupt comes."""
+        mine, process = object(), os.getpid()
+
+        def leave() -> None:
+            if self._turn.get(process) is mine:
+                self.open_run = None
+                self._turn.clear()
+
+        with undoing(leave):
+            if self._turn.setdefault(process, mine) is not mine:
+                raise ConcurrentCall(
+                    "this twin is already running a call; make one twin a thread with accelerate(pipe, stack), which "
+                    "shares the weights"
+                )
             yield
-        finally:
-            self._lock.release()
 
     @contextmanager
     def _open(self, run: Run, stages: StagePass | None) -> Iterator[Callable[[], None]]:
@@ -325,7 +332,6 @@ class Acceleration:
             self.open_run = _Opened(run, chain, stages, self._stand_ins(run, stages))
             yield finished
         finally:
-            self.open_run = None
             chain.close()
             self.last_run = run.finish(completed=completed)
         if completed:

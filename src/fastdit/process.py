@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -27,6 +27,18 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """Undo at the end, once more where an interrupt comes while that is done; undoing twice must be undoing once."""
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+@contextmanager
 def switching() -> Iterator[None]:
     """Be the one thread that changes something of the process, and has it back as it was at the end."""
     with _switching:
@@ -38,15 +50,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables of the process's environment, for one thread at a time."""
     with switching():
         before = {name: os.environ.get(name) for name in values}
-        try:
-            os.environ.update(values)
-            yield
-        finally:
+
+        def restore() -> None:
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+        with undoing(restore):
+            os.environ.update(values)
+            yield
 
 
 class _OwnThread:
@@ -71,10 +85,12 @@ def unheard_warnings() -> Iterator[list[str]]:
     """
     own = _OwnThread()
     held, unheard = cast(Any, warnings.filters), ("ignore", own, Warning, None, 0)
-    try:
-        held.insert(0, unheard)
-        yield own.texts
-    finally:
+
+    def remove() -> None:
         for filters in (held, cast(Any, warnings.filters)):  # another, where somebody entered catch_warnings meanwhile
             while unheard in filters:
                 filters.remove(unheard)
+
+    with undoing(remove):
+        held.insert(0, unheard)
+        yield own.texts

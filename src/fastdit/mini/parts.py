@@ -16,7 +16,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from fastdit.errors import FastditWarning, UnsupportedModel
-from fastdit.process import switching
+from fastdit.process import switching, undoing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,13 +95,15 @@ def quiet() -> Iterator[None]:
     loggings = diffusers_logging, transformers_logging
     with switching():
         before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
-        try:
-            for one in loggings:
-                one.set_verbosity(logging.ERROR)
-                one.disable_progress_bar()
-            yield
-        finally:
+
+        def restore() -> None:
             for one, level, bar in before:
                 one.set_verbosity(level)
                 if bar:
                     one.enable_progress_bar()
+
+        with undoing(restore):
+            for one in loggings:
+                one.set_verbosity(logging.ERROR)
+                one.disable_progress_bar()
+            yield
