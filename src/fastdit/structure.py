@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastdit.errors import IncompatibleStack
 from fastdit.nested import Value, map_tensors
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -53,6 +55,30 @@ def behaves_otherwise(module: nn.Module) -> bool:
     if [*map(own.get, _BEHAVIOUR)].count(None) < len(_BEHAVIOUR):
         return True
     return any(map(own.get, _HOOKS))
+
+
+def refuse_replaced_forward(module: nn.Module, where: str) -> None:
+    """Raise `IncompatibleStack` where a module object has a forward of its own, which a structural twin leaves out."""
+    if _forward_replaced(module):
+        raise IncompatibleStack(
+            f"{where} ({type(module).__name__}) has a forward of its own on the object, by which it was patched or "
+            "compiled, and what acts inside of it would leave that out; write a subclass with that forward, or take it "
+            "off (del module.forward)"
+        )
+
+
+def _forward_replaced(module: nn.Module) -> bool:
+    """Whether there is another forward beneath what hooks of accelerate and diffusers put there."""
+    forward, registry = module.__dict__.get("forward"), module.__dict__.get("_diffusers_hook")
+    within = iter(reversed(registry._fn_refs if registry is not None else ()))
+    while isinstance(forward, functools.partial):
+        if forward.func.__module__ == "accelerate.hooks":
+            forward = module.__dict__.get("_old_forward")
+        elif (hooked := next(within, None)) is not None:
+            forward = hooked.original_forward or hooked.forward
+        else:
+            return True
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def meta_twin(module: _Module) -> _Module:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks.hooks import HookRegistry
+from diffusers.hooks.hooks import ModelHook as DiffusersHook
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 import tiny
 from fastdit import (
     RALU,
+    EasyCache,
     FastditError,
     FirstBlockCache,
     IncompatibleStack,
     InvalidConfig,
     SkipPolicy,
+    ToCa,
     accelerate,
 )
 
@@ -94,6 +100,102 @@ def test_a_transformer_compiled_as_a_whole_is_refused_by_name_and_never_bypassed
     pipe.transformer.compile(backend="eager")
     with pytest.raises(FastditError, match="compile"):
         tiny.run(accelerate(pipe, stack), call)
+
+
+def halving(module: Any) -> None:
+    """Give a module object a forward of its own, which halves what the class's one gives."""
+    own = module.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        return tuple(part * 0.5 for part in output) if isinstance(output, tuple) else output * 0.5
+
+    module.forward = types.MethodType(forward, module)
+
+
+def hooked_around(module: Any) -> None:
+    halving(module)
+    add_hook_to_module(module, ModelHook())
+
+
+def hooked_within(module: Any) -> None:
+    add_hook_to_module(module, ModelHook())
+    halving(module)
+
+
+def compiled(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def of_diffusers_around(module: Any) -> None:
+    halving(module)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(DiffusersHook(), "own")
+
+
+REPLACING = [halving, hooked_around, hooked_within, of_diffusers_around, compiled]
+REPLACED = pytest.mark.parametrize("replace", REPLACING, ids=lambda replace: replace.__name__)
+
+
+@pytest.mark.parametrize("replace", REPLACING[:-1], ids=lambda replace: replace.__name__)
+@pytest.mark.parametrize("stack", [[], [EasyCache(0.0)]], ids=["empty", "neutral"])
+def test_a_forward_that_was_put_on_the_object_acts_where_the_stack_is_around_it(replace: Any, stack: list[Any]) -> None:
+    pipe, call = build()
+    unpatched = tiny.run(pipe, call)
+    replace(pipe.transformer)
+    plain = tiny.run(pipe, call)
+    assert not torch.equal(plain, unpatched)
+    assert torch.equal(tiny.run(accelerate(pipe, stack), call), plain)
+
+
+@REPLACED
+@pytest.mark.parametrize("stack", [[NEUTRAL], [ToCa(2, 0.5, first=1)]], ids=["cache", "toca"])
+def test_a_forward_that_was_put_on_the_object_is_refused_where_the_stack_acts_within_it(
+    replace: Any, stack: list[Any]
+) -> None:
+    pipe, call = build()
+    replace(pipe.transformer)
+    with pytest.raises(IncompatibleStack, match=r"transformer \(FluxTransformer2DModel\) has a forward of its own"):
+        tiny.run(accelerate(pipe, stack), call)
+
+
+@pytest.mark.parametrize("where", ["around it", "within it"])
+def test_a_forward_that_was_put_on_a_block_acts_or_is_refused_by_name(where: str) -> None:
+    pipe, call = build()
+    halving(pipe.transformer.single_transformer_blocks[1])
+    plain = tiny.run(pipe, call)
+    if where == "around it":
+        assert torch.equal(tiny.run(accelerate(pipe, [NEUTRAL]), call), plain)
+    else:
+        with pytest.raises(IncompatibleStack, match=r"single_transformer_blocks\.1 .*has a forward of its own"):
+            tiny.run(accelerate(pipe, [ToCa(2, 0.5, first=1)]), call)
+
+
+def test_libraries_hooks_are_no_forward_of_the_user_s() -> None:
+    pipe, call = build()
+    plain = tiny.run(pipe, call)
+    add_hook_to_module(pipe.transformer, ModelHook())
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(DiffusersHook(), "own")
+    assert torch.equal(tiny.run(accelerate(pipe, [NEUTRAL]), call), plain)
+    remove_hook_from_module(pipe.transformer)
+    assert torch.equal(tiny.run(accelerate(pipe, [NEUTRAL]), call), plain)
+
+
+@pytest.mark.parametrize("stack", [[], [NEUTRAL], [SHORT]], ids=["empty", "cache", "ralu"])
+def test_an_optimized_module_is_called_compiled_and_not_a_model_without_blocks(stack: list[Any]) -> None:
+    pipe, _ = build()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(IncompatibleStack, match="compiled as a whole"):
+        accelerate(pipe, stack)
+
+
+@pytest.mark.parametrize("name", ["step", "set_timesteps"])
+def test_a_method_that_was_put_on_the_scheduler_object_is_refused_by_name(name: str) -> None:
+    """The run would not see it, and its clock would stand still."""
+    pipe, call = build()
+    method = getattr(pipe.scheduler, name)
+    setattr(pipe.scheduler, name, types.MethodType(lambda self, *args, **given: method(*args, **given), pipe.scheduler))
+    with pytest.raises(IncompatibleStack, match=f"FlowMatchEulerDiscreteScheduler has a {name} of its own"):
+        tiny.run(accelerate(pipe, [CACHE]), call)
 
 
 @pytest.mark.parametrize("stack", [[CACHE], [SHORT]], ids=["cache", "ralu"])

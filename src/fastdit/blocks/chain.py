@@ -19,7 +19,7 @@ from fastdit.errors import NoActiveRun
 from fastdit.nested import Args, Kwargs, Value, select_rows, tensors_of
 from fastdit.record import Outcome
 from fastdit.step import StepContext
-from fastdit.structure import structural_twin
+from fastdit.structure import refuse_replaced_forward, structural_twin
 
 
 @dataclass(slots=True)
@@ -138,7 +138,12 @@ class Chain:
 
     def run(self, call: ForwardCall) -> tuple[Any, Outcome]:
         """Run a forward through all passes, and say what was done in it."""
-        output = self._forward(call)
+        modes = torch._C._len_torch_function_stack()
+        try:
+            output = self._forward(call)
+        finally:
+            while torch._C._len_torch_function_stack() > modes:  # an interrupt came while a pass's mode was left
+                torch._C._pop_torch_function_stack()
         found: Outcome | None = None
         for one in self._telling:
             own = one.outcome()
@@ -191,7 +196,10 @@ def _closed(call: ForwardCall) -> Value:
 
 def run_block(call: BlockCall) -> Value:
     """Run a block as it is, its children stood in for where the call says so."""
-    block = structural_twin(call.block, call.children) if call.children else call.block
+    block = call.block
+    if call.children:
+        refuse_replaced_forward(block, f"{call.name}.{call.index}")
+        block = structural_twin(block, call.children)
     return block(*call.args, **call.kwargs)
 
 

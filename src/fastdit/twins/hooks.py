@@ -7,6 +7,7 @@ from torch import nn
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import IncompatibleStack
 from fastdit.nested import Value
+from fastdit.structure import refuse_replaced_forward
 
 
 class HookPass(Pass):
@@ -24,6 +25,7 @@ class HookPass(Pass):
         module = call.module
         if not (self._acts_on_blocks or call.children):
             return next(call)
+        refuse_replaced_forward(module, call.name)
         hooks = _hooks(module)
         if not hooks:
             return next(call)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from fastdit.errors import UnsupportedModel
+from fastdit.errors import IncompatibleStack, UnsupportedModel
 from fastdit.nested import Value
 from fastdit.run import Run
 from fastdit.schedule.stage_pass import StagePass
 from fastdit.step import SchedulePlan
 from fastdit.twins.making import overriding, twin_class
+
+#: What a run's scheduler does in its own way.
+_METHODS = ("set_timesteps", "set_begin_index", "scale_noise", "step")
 
 
 def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) -> Value:
@@ -27,6 +30,11 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         raise UnsupportedModel(
             f"a schedule re-noises latents between stages, which is defined for flow matching; {cls.__name__} is not "
             "FlowMatchEulerDiscreteScheduler, so set that scheduler or leave the schedule out"
+        )
+    if replaced := next((name for name in _METHODS if name in vars(scheduler)), None):
+        raise IncompatibleStack(
+            f"{cls.__name__} has a {replaced} of its own on the object, past which a run's clock would not tick; write "
+            "a subclass with it"
         )
     twin = copy.deepcopy(scheduler)
 
@@ -74,15 +82,9 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
             latents = stages.next_stage(number, latents, denoised)
         return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
+    own: tuple[Callable[..., Any], ...] = (set_timesteps, set_begin_index, scale_noise, step)
     members = {
-        name: overriding(getattr(cls, name), function)
-        for name, function in (
-            ("set_timesteps", set_timesteps),
-            ("set_begin_index", set_begin_index),
-            ("scale_noise", scale_noise),
-            ("step", step),
-        )
-        if hasattr(cls, name)
+        name: overriding(getattr(cls, name), f) for name, f in zip(_METHODS, own, strict=True) if hasattr(cls, name)
     }
     if not hasattr(cls, "scale_model_input"):
         # Pipelines that compare a scheduler's class, and not what it can do, ask it of every other class.
