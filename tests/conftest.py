@@ -90,6 +90,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the user's own folders out of the tests; engines are kept for the session, so that each is built once."""
+    home = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIT_CACHE", str(home))
+        patch.setenv("FASTDIT_STATE", str(tmp_path_factory.mktemp("state")))
+        yield home
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Start each test from one global seed; nothing may depend on it, but a failure must repeat."""

@@ -60,15 +60,22 @@ def _load_type(name: str) -> None:
             ) from error
 
 
+#: The key in a field's metadata that keeps it out of JSON: what it says holds for this machine alone.
+LOCAL = "local"
+
+
+def _saved_fields(cls: type[Any]) -> list[str]:
+    """List the fields that JSON holds; one that no caller gives is derived from the others."""
+    return [field.name for field in dataclasses.fields(cls) if field.init and not field.metadata.get(LOCAL)]
+
+
 def encode(value: Any) -> Any:
     """Turn a registered configuration into plain JSON data, nested configurations included."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = type(value).__name__
         if name not in _REGISTRY:
             raise InvalidConfig(f"{name} is not a registered configuration; decorate its class with @register")
-        # A field that no caller gives is derived from the others.
-        given = [field.name for field in dataclasses.fields(value) if field.init]
-        return {"type": name, **{field: encode(getattr(value, field)) for field in given}}
+        return {"type": name, **{field: encode(getattr(value, field)) for field in _saved_fields(type(value))}}
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in value]
     return value
@@ -107,8 +114,14 @@ def _decoded(data: Any, where: str) -> Any:
             f"{where}: unknown type {shown(name)}; the allowed types are {known}, and those of adapters once installed"
         )
     cls = _REGISTRY[name]
-    allowed = {field.name for field in dataclasses.fields(cls) if field.init}
-    if unknown := sorted(set(fields) - allowed):
+    allowed = _saved_fields(cls)
+    for field in dataclasses.fields(cls):
+        if field.metadata.get(LOCAL) and fields.pop(field.name, None) is not None:
+            raise InvalidConfig(
+                f"{where}: {name}'s {field.name} names a folder of this machine, which data from elsewhere may not; "
+                "leave it out of the JSON, and set it in code"
+            )
+    if unknown := sorted(set(fields) - set(allowed)):
         raise InvalidConfig(f"{where}: {name} has no field {', '.join(unknown)}; its fields are {sorted(allowed)}")
     arguments = {key: _decoded(value, f"{where}.{key}") for key, value in fields.items()}
     try:

@@ -13,7 +13,9 @@ import torch
 
 import tiny
 from fastdit import (
+    AOT,
     RALU,
+    Compile,
     FastditError,
     FirstBlockCache,
     InvalidConfig,
@@ -144,6 +146,18 @@ def test_a_file_that_is_no_stack_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "stack.json").write_text(text)
     with pytest.raises(InvalidConfig):
         Stack.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("engine", [AOT, Compile])
+def test_a_stack_from_elsewhere_does_not_say_where_files_are_written(engine: Any, tmp_path: Path) -> None:
+    here = Stack([engine(directory=str(tmp_path / "engines"))])
+    assert Stack.from_json(here.to_json()) == Stack([engine()])
+    data = here.to_json()
+    data["accelerators"][0]["directory"] = None  # as it was once written
+    assert Stack.from_json(data) == Stack([engine()])
+    data["accelerators"][0]["directory"] = "/etc"
+    with pytest.raises(InvalidConfig, match=r"accelerators\[0\]: .*directory names a folder of this machine"):
+        Stack.from_json(data)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

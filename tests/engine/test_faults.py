@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,6 @@ def test_a_process_that_is_killed_in_the_compiler_leaves_nothing_and_the_next_on
 
 def _working(here: Path, seconds: float) -> None:
     tempfile.tempdir = str(here)
-    scratch.cache_clear()
     (scratch() / "engine.blob").write_bytes(bytes(1000))
     time.sleep(seconds)
 
@@ -133,6 +133,49 @@ def test_what_a_killed_process_left_among_the_temporary_files_goes_and_a_living_
     assert not left[0].exists() and next(path for path in all_of_them if path not in left).exists()
     living.kill()
     living.join()
+
+
+def test_what_strangers_left_among_the_temporary_files_is_neither_followed_nor_written_to(tmp_path: Path) -> None:
+    mine, temporary = tmp_path / "mine", tmp_path / "temporary"
+    mine.mkdir()
+    (mine / "lock").write_text("keep me")
+    (temporary / "fastdit-engines-a").mkdir(parents=True)
+    (temporary / "fastdit-engines-a" / "lock").symlink_to(mine / "lock")
+    (temporary / "fastdit-engines-b").symlink_to(mine)
+    (temporary / "fastdit-engines-c").mkdir()
+    (temporary / "fastdit-engines-c" / "deep").symlink_to(mine)
+    os.mkfifo(temporary / "fastdit-engines-d")
+    if os.geteuid() == 0:  # only root gives files to others
+        os.chown(temporary / "fastdit-engines-c", 12345, -1)
+    working = multiprocessing.get_context("fork").Process(target=_working, args=(temporary, 0.0))
+    working.start()
+    working.join(20)
+    assert working.exitcode == 0
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"lock": "keep me"}
+    assert (temporary / "fastdit-engines-c").exists() == (os.geteuid() == 0)
+    (own,) = (path.parent for path in temporary.glob("*/engine.blob"))
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+
+
+FORKED = """
+import os, sys
+from fastdit.engine.scratch import _hold, scratch
+
+here = scratch()
+(here / "engine.blob").touch()
+if (child := os.fork()) == 0:
+    sys.exit(int(scratch() == here))
+_, status = os.waitpid(child, 0)
+print(status, _hold(here), here, (here / "engine.blob").exists())
+"""
+
+
+def test_a_forked_child_has_a_folder_of_its_own_and_its_end_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FORKED], env=environment, text=True, capture_output=True, check=True)
+    status, held, _, exists = done.stdout.split()
+    assert (status, held, exists) == ("0", "None", "True"), "the folder is there, and locked as before"
+    assert not any(tmp_path.iterdir()), "both are gone with their processes"
 
 
 @pytest.mark.exhaustive

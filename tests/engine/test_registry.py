@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import stat
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +110,11 @@ def test_an_entry_that_fastdit_did_not_write_so_is_refused(
     directory = tmp_path / "engines"
     if tampering == "another's seal":
         with pytest.MonkeyPatch.context() as other:
-            other.setenv("FASTDIT_CACHE", str(tmp_path / "other user"))
+            other.setenv("FASTDIT_STATE", str(tmp_path / "other user"))
             kept(directory)
     registry = kept(directory, Key("other") if tampering == "another key's entry" else KEY)
     if tampering == "another's seal":
-        monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "third user"))
+        monkeypatch.setenv("FASTDIT_STATE", str(tmp_path / "third user"))
     elif tampering == "another key's entry":
         shutil.move(directory / Key("other").digest, directory / KEY.digest)
     elif tampering == "a file is added":
@@ -147,19 +151,206 @@ def test_a_directory_that_can_t_be_made_is_refused_by_name(tmp_path: Path) -> No
         pass
 
 
-def test_a_damaged_secret_is_made_anew_and_old_entries_are_built_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+SECRETS: dict[str, Callable[[Path, Path], object]] = {
+    "cut": lambda secret, other: secret.write_bytes(b"short"),
+    "readable by others": lambda secret, other: secret.chmod(0o644),
+    "a link": lambda secret, other: (secret.unlink(), secret.symlink_to(other)),
+    "a pipe": lambda secret, other: (secret.unlink(), os.mkfifo(secret, 0o600)),
+    "another user's": lambda secret, other: os.chown(secret, 12345, -1),
+}
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=AS_ROOT if "user" in what else ()) for what in SECRETS])
+def test_a_secret_that_others_may_know_or_have_put_there_is_made_anew_and_old_entries_are_built_again(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "home"))
+    monkeypatch.setenv("FASTDIT_STATE", str(tmp_path / "state"))
     registry = kept(tmp_path / "engines")
-    secret = tmp_path / "home" / "seal"
-    assert secret.stat().st_mode & 0o077 == 0
-    secret.write_bytes(b"short")
+    secret, other = tmp_path / "state" / "seal", tmp_path / "other"
+    other.write_bytes(bytes(32))
+    SECRETS[what](secret, other)
     (tmp_path / "out").mkdir()
     with pytest.warns(EngineWarning, match="seal"):
         assert not registry.read(KEY, tmp_path / "out")
     kept(tmp_path / "engines")
     assert registry.read(KEY, tmp_path / "out")
+    assert stat.S_IMODE(secret.lstat().st_mode) == 0o600 and secret.lstat().st_uid == os.getuid()
+    assert other.read_bytes() == bytes(32)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777], ids=oct)
+def test_whatever_the_umask_nobody_else_gets_at_engines_or_secret(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "source")
+    monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path / "around" / "cache"))
+    monkeypatch.setenv("FASTDIT_STATE", str(tmp_path / "around" / "state"))
+    before = os.umask(umask)
+    try:
+        registry = Registry()
+        with registry.locked(KEY):
+            pass
+        _secret()
+    finally:
+        os.umask(before)
+    around = tmp_path / "around"
+    for folder in (around, around / "cache", around / "cache" / "engines", around / "state"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((around / "state" / "seal").stat().st_mode) & 0o077 == 0
+
+
+def test_a_state_folder_that_others_can_look_into_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state").mkdir(0o755)
+    monkeypatch.setenv("FASTDIT_STATE", str(tmp_path / "state"))
+    kept(tmp_path / "engines")
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+
+def broken_state(state: Path, how: str) -> None:
+    """Leave a user without a secret."""
+    if how == "everybody writes there":
+        state.mkdir()
+        state.chmod(0o777)
+    elif how == "its parent is everybody's":
+        state.mkdir()
+        state.parent.chmod(0o777)
+    elif how == "it is a file":
+        state.write_text("")
+    else:
+        state.mkdir()
+        os.chown(state, 12345, -1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "everybody writes there",
+        "its parent is everybody's",
+        "it is a file",
+        pytest.param("it is another user's", marks=AS_ROOT),
+    ],
+)
+def test_a_user_without_a_secret_takes_nothing_keeps_nothing_and_removes_nothing_of_others(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = kept(tmp_path / "engines")
+    before = contents(tmp_path / "engines")
+    monkeypatch.setenv("FASTDIT_STATE", str(tmp_path / "home" / "state"))
+    (tmp_path / "home").mkdir()
+    broken_state(tmp_path / "home" / "state", how)
+    (tmp_path / "out").mkdir()
+    with pytest.warns(EngineWarning, match=r"can't be read by this user .*FASTDIT_STATE.*it stays"):
+        assert not registry.read(KEY, tmp_path / "out")
+    with registry.locked(KEY), pytest.warns(EngineWarning, match="can't be kept.*FASTDIT_STATE"):
+        assert not registry.keep(KEY, made(tmp_path / "again"))
+    assert contents(tmp_path / "engines") == before and not any((tmp_path / "out").iterdir())
+
+
+def test_a_reader_that_may_not_open_an_entry_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = kept(tmp_path / "engines")
+    before, real = contents(tmp_path / "engines"), os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("package.bin"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    (tmp_path / "out").mkdir()
+    with pytest.warns(EngineWarning, match=r"can't be read by this user .*Permission denied.* it stays"):
+        assert not registry.read(KEY, tmp_path / "out")
+    assert contents(tmp_path / "engines") == before
+
+
+@pytest.mark.parametrize("whose", ["everybody's", "everybody's, who may remove what is theirs", "a group's"])
+def test_from_a_folder_that_others_can_write_to_engines_are_read_and_nothing_is_written(
+    whose: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "engines"
+    registry = kept(directory, Key("other"))
+    kept(directory)
+    (directory / Key("other").digest / "package.bin").write_bytes(b"planted")
+    next(directory.glob(f".{KEY.digest}.lock")).unlink()
+    directory.chmod({"everybody's": 0o777, "a group's": 0o770}.get(whose, 0o1777))
+    if whose == "a group's":
+        os.chown(directory, -1, 12345) if os.geteuid() == 0 else pytest.skip("only root gives files to others")
+    before = contents(directory)
+    (tmp_path / "out").mkdir()
+    with registry.locked(KEY):
+        assert registry.read(KEY, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(made(tmp_path / "again"))
+    with pytest.warns(EngineWarning, match="it stays, since nothing is written there"):
+        assert not registry.read(Key("other"), tmp_path / "out")
+    with pytest.warns(EngineWarning, match=r"can't be kept.* can write to .*directory of your own"):
+        assert not registry.keep(KEY, tmp_path / "again")
+    assert contents(directory) == before
+
+
+def nested(entry: Path) -> None:
+    (entry / "manifest.json").write_text('{"manifest": ' + "[" * 100_000 + "]" * 100_000 + ', "seal": "0"}')
+
+
+def of_surrogates(entry: Path) -> None:
+    written = json.loads((entry / "manifest.json").read_text())
+    (entry / "manifest.json").write_text(json.dumps({**written, "seal": "\ud800" * 64}))
+
+
+def replaced(entry: Path, make: Callable[[Path], object]) -> None:
+    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    make(entry)
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "a manifest nested without end": nested,
+    "a seal of surrogates": of_surrogates,
+    "a manifest of a number": lambda entry: (entry / "manifest.json").write_text("1" * 5000),
+    "a manifest that is no text": lambda entry: (entry / "manifest.json").write_bytes(b"\xff\xfe" * 9),
+    "a manifest that is a folder": lambda entry: replaced(entry / "manifest.json", Path.mkdir),
+    "a manifest that is a pipe": lambda entry: replaced(entry / "manifest.json", os.mkfifo),
+    "a file that is a pipe": lambda entry: replaced(entry / "package.bin", os.mkfifo),
+    "a file that is a link": lambda entry: replaced(
+        entry / "package.bin", lambda path: path.symlink_to(entry / "deep" / "facts.json")
+    ),
+    "an entry that is a plain file": lambda entry: replaced(entry, Path.touch),
+    "an entry that is a pipe": lambda entry: replaced(entry, os.mkfifo),
+    "an entry that is a link to nothing": lambda entry: replaced(entry, lambda path: path.symlink_to("nothing")),
+    "an entry that is a link to a folder": lambda entry: replaced(
+        entry, lambda path: path.symlink_to(entry.parent / "holiday")
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_whatever_lies_in_an_entry_s_place_is_removed_with_a_warning_and_room_is_made(
+    what: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "engines"
+    registry = kept(directory)
+    mine = directory / "holiday" / "photo.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"dear")
+    BROKEN[what](directory / KEY.digest)
+    (tmp_path / "out").mkdir()
+    with registry.locked(KEY), pytest.warns(EngineWarning, match="removed and built again"):
+        assert not registry.read(KEY, tmp_path / "out")
+    assert not os.path.lexists(directory / KEY.digest) and not any((tmp_path / "out").iterdir())
+    kept(directory)
+    assert registry.read(KEY, tmp_path / "out")
+    BROKEN[what](directory / KEY.digest)
+    kept(directory, Key("another"), limit_bytes=1)  # which sizes up what lies there
+    assert registry.clear() >= 1 and registry.entries() == []
+    assert mine.read_bytes() == b"dear"
+
+
+def test_a_user_without_an_account_or_a_home_is_told_which_folder_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "FASTDIT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(InvalidConfig, match=r"no home folder.*set FASTDIT_CACHE"):
+        Registry()
+    with pytest.raises(InvalidConfig, match=r"no home folder.*whole path"):
+        Registry("~/engines")
 
 
 def _build(directory: Path, log: Path, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,11 @@ def test_it_builds_nothing_and_gives_the_same_picture(engine: Any, tmp_path: Pat
     expected = generate(fast, call)
     stack = json.dumps(fast.fastdit.stack.to_json())
     arguments = [sys.executable, "-c", SCRIPT, stack, str(tmp_path / "latents.pt")]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert [*temporary.iterdir()] == [], "whatever a compiler finds in a folder that it shares, it runs"
     assert [kept for kept, _ in json.loads(done.stdout.splitlines()[-1])] == [True, True]
     assert torch.equal(torch.load(tmp_path / "latents.pt"), expected)

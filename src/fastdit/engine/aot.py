@@ -156,9 +156,11 @@ class _Runner:
     """Compiled code with the tensors of one module as its constants. It holds them: the code has their addresses."""
 
     def __init__(self, package: str, device: torch.device) -> None:
-        self._model = torch._inductor.aoti_load_package(
-            package, device_index=-1 if device.index is None else device.index
-        )
+        # The loader runs a probe of the processor, which it finds in Inductor's folder or compiles there.
+        with inductor_in(Path(package).parent.with_suffix(".work")):
+            self._model = torch._inductor.aoti_load_package(
+                package, device_index=-1 if device.index is None else device.index
+            )
         self._names = self._model.get_constant_fqns()
         self._held: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor, int]] = []
 

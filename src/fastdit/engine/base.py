@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
+from fastdit.config import LOCAL
 from fastdit.engine.arguments import outline_of
 from fastdit.engine.engine_pass import EnginePass
 from fastdit.engine.fingerprint import structure_of, weights_of
@@ -30,12 +31,13 @@ class Engine(Accelerator):
     Args:
         on_failure: "error" raises `EngineBuildFailed` where a piece can't be built for a shape; "eager" runs the piece
             as it is instead, says so once, and shows it in the record.
-        directory: where engines are kept, ~/.cache/fastdit/engines unless given; it changes nothing that is computed.
+        directory: where engines are kept, ~/.cache/fastdit/engines unless given; it changes nothing that is computed,
+            and is not saved with a stack.
     """
 
     _: dataclasses.KW_ONLY
     on_failure: Literal["error", "eager"] = "error"
-    directory: str | None = None
+    directory: str | None = dataclasses.field(default=None, metadata={LOCAL: True})
 
     level: ClassVar[Level] = Level.ENGINE
     changes: ClassVar[frozenset[Change]] = frozenset({Change.ARITHMETIC_ORDER, Change.COMPILED_ATTENTION})

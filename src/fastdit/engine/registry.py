@@ -4,7 +4,7 @@
     <directory>/.<digest of the key>.lock      held by whoever reads, builds or removes the entry
 
 Compiled code is code: what somebody else put there, or what has changed since, is removed with a warning and built
-again, never loaded.
+again, never loaded. From a directory that others can write to, or this user can't, engines are read and nothing else.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import os
 import secrets
 import shutil
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from fastdit.engine.sealed import DIGITS, MANIFEST, Unfit, cache_home, contents_of, files_in, manifest_of, seal
+from fastdit.engine.places import cache_home, expanded, made, others_write
+from fastdit.engine.sealed import DIGITS, MANIFEST, Unfit, contents_of, files_in, manifest_of, seal
 from fastdit.errors import EngineWarning, InvalidConfig
 
 #: How much a directory keeps unless told otherwise; the entries that were used longest ago go first.
@@ -55,11 +56,22 @@ class Registry:
     """The engines that are kept in one directory. Safe under several processes, of which one at a time builds a key."""
 
     def __init__(self, directory: str | Path | None = None, *, limit_bytes: int = LIMIT_BYTES) -> None:
-        self.directory = Path(directory).expanduser() if directory is not None else cache_home() / "engines"
+        own = None if directory is None else expanded(Path(directory), "give the whole path")
+        self.directory = cache_home() / "engines" if own is None else own
         self.limit_bytes = limit_bytes
 
-    def locked(self, key: Key) -> FileLock:
-        """Hold a key, in a `with`: whoever else wants it waits. Raises `InvalidConfig` where nothing can be written."""
+    @property
+    def only_read(self) -> str | None:
+        """Say why nothing is written to the directory; None where it is this user's to write to, and nobody else's."""
+        if (others := others_write(self.directory)) is not None:
+            return f"{others}; give a directory of your own"
+        return None if os.access(self.directory, os.W_OK) else f"this user can't write to {self.directory}"
+
+    def locked(self, key: Key) -> AbstractContextManager[object]:
+        """Hold a key, in a `with`: whoever else wants it waits. Raises `InvalidConfig` for a directory that can't be.
+
+        Where the directory is only read there is nothing to wait for.
+        """
         return self._lock(key.digest)
 
     def read(self, key: Key, into: Path) -> bool:
@@ -68,52 +80,67 @@ class Registry:
         Raises `OSError` where there is no room for the copy; what is kept stays.
         """
         folder = self.directory / key.digest
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return False
         try:
             manifest = manifest_of(folder)
             if manifest["key"] != key.to_json():
                 raise Unfit("it was built for something else")
             contents = contents_of(folder, manifest)
-            os.utime(folder / MANIFEST)
-        except (Unfit, OSError) as error:
-            warnings.warn(
-                f"the engine kept in {folder} is not as fastdit wrote it ({error}); it is removed and built again",
-                EngineWarning,
-                stacklevel=2,
-            )
+        except Unfit as error:
             self.remove(key)
+            done = "stays, since nothing is written there" if os.path.lexists(folder) else "is removed and built again"
+            _remark(f"the engine kept in {folder} is not as fastdit wrote it ({error}); it {done}")
             return False
+        except (InvalidConfig, OSError) as error:
+            _remark(
+                f"the engine kept in {folder} can't be read by this user ({error}); it stays and is built again here"
+            )
+            return False
+        if self.only_read is None:
+            os.utime(folder / MANIFEST)
         for name, content in contents.items():
             target = into / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         return True
 
-    def keep(self, key: Key, made: Path) -> bool:
-        """Keep what lies in the folder `made` under a key, which is held; warns where there is no room for it."""
-        self._remove_partial(key.digest)
-        partial = self.directory / f".{key.digest}.{secrets.token_hex(4)}.partial"
-        try:
-            shutil.copytree(made, partial)
-            seal(partial, key.to_json())
-            self.remove(key)
-            os.replace(partial, self.directory / key.digest)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            warnings.warn(
-                f"an engine can't be kept in {self.directory} ({error}), so the next process builds it again; make "
-                "room there, or give another directory",
-                EngineWarning,
-                stacklevel=2,
-            )
-            return False
-        self._trim(key.digest)
-        return True
+    def keep(self, key: Key, built: Path) -> bool:
+        """Keep what lies in the folder `built` under a key, which is held; warns where that can't be, and why."""
+        if (why := self.only_read) is None:
+            self._remove_partial(key.digest)
+            partial = self._partial(key.digest)
+            try:
+                shutil.copytree(built, partial)
+                seal(partial, key.to_json())
+                self.remove(key)
+                os.replace(partial, self.directory / key.digest)
+            except (InvalidConfig, OSError) as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                why = f"{error}; make room there, or give another directory"
+            else:
+                self._trim(key.digest)
+                return True
+        _remark(f"an engine can't be kept in {self.directory}, so the next process builds it again: {why}")
+        return False
 
     def remove(self, key: Key) -> None:
-        """Remove what is kept under a key, which is held."""
-        shutil.rmtree(self.directory / key.digest, ignore_errors=True)
+        """Remove what is kept under a key, which is held, where anything is written."""
+        if self.only_read is None:
+            self._discard(self.directory / key.digest)
+
+    def _discard(self, entry: Path) -> None:
+        """Take an entry away at once, and then apart, whatever lies in its place."""
+        partial = self._partial(entry.name)
+        with suppress(OSError):
+            entry.rename(partial)
+            if partial.is_dir() and not partial.is_symlink():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink()
+
+    def _partial(self, digest: str) -> Path:
+        return self.directory / f".{digest}.{secrets.token_hex(4)}.partial"
 
     def entries(self) -> list[Entry]:
         """List what is kept, last used first; what can't be read is left out."""
@@ -128,7 +155,7 @@ class Registry:
         folders = list(self.directory.glob(_ENTRIES))
         for folder in folders:
             with self._lock(folder.name):
-                shutil.rmtree(folder, ignore_errors=True)
+                self._discard(folder)
         self._remove_partial(_ENTRIES)
         return len(folders)
 
@@ -145,22 +172,26 @@ class Registry:
             if total <= self.limit_bytes:
                 return
             if folder.name != newest:
-                with suppress(Timeout), self._lock(folder.name).acquire(timeout=0):  # one that is in use stays
-                    shutil.rmtree(folder, ignore_errors=True)
+                with suppress(Timeout), self._lock(folder.name, timeout=0):  # one that is in use stays
+                    self._discard(folder)
                     total -= sizes[folder]
 
-    def _lock(self, digest: str) -> FileLock:
+    def _lock(self, digest: str, timeout: float = -1) -> AbstractContextManager[object]:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            made(self.directory)
         except OSError as error:
             raise InvalidConfig(
                 f"engines can't be kept in {self.directory}: {error}; give a directory that can be written"
             ) from error
-        return FileLock(self.directory / f".{digest}.lock")
+        return nullcontext() if self.only_read else FileLock(self.directory / f".{digest}.lock", timeout=timeout)
+
+
+def _remark(text: str) -> None:
+    warnings.warn(text, EngineWarning, stacklevel=3)
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in files_in(folder).values())
+    return sum(path.lstat().st_size for path in files_in(folder).values())
 
 
 def _last_used(folder: Path) -> float:

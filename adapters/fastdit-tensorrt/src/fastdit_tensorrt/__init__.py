@@ -22,7 +22,8 @@ from torch import nn
 from fastdit.config import register
 from fastdit.engine.flat import Output, prove
 from fastdit.engine.piece import Execute, PieceCall
-from fastdit.engine.sealed import cache_home, digest_of
+from fastdit.engine.places import cache_home, made, others_write
+from fastdit.engine.sealed import digest_of
 from fastdit.engine.staged import Shapes, StagedEngine, exported, stage_of
 from fastdit.errors import EngineBuildFailed, EngineMismatch, UnsupportedModel
 from fastdit.nested import tensors_of
@@ -75,8 +76,9 @@ class TensorRT(StagedEngine):
         """Compile a piece with a profile for each of `shapes`, or refit what was compiled for other weights."""
         torch_tensorrt = _torch_tensorrt()
         program = exported(call, shapes)
-        cache = cache_home() / "tensorrt"
-        cache.mkdir(parents=True, exist_ok=True)
+        timings = made(cache_home() / "tensorrt")
+        if others_write(timings) is not None:  # whose file TensorRT would read
+            timings = folder.parent
         compiled = torch_tensorrt.dynamo.compile(
             program,
             arg_inputs=inputs_of(torch_tensorrt.Input, call.tensors, shapes),
@@ -89,7 +91,7 @@ class TensorRT(StagedEngine):
             cache_built_engines=True,
             reuse_cached_engines=True,
             custom_engine_cache=sealed_cache(self.directory, type(call.module).__name__, self._fingerprint(call)),
-            timing_cache_path=str(cache / "timing.bin"),
+            timing_cache_path=str(timings / "timing.bin"),
         )
         # Without tracing it once more, which would need the dimensions that differ to be named again.
         torch_tensorrt.save(compiled, str(folder / _PROGRAM), output_format="exported_program", retrace=False)

@@ -7,4 +7,5 @@ import pytest
 def engines(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIT_CACHE", str(tmp_path_factory.mktemp("engines")))
+        patch.setenv("FASTDIT_STATE", str(tmp_path_factory.mktemp("state")))
         yield
