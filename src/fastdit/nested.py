@@ -35,7 +35,15 @@ def map_tensors(
 def tensors_of(value: Value) -> list[torch.Tensor]:
     """List the tensors in nested tuples, lists and dictionaries, in order."""
     found: list[torch.Tensor] = []
-    map_tensors(value, found.append)
+    waiting = [value]
+    while waiting:  # a walk without calls, since it is taken at every step
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            waiting.extend(reversed(item))
+        elif isinstance(item, Mapping):
+            waiting.extend(reversed([*item.values()]))
     return found
 
 

@@ -196,13 +196,12 @@ class Run:
 
     def _weigh(self) -> None:
         """Note how much memory the caches hold, each storage counted once."""
-        storages = {
-            storage.data_ptr(): storage.nbytes()
-            for state in self._states.values()
-            for tensor in state.tensors()
-            for storage in (tensor.untyped_storage(),)
-        }
-        self._cache_bytes = max(self._cache_bytes, sum(storages.values()))
+        sizes: dict[int, int] = {}
+        for state in self._states.values():
+            for tensor in state.tensors():
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        self._cache_bytes = max(self._cache_bytes, sum(sizes.values()))
 
     def finish(self, *, completed: bool) -> RunRecord:
         """Close the run: drop all state and give the record."""

@@ -57,7 +57,8 @@ class PackedFamily(PatchFamily):
 
     def place(self, arguments: Arguments, given: TokenLayout, latents: torch.Tensor, layout: TokenLayout) -> Placed:
         name, tokens = next(iter(arguments.items()))
-        appended, joined = tokens[:, given.tokens :], tokens[:, : given.tokens, latents.shape[2] :]
+        count = given.tokens
+        appended, joined = tokens[:, count:], tokens[:, :count, latents.shape[2] :]
         if joined.shape[2]:
             # The pipeline joins what follows the stages, but for the first step, which it begins at the full size.
             latents = torch.cat([latents, joined if given is layout else followed(self, joined, layout)], dim=2)

@@ -225,9 +225,14 @@ def signal_for(block: Block, kind: str) -> Signal | None:
     block = getattr(block, "original", block)
     if kind == "modulated" and not _modulates(block):
         return None
+    cls: Any = type(block)
+    return _described(cls, kind)
+
+
+@lru_cache(maxsize=256)
+def _described(cls: type[Any], kind: str) -> Signal | None:
     table = _TABLES.get(kind, {})
-    names = [cls.__name__ for cls in type(block).__mro__]
-    return next((table[name] for name in names if name in table), None)
+    return next((table[base.__name__] for base in cls.__mro__ if base.__name__ in table), None)
 
 
 def modulated_signal(block: Block) -> Signal | None:

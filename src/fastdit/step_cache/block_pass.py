@@ -101,26 +101,25 @@ class BlockCachePass(Pass):
             return next(call)
         segment, place, port = found
         part = self._parts.get(segment.part)
-        if part is not None and part.whole and segment.first < place < segment.stop - 1:
-            return next(call)  # inside of what is computed, nothing is seen to
-        values = [call.args[at] if isinstance(at, int) else call.kwargs[at] for at in port.inputs]
-        if place == segment.enters and segment.decides:
-            self._stream = self._watched(segment, values)
-            self._entered = values[self._stream]
-        if place < segment.first:
-            call.whole = True
-            return next(call)
         watched = None
-        if place == segment.first:
-            if segment.decides:
-                watched = WatchedBlock(call.block)
-                self._decide(segment, values, watched, call)
-                call.children = watched.answers()
-            self._start, self._samples = values, []
-            self._versions = versions_of(values)
-        part = self._parts[segment.part]
-        if not part.whole:
-            return self._in_part(segment, values, call, next)
+        if part is None or not part.whole or place <= segment.first:  # else the streams are not looked at
+            values = [call.args[at] if isinstance(at, int) else call.kwargs[at] for at in port.inputs]
+            if place == segment.enters and segment.decides:
+                self._stream = self._watched(segment, values)
+                self._entered = values[self._stream]
+            if place < segment.first:
+                call.whole = True
+                return next(call)
+            if place == segment.first:
+                if segment.decides:
+                    watched = WatchedBlock(call.block)
+                    self._decide(segment, values, watched, call)
+                    call.children = watched.answers()
+                self._start, self._samples = values, []
+                self._versions = versions_of(values)
+            part = self._parts[segment.part]
+            if not part.whole:
+                return self._in_part(segment, values, call, next)
         output = next(call)
         if watched is not None:
             watched.check()

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 Shapes = tuple[torch.Size, ...]
 
-#: The place in a batch of a group that is all of it.
-_WHOLE = [slice(None)]
-
 
 @dataclasses.dataclass
 class GroupState:
@@ -62,9 +59,13 @@ class BranchState:
 
     def tensors(self) -> list[torch.Tensor]:
         """List every tensor that is kept."""
-        groups = [group for part in self.parts.values() for group in part]
-        kept = [tensor for group in groups for history in group.histories.values() for tensor in history.tensors()]
-        return kept + [value for group in groups for value in vars(group.memory).values() if torch.is_tensor(value)]
+        kept: list[torch.Tensor] = []
+        for part in self.parts.values():
+            for group in part:
+                kept += [value for value in vars(group.memory).values() if torch.is_tensor(value)]
+                for history in group.histories.values():
+                    kept += history.tensors()
+        return kept
 
     def lift(self, sources: torch.Tensor, tokens: int) -> None:
         """Bring histories and signals to another token layout; what has no tokens in it stays, other signals go.
@@ -110,23 +111,25 @@ class Decider:
         `shapes` are those of a group's streams; `forced` computes whatever the gate says.
         """
         cache, context = self.cache, site.context
-        rows = _WHOLE if len(groups) == 1 else [slice(i, i + 1) for i in range(len(groups))]
         signal = cache.signal(site)
-        own = [self._forced(group, context, shapes, segment) for group in groups]
-        reasons = [forced or reason for reason in own]
-        changes: list[torch.Tensor | None] = [None] * len(groups)
+        asked, changes = [], []
         for index, group in enumerate(groups):
-            if reasons[index] is None and signal is not None:
-                changes[index] = cache.change(group.memory, signal[rows[index]])
-                if changes[index] is None:
-                    reasons[index] = "no history"
-        read = iter(self._read([change for change in changes if change is not None]))
+            own = signal if signal is None or len(groups) == 1 else signal[index : index + 1]
+            reason, change = self._forced(group, context, shapes, segment), None
+            reason = forced or reason
+            if reason is None and own is not None:
+                change = cache.change(group.memory, own)
+                if change is None:
+                    reason = "no history"
+                else:
+                    changes.append(change)
+            asked.append((group, own, reason, change))
+        read = iter(self._read(changes))
         verdicts = []
-        for index, group in enumerate(groups):
-            change = 0.0 if changes[index] is None else next(read)
-            verdict = self._verdict(group, reasons[index], change, context)
-            if signal is not None:
-                cache.remember(group.memory, signal[rows[index]], verdict.compute)
+        for group, own, reason, change in asked:
+            verdict = self._verdict(group, reason, 0.0 if change is None else next(read), context)
+            if own is not None:
+                cache.remember(group.memory, own, verdict.compute)
             if verdict.compute:
                 group.memory.restart()
             group.consecutive = 0 if verdict.compute else group.consecutive + 1
@@ -152,7 +155,8 @@ class Decider:
         """Read all changes at once: the one host-device synchronisation of a decision."""
         if not changes:
             return []
-        pairs: list[list[float]] = self._reduce(torch.stack(changes)).tolist()
+        together = torch.stack(changes) if len(changes) > 1 else changes[0][None]
+        pairs: list[list[float]] = self._reduce(together).tolist()
         return [amount / scale if scale else math.nan for amount, scale in pairs]
 
     def _verdict(self, group: GroupState, forced: str | None, change: float, context: StepContext) -> Verdict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 
@@ -50,7 +51,7 @@ class History:
 
     def tensors(self) -> list[torch.Tensor]:
         """List what is kept, for the count of memory."""
-        return [tensor for features in self.kept for tensor in features]
+        return [*chain.from_iterable(self.kept)]
 
 
 @dataclasses.dataclass(frozen=True)
