@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastdit.errors import UnsupportedModel
 from fastdit.nested import Value, map_tensors
-from fastdit.structure import meta_twin, structural_twin, twin_with
+from fastdit.structure import RunningParts, meta_twin, structural_twin, twin_with
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,10 @@ def count(module: nn.Module, *args: Value, **kwargs: Value) -> FlopCount:
     twin = meta_twin(module)
     args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to("meta"))
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = cast(Any, RunningParts(twin))
     with torch.no_grad(), counter:
         twin(*args, **kwargs)
-    root = type(twin).__name__ + "."
-    modules = {
-        path.removeprefix(root): sum(counts.values())
-        for path, counts in counter.get_flop_counts().items()
-        if path.startswith(root)
-    }
+    modules = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items() if path != "Global"}
     modules[""] = counter.get_total_flops()
     lists = [(name, child) for name, child in twin.named_children() if isinstance(child, nn.ModuleList)]
     blocks = tuple(f"{name}.{index}" for name, child in lists for index in range(len(child)))

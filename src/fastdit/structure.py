@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastdit.errors import IncompatibleStack
 from fastdit.nested import Value, map_tensors
@@ -126,6 +127,27 @@ def _is_helper(value: Value, module: nn.Module) -> bool:
     Such objects keep tensors, some only from their first use on, and a copy of the module must not change them.
     """
     return type(value).__module__ == type(module).__module__ and not isinstance(value, (nn.Module, type))
+
+
+class RunningParts:
+    """Which parts of a module are running, by their paths, for torch's counter of FLOPs.
+
+    torch's own tracker hooks every module of the process, and so whatever runs in other threads.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parents = {"Global"}
+        self._module = module
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for path, part in self._module.named_modules():
+            self._handles.append(part.register_forward_pre_hook(lambda *_, path=path: self.parents.add(path)))
+            self._handles.append(part.register_forward_hook(lambda *_, path=path: self.parents.discard(path)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def same_object_twin(module: _Module, cls: type[_Module]) -> _Module:

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from torch.nn.modules import module as torch_s
 
+import tiny
+from fastdit import accelerate
 from fastdit.engine.compile import inductor_in
+from fastdit.meter import count
 from fastdit.mini import parts
 from fastdit.process import environment, unheard_warnings
 
@@ -105,6 +111,43 @@ def test_what_was_set_is_put_back_after_an_error_and_within_itself() -> None:
     assert "FASTDIT_A" not in os.environ
 
 
+class Noting(nn.Module):
+    """Notes, while it runs, how many hooks every module of the process has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.noted = nn.Linear(3, 5), []
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.noted.append((len(torch_s._global_forward_pre_hooks), len(torch_s._global_forward_hooks)))
+        output: torch.Tensor = self.linear(values)
+        return output
+
+
+def test_counting_flops_hooks_no_other_module_of_the_process() -> None:
+    """Where torch's own counter does, a module that runs in another thread is counted, or raises."""
+    module = Noting()
+    counted = count(module, torch.ones(2, 3))
+    assert module.noted == [(0, 0)]
+    assert counted.modules == {"": 60, "linear": 60} and counted.total == 60
+
+
+def in_a_forked_child(act: Callable[[], None]) -> int:
+    """Do something in a child of this process, and give its exit status: 0 unless that raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, about forks beside threads
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 def test_a_child_that_is_forked_while_another_thread_builds_can_build_itself() -> None:
     inside, done = threading.Event(), threading.Event()
 
@@ -113,19 +156,40 @@ def test_a_child_that_is_forked_while_another_thread_builds_can_build_itself() -
             inside.set()
             done.wait(10)
 
+    def build_in_the_child() -> None:
+        other = threading.Thread(target=lambda: environment({}).__enter__(), daemon=True)
+        other.start()
+        other.join(5)
+        assert not other.is_alive()
+
     thread = threading.Thread(target=build)
     thread.start()
     inside.wait(10)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, about forks beside threads
-        child = os.fork()
-    if child == 0:
-        entered: list[bool] = []
-        other = threading.Thread(target=lambda: entered.append(bool(environment({}).__enter__() is None)), daemon=True)
-        other.start()
-        other.join(5)
-        os._exit(0 if entered else 1)
-    _, status = os.waitpid(child, 0)
+    status = in_a_forked_child(build_in_the_child)
     done.set()
     thread.join()
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert status == 0
+
+
+def test_a_child_that_is_forked_while_another_thread_calls_a_twin_can_call_it_itself() -> None:
+    pipe, call = tiny.flux(steps=1)
+    fast = accelerate(pipe, [])
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert done.wait(30)
+
+    def call_in_the_child() -> None:
+        done.set()
+        tiny.run(fast, call)
+
+    handle = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=tiny.run, args=(fast, call))
+    thread.start()
+    assert inside.wait(30)
+    status = in_a_forked_child(call_in_the_child)
+    done.set()
+    thread.join()
+    handle.remove()
+    assert status == 0
