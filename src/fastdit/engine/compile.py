@@ -31,7 +31,7 @@ from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.processor import ProcessorEngine
 from fastdit.engine.staged import StagedEngine, following_tokens, stage_of
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
-from fastdit.process import environment, unheard_warnings
+from fastdit.process import environment, switching, unheard_warnings
 
 _NUMBERS = itertools.count()
 
@@ -120,7 +120,7 @@ class Compile(StagedEngine, ProcessorEngine):
             if len(shapes) > 1:
                 stage_of(call.tensors, shapes)
             try:
-                with nullcontext() if _BOUNDED else torch._dynamo.config.patch(error_on_recompile=True):
+                with nullcontext() if _BOUNDED else _no_second_graph():
                     return compiled(call.module, call.args, call.kwargs)
             except second_graph as error:
                 raise EngineMismatch(
@@ -145,6 +145,13 @@ def isolated(function: _Piece, *, mode: str, dynamic: bool | None) -> _Piece:
     bounds: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 1} if _BOUNDED else {}
     compiled: _Piece = torch.compile(own, fullgraph=True, mode=mode, dynamic=dynamic, **bounds)
     return compiled
+
+
+@contextmanager
+def _no_second_graph() -> Iterator[None]:
+    """Let Dynamo refuse to compile again, which older versions are told by a switch of the process."""
+    with switching(), torch._dynamo.config.patch(error_on_recompile=True):
+        yield
 
 
 @contextmanager
