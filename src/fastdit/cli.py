@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 import fastdit
+from fastdit.bench.command import bench
 from fastdit.errors import FastditError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 engines = typer.Typer(no_args_is_help=True, help="List or remove the engines that are kept on disk.")
 app.add_typer(engines, name="engines")
+app.command()(bench)
 Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 

@@ -69,6 +69,18 @@ def _saved_fields(cls: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init and not field.metadata.get(LOCAL)]
 
 
+def find_type(name: str) -> type[Any] | None:
+    """Find a configuration by its name: one of the library's own, or of an installed adapter."""
+    if name not in _REGISTRY:
+        _load_type(name)
+    return _REGISTRY.get(name)
+
+
+def known_types() -> list[str]:
+    """Name every configuration that has been registered so far."""
+    return sorted(_REGISTRY)
+
+
 def encode(value: Any) -> Any:
     """Turn a registered configuration into plain JSON data, nested configurations included."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -106,14 +118,12 @@ def _decoded(data: Any, where: str) -> Any:
         raise InvalidConfig(f"{where}: names of fields are texts, got {shown([*data])}")
     fields = dict(data)
     name = fields.pop("type", None)
-    if isinstance(name, str) and name not in _REGISTRY:
-        _load_type(name)
-    if not isinstance(name, str) or name not in _REGISTRY:
-        known = ", ".join(sorted(_REGISTRY))
+    cls = find_type(name) if isinstance(name, str) else None
+    if cls is None:
         raise InvalidConfig(
-            f"{where}: unknown type {shown(name)}; the allowed types are {known}, and those of adapters once installed"
+            f"{where}: unknown type {shown(name)}; the allowed types are {', '.join(known_types())}, and those of "
+            "adapters once installed"
         )
-    cls = _REGISTRY[name]
     allowed = _saved_fields(cls)
     for field in dataclasses.fields(cls):
         if field.metadata.get(LOCAL) and fields.pop(field.name, None) is not None:

@@ -41,19 +41,19 @@ class Interval:
 def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """Median over median, paired by round: the speed-up, if given the seconds of the baseline and of the candidate."""
     above, below = _paired(numerator, denominator)
-    return _bootstrap(lambda rows: np.median(above[rows], axis=-1) / np.median(below[rows], axis=-1), above.size)
+    return bootstrap(lambda rows: np.median(above[rows], axis=-1) / np.median(below[rows], axis=-1), above.size)
 
 
 def median_of_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """The median of each round's own ratio: sharpest for small differences, because drift cancels in every round."""
     above, below = _paired(numerator, denominator)
-    return _bootstrap(lambda rows: np.median((above / below)[rows], axis=-1), above.size)
+    return bootstrap(lambda rows: np.median((above / below)[rows], axis=-1), above.size)
 
 
 def mean(values: Sequence[float], *, seed: int = 0) -> Interval:
     """The mean, for example of judge scores."""
     array = _checked(values)
-    return _bootstrap(lambda rows: array[rows].mean(axis=-1), array.size, seed)
+    return bootstrap(lambda rows: array[rows].mean(axis=-1), array.size, seed)
 
 
 def mean_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -62,7 +62,7 @@ def mean_difference(first: Sequence[float], second: Sequence[float]) -> Interval
     return mean(list(ahead - behind))
 
 
-def _bootstrap(statistic: Callable[[npt.NDArray[np.intp]], Array], count: int, seed: int = 0) -> Interval:
+def bootstrap(statistic: Callable[[npt.NDArray[np.intp]], Array], count: int, seed: int = 0) -> Interval:
     """Percentile interval; `statistic` maps an array of row numbers to values along its last axis."""
     rows = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
     tail = (1 - CONFIDENCE) / 2

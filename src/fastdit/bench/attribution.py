@@ -1,0 +1,147 @@
+"""What each part of a stack is worth: alone, added last, and on average over every order (its Shapley value).
+
+For parts N and a value v of every subset,
+
+    alone_i = v({i}) - v({}),   last_i = v(N) - v(N - i),
+    shapley_i = sum over S without i of |S|! (|N| - |S| - 1)! / |N|! (v(S + i) - v(S))
+
+With v = -log(seconds) the differences are factors of speed-up, and the Shapley values multiply to the whole stack's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+from math import factorial
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdit.errors import InvalidConfig
+from fastdit.measure.statistics import Interval, bootstrap
+from fastdit.stack import Stack
+
+Parts = frozenset[int]
+Array = npt.NDArray[np.float64]
+
+#: Parts up to which every subset is run.
+MOST_PARTS = 5
+
+
+@dataclass(frozen=True)
+class PartGain:
+    """What a part of a stack is worth; gains are factors of speed-up where times were given, else differences."""
+
+    name: str
+    alone: Interval
+    last: Interval
+    shapley: Interval
+
+    @property
+    def dead_weight(self) -> bool:
+        """Whether the stack is shown to be no faster with the part than without it."""
+        return self.last.low <= 1.0
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """How much two parts gain together, over the product of what each gains without the other."""
+
+    names: tuple[str, str]
+    over_product: Interval
+
+    def __str__(self) -> str:
+        first, second = self.names
+        told = "as much as" if self.over_product.low <= 1.0 <= self.over_product.high else (
+            "more than" if self.over_product.estimate > 1.0 else "less than"
+        )  # fmt: skip
+        return f"{first} and {second} gain {told} the product of their own: {self.over_product:.2f} of it"
+
+
+def subsets(stack: Stack) -> dict[Parts, Stack]:
+    """Give the stack of every subset of the parts, but the empty one.
+
+    Raises `InvalidConfig` for more than `MOST_PARTS` parts.
+    """
+    parts = list(stack)
+    if len(parts) > MOST_PARTS:
+        raise InvalidConfig(
+            f"every subset of {len(parts)} parts is {2 ** len(parts)} stacks; attribute at most {MOST_PARTS} parts"
+        )
+    return {chosen: Stack([parts[index] for index in sorted(chosen)]) for chosen in _subsets(len(parts)) if chosen}
+
+
+def subset_name(name: str, stack: Stack, parts: Parts) -> str:
+    """Name a subset of a stack by its parts' classes."""
+    kinds = [type(part).__name__ for part in stack]
+    return f"{name}: {' + '.join(kinds[index] for index in sorted(parts))}"
+
+
+def gains(names: Sequence[str], seconds: Mapping[Parts, Sequence[float]]) -> list[PartGain]:
+    """Give what each part is worth, from the seconds of every subset's rounds (the empty one's are the plain run's).
+
+    Every subset has as many rounds, paired by their numbers; intervals are bootstrapped over rounds.
+    """
+    rounds = _rounds(names, seconds)
+    every = frozenset(range(len(names)))
+    found = []
+    for part, name in enumerate(names):
+        one = frozenset([part])
+        alone = {one: 1.0, frozenset(): -1.0}
+        last = {every: 1.0, every - one: -1.0}
+        found.append(
+            PartGain(name, *(_factor(rounds, weights) for weights in (alone, last, shapley(part, len(names)))))
+        )
+    return found
+
+
+def interactions(names: Sequence[str], seconds: Mapping[Parts, Sequence[float]]) -> list[Interaction]:
+    """Give what every pair of parts gains over the product of its own two gains, within the whole stack's other parts.
+
+    Parts beside the pair are present, since that is how they will run.
+    """
+    rounds = _rounds(names, seconds)
+    every = frozenset(range(len(names)))
+    found = []
+    for first, second in combinations(range(len(names)), 2):
+        rest = every - {first, second}
+        weights = {every: 1.0, rest | {first}: -1.0, rest | {second}: -1.0, rest: 1.0}
+        found.append(Interaction((names[first], names[second]), _factor(rounds, weights)))
+    return found
+
+
+def shapley(part: int, count: int) -> dict[Parts, float]:
+    """Give the weights of every subset's value in the Shapley value of a part of `count`."""
+    weights: dict[Parts, float] = {}
+    for chosen in _subsets(count):
+        if part not in chosen:
+            weight = factorial(len(chosen)) * factorial(count - len(chosen) - 1) / factorial(count)
+            weights |= {chosen | {part}: weight, chosen: -weight}
+    return weights
+
+
+def _subsets(count: int) -> list[Parts]:
+    places = range(count)
+    return [
+        frozenset(chosen) for chosen in chain.from_iterable(combinations(places, size) for size in range(count + 1))
+    ]
+
+
+def _rounds(names: Sequence[str], seconds: Mapping[Parts, Sequence[float]]) -> dict[Parts, Array]:
+    """Check that every subset is there with as many rounds."""
+    missing = [chosen for chosen in _subsets(len(names)) if chosen not in seconds]
+    if missing or len({len(values) for values in seconds.values()}) != 1:
+        raise ValueError(f"attribution needs every subset of {list(names)} with as many rounds; missing: {missing}")
+    return {chosen: np.asarray(values, dtype=np.float64) for chosen, values in seconds.items()}
+
+
+def _factor(rounds: Mapping[Parts, Array], weights: Mapping[Parts, float]) -> Interval:
+    """Bootstrap a factor of speed-up over rounds: the weighted sum of -log(median seconds) of subsets."""
+
+    def statistic(rows: npt.NDArray[np.intp]) -> Array:
+        logs = [weight * np.log(np.median(rounds[parts][rows], axis=-1)) for parts, weight in weights.items()]
+        factor: Array = np.exp(-np.sum(logs, axis=0))
+        return factor
+
+    return bootstrap(statistic, next(iter(rounds.values())).size)

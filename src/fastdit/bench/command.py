@@ -1,0 +1,201 @@
+"""`fastdit bench`: measures stacks on a pipeline of one's own, and shows what each gains."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from fastdit.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from fastdit.bench.experiment import Experiment, Group
+    from fastdit.bench.outcome import RowOutcome
+    from fastdit.bench.store import Store
+    from fastdit.measure.timing import Progress
+
+#: Prompts that an embedded pipeline is measured on where none are given.
+MINI_PROMPTS = 4
+
+
+def bench(
+    pipe: Annotated[
+        str | None,
+        typer.Argument(help="mini, mini:sd3, a folder, a hub's name, or a .toml file that holds the experiment."),
+    ] = None,
+    stack: Annotated[
+        list[str] | None, typer.Option(help="A stack, such as 'RALU 4x, TeaCache .25, Compile'; as often as you like.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; as often as you like.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Pixels: 512, or 512x768 for height x width.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Steps of the plain run; the pipeline's own.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the noise.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts a call.")] = 1,
+    rounds: Annotated[int | None, typer.Option(help="At least; all prompts with all seeds if left out.")] = None,
+    precision: Annotated[str, typer.Option(help="Half the width of a speed-up's interval that is wanted.")] = "2%",
+    minutes: Annotated[float, typer.Option(help="How long rounds may go on for, in each group.")] = 10.0,
+    attribute: Annotated[bool, typer.Option(help="Run every subset of each stack: each part's worth.")] = False,
+    isolate: Annotated[bool, typer.Option(help="Give every row processes of its own.")] = False,
+    floor: Annotated[str | None, typer.Option(help="ssim=.9 rejects what is less like the full run.")] = None,
+    variant: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    lora: str | None = None,
+    offload: str | None = None,
+    out: Annotated[Path, typer.Option(help="Where all is kept; the same again goes on there.")] = Path("fastdit-bench"),
+    rerun: Annotated[Path | None, typer.Option(help="Repeat the experiment of this folder, in --out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure stacks on a pipeline, beside its full run and the plain run that takes as long."""
+    from fastdit.bench.experiment import Experiment
+    from fastdit.bench.grammar import parse_stack
+    from fastdit.bench.source import Source
+    from fastdit.bench.store import Store
+    from fastdit.bench.toml import read_experiment
+
+    if rerun is not None:
+        experiment = Store(rerun).experiment()
+    elif pipe is None:
+        raise InvalidConfig("name a pipeline, such as mini, or a .toml file; or repeat a folder's by --rerun")
+    elif pipe.endswith(".toml"):
+        experiment = read_experiment(Path(pipe))
+    else:
+        source = Source(pipe, variant, cast(Any, dtype), device, lora, cast(Any, offload))
+        experiment = Experiment(
+            pipelines=(source,),
+            stacks={text: parse_stack(text) for text in stack or ()},
+            prompts=tuple(_prompts(prompt, prompts, source)),
+            seeds=tuple(seed or (0,)),
+            sizes=None if size is None else tuple(map(_pixels, size)),
+            steps=None if steps is None else tuple(steps),
+            batch=batch,
+            rounds=rounds,
+            precision=_share(precision),
+            minutes=minutes,
+            attribute=attribute,
+            isolate=isolate,
+            ssim_floor=None if floor is None else _floor(floor),
+        )
+    _run(experiment, Store(out), as_json)
+
+
+def _run(experiment: Experiment, store: Store, as_json: bool) -> None:
+    """Measure, print, and write the results; what is finished when interrupted is shown."""
+    from rich.console import Console
+
+    from fastdit.bench.outcome import outcomes
+    from fastdit.bench.protocol import measure
+
+    console = Console()
+    store.begin(experiment, sys.argv)
+    try:
+        measure(experiment, store, _progress(Console(stderr=True)))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; this is what was finished, and the same command goes on from here")
+    found = {group: outcomes(experiment, group, store) for group in experiment.groups()}
+    data = [
+        {"group": group.title, "rows": [outcome_json(row, experiment) for row in rows]} for group, rows in found.items()
+    ]
+    store.write("results.json", data)
+    if as_json:
+        typer.echo(json.dumps(data))
+        return
+    for group, rows in found.items():
+        console.print(table(experiment, group, rows))
+        for line in told(experiment, group, store, rows):
+            console.print(line, highlight=False)
+    console.print(f"Everything is kept in {store.directory}; `fastdit bench --rerun {store.directory}` repeats it.")
+
+
+def outcome_json(row: RowOutcome, experiment: Experiment) -> dict[str, Any]:
+    """Give a row's outcome as plain data."""
+    data = asdict(row) | {"row": row.row.to_json(), "status": row.status(experiment.ssim_floor)}
+    made: dict[str, Any] = json.loads(json.dumps(data))
+    return made
+
+
+def table(experiment: Experiment, group: Group, rows: Sequence[RowOutcome]) -> Any:
+    """Show a group's rows: seconds, speed-up where it is shown, the rival of the same time, likeness, phases."""
+    from rich.table import Table
+
+    shown = Table(title=group.title, title_justify="left")
+    for heading in ("row", "s/call", "speed-up", "fewer FLOPs", "as long as", "SSIM", "build s", "first s", "status"):
+        shown.add_column(heading, justify="left" if heading in ("row", "status") else "right")
+    base = rows[0]
+    for row in rows:
+        speed = "" if row.speed_up is None else format(row.speed_up, ".2f") if row.shown else "not shown"
+        flops = "" if not (row.flops and base.flops) else f"{base.flops / row.flops:.2f}"
+        rival = "" if row.rival is None else f"{row.rival} ({row.rival_seconds:.3g} s)"
+        shown.add_row(
+            row.row.name,
+            "" if row.median_seconds is None else f"{row.median_seconds:.3g}",
+            speed,
+            flops,
+            rival,
+            "" if "ssim" not in row.likeness else format(row.likeness["ssim"], ".3f"),
+            *(f"{row.phases[phase]:.2f}" if phase in row.phases else "" for phase in ("build", "first")),
+            row.status(experiment.ssim_floor),
+        )
+    return shown
+
+
+def told(experiment: Experiment, group: Group, store: Store, rows: Sequence[RowOutcome]) -> list[str]:
+    """Say what a table can't: failures, warnings, and what the parts of a stack are worth."""
+    from fastdit.bench.outcome import attribution
+
+    lines = [f"  {row.row.name}: {row.error}" for row in rows if row.error is not None]
+    lines += [f"  {row.row.name}: {note}" for row in rows for note in row.notes]
+    if experiment.attribute:
+        for name in experiment.stacks:
+            lines += [f"  {line}" for line in attribution(experiment, group, store, name)]
+    return lines
+
+
+def _prompts(given: Sequence[str] | None, file: Path | None, source: Any) -> list[str]:
+    if file is not None:
+        try:
+            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidConfig(f"{file} can't be read: {error}") from error
+    if given or not source.embedded:
+        return list(given or ())
+    from fastdit.mini.prompts import held_out
+
+    return list(held_out(MINI_PROMPTS, 0))
+
+
+def _pixels(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found:
+        raise InvalidConfig(f"a size is 512, or 512x768 for height x width, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _share(text: str) -> float:
+    found = re.fullmatch(r"(\d*\.?\d+)(%?)", text)
+    if not found:
+        raise InvalidConfig(f"a precision is 2%, or .02, got {text!r}")
+    return float(found[1]) / (100.0 if found[2] else 1.0)
+
+
+def _floor(text: str) -> float:
+    found = re.fullmatch(r"ssim=(\d*\.?\d+)", text)
+    if not found:
+        raise InvalidConfig(f"a floor is ssim=.9 or so, got {text!r}")
+    return float(found[1])
+
+
+def _progress(console: Any) -> Progress:
+    """Say every finished round on a line of its own, which a pipe shows too."""
+
+    def say(title: str, done: int, total: int) -> None:
+        console.print(f"{title}: round {done} of {total} or more", highlight=False)
+
+    return say

@@ -1,0 +1,144 @@
+"""What the cells of a group show: speed-ups with intervals, likeness to the full run, the rivals of the same time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from fastdit.bench.attribution import gains, interactions, subset_name, subsets
+from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
+from fastdit.bench.store import Cell, Store
+from fastdit.measure.statistics import Interval, mean, ratio_of_medians
+
+#: How far a rival's time may be from a stack's, as a part of it, for the two to be compared.
+EQUAL_TIME = 0.1
+
+
+@dataclass(frozen=True)
+class RowOutcome:
+    """What is known of a row.
+
+    `speed_up` is to the plain pipeline's full run, None for itself and for too few rounds; `rival` names the plain run
+    that takes as long; `likeness` holds PSNR (dB) and SSIM to the full run of the same seeds; `phases` are the seconds
+    of loading, building and the first call; `notes` are what the library warned of.
+    """
+
+    row: Row
+    rounds: int
+    median_seconds: float | None
+    speed_up: Interval | None
+    flops: int | None
+    bytes: int | None
+    rival: str | None
+    rival_seconds: float | None
+    likeness: dict[str, Interval]
+    phases: dict[str, float]
+    notes: tuple[str, ...]
+    error: str | None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the speed-up's interval leaves 1 out."""
+        return self.speed_up is not None and not self.speed_up.low <= 1.0 <= self.speed_up.high
+
+    def rejected(self, floor: float | None) -> bool:
+        """Whether the row is not like enough to the full run."""
+        return floor is not None and "ssim" in self.likeness and self.likeness["ssim"].low < floor
+
+    def status(self, floor: float | None = None) -> str:
+        """Say in a word what came of the row."""
+        if self.error is not None:
+            return "failed"
+        if self.speed_up is None:
+            return "baseline" if self.row.name == "plain" else "too few rounds"
+        if self.rejected(floor):
+            return "rejected_quality"
+        return ("faster" if self.speed_up.estimate > 1 else "slower") if self.shown else "not shown"
+
+
+def outcomes(experiment: Experiment, group: Group, store: Store) -> list[RowOutcome]:
+    """Tell what is known of every row of a group by now, the plain run first."""
+    rows = experiment.rows(group) + store.added(group)
+    cells = {row.name: store.cells(group, row) for row in rows}
+    plain = rows[0]
+    times = {name: median([cell.seconds for cell in own]) for name, own in cells.items() if own}
+    found = []
+    for row in rows:
+        own, base = cells[row.name], cells[plain.name]
+        common = min(len(own), len(base))
+        speed_up = None
+        if row is not plain and common >= FEWEST_ROUNDS:
+            pair = [[cell.seconds for cell in some[:common]] for some in (base, own)]
+            speed_up = ratio_of_medians(*pair)
+        rival = _rival(rows, times, row)
+        prepared = store.prepared(group, row) or {}
+        found.append(
+            RowOutcome(
+                row,
+                len(own),
+                times.get(row.name),
+                speed_up,
+                own[0].flops if own else None,
+                max((cell.bytes for cell in own if cell.bytes is not None), default=None),
+                rival,
+                None if rival is None else times[rival],
+                {} if row is plain else _likeness(store, group, (plain, base), (row, own)),
+                prepared.get("seconds", {}),
+                tuple(prepared.get("notes", ())),
+                prepared.get("error"),
+            )
+        )
+    return found
+
+
+def _rival(rows: list[Row], times: dict[str, float], row: Row) -> str | None:
+    """Name the fastest plain run that takes no less time than a stack, where it takes hardly more."""
+    if row.plain or row.name not in times:
+        return None
+    goal = times[row.name]
+    slower = [one.name for one in rows if one.plain and times.get(one.name, 0.0) >= goal * (1 - EQUAL_TIME / 3)]
+    nearest = min(slower, key=lambda name: times[name], default=None)
+    return nearest if nearest is not None and times[nearest] <= goal * (1 + EQUAL_TIME) else None
+
+
+def _likeness(
+    store: Store, group: Group, plain: tuple[Row, list[Cell]], own: tuple[Row, list[Cell]]
+) -> dict[str, Interval]:
+    """Compare the pictures of the rounds that both have had."""
+    from PIL import Image
+
+    from fastdit.measure.images import psnr, ssim
+
+    pairs: list[tuple[Any, Any]] = []
+    for theirs, ours in zip(plain[1], own[1], strict=False):
+        for one, other in zip(theirs.pictures, ours.pictures, strict=False):
+            pairs.append(
+                (Image.open(store.picture(group, plain[0], one)), Image.open(store.picture(group, own[0], other)))
+            )
+    if not pairs:
+        return {}
+    references, images = ([picture.convert("RGB") for picture in side] for side in zip(*pairs, strict=True))
+    return {"psnr": mean(psnr(images, references)), "ssim": mean(ssim(images, references))}
+
+
+def attribution(experiment: Experiment, group: Group, store: Store, name: str) -> list[str]:
+    """Say what each part of a stack is worth, from the rounds that every subset has had."""
+    stack = experiment.stacks[name]
+    rows = {row.name: row for row in experiment.rows(group)}
+    if len(stack) < 2:
+        return []
+    every = frozenset(range(len(stack)))
+    named = {parts: subset_name(name, stack, parts) for parts in subsets(stack)} | {every: name, frozenset(): "plain"}
+    seconds = {parts: [cell.seconds for cell in store.cells(group, rows[own])] for parts, own in named.items()}
+    rounds = min(map(len, seconds.values()))
+    if rounds < FEWEST_ROUNDS:
+        return [f"{name}: too few rounds of its subsets to tell what its parts are worth"]
+    paired = {parts: values[:rounds] for parts, values in seconds.items()}
+    names = [type(part).__name__ for part in stack]
+    lines = []
+    for gain in gains(names, paired):
+        worth = "; no gain is shown beside the others: dead weight" if gain.dead_weight else ""
+        own = f"{gain.alone:.2f} alone, {gain.last:.2f} added last, {gain.shapley:.2f} on average"
+        lines.append(f"{name}: {gain.name} gains {own}{worth}")
+    return lines + [f"{name}: {one}" for one in interactions(names, paired)]

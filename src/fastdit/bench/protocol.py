@@ -1,0 +1,250 @@
+"""How cells are measured: rows are prepared once and take turns, from an idle device to an idle device."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fastdit.acceleration import accelerate
+from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
+from fastdit.bench.store import BenchError, Cell, Store, rival
+from fastdit.errors import FastditWarning
+from fastdit.measure.statistics import Interval, ratio_of_medians
+from fastdit.measure.timing import Progress, silent, timed
+from fastdit.stack import Stack
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+#: Rounds whose pictures are kept.
+PICTURED_ROUNDS = 64
+
+#: Steps of the plain run that, beside the full one, tells a step's time from what every run costs.
+_PROBE_STEPS = 2
+
+#: Rounds after which rivals are chosen.
+_RIVALS_AFTER = 2
+
+
+def measure(experiment: Experiment, store: Store, progress: Progress = silent) -> None:
+    """Measure everything that the store has not got yet, a group after another."""
+    for group in experiment.groups():
+        GroupRun(experiment, group, store, progress).run()
+
+
+class GroupRun:
+    """The rows of one group, taking turns until every speed-up is known as well as asked, or the time is up."""
+
+    def __init__(self, experiment: Experiment, group: Group, store: Store, progress: Progress) -> None:
+        self.experiment, self.group, self.store, self.progress = experiment, group, store, progress
+        self.rows = experiment.rows(group) + store.added(group)
+        self._bench: Bench | None = None
+
+    def run(self) -> None:
+        """Run rounds; what is on disk already is not run again."""
+        ends = time.monotonic() + 60.0 * self.experiment.minutes
+        number = 0
+        while number < self.experiment.least_rounds or (time.monotonic() < ends and not self.precise()):
+            if number == _RIVALS_AFTER and not self.store.added(self.group):
+                self._add_rivals()
+            self._round(self.rows, number)
+            number += 1
+            self.progress(self.group.title, number, max(number, self.experiment.least_rounds))
+
+    def _round(self, rows: Sequence[Row], number: int) -> None:
+        """Run one round of the rows that have not had it, in an order of its own."""
+        missing = [row for row in rows if not (self.error(row) or self.store.has(self.group, row, number))]
+        random.Random(number).shuffle(missing)
+        for row in missing:
+            self._cell(row, number)
+
+    def _cell(self, row: Row, number: int) -> None:
+        """Measure a cell. A row that fails says so from then on, and the others go on."""
+        try:
+            if self.experiment.isolate:
+                run_apart(self.store, self.group, row, number)
+            else:
+                self.bench.cell(row, number)
+        except Exception as error:
+            # Without the plain run there is nothing to compare with, and a full disk is none of the row's.
+            if row is self.rows[0] or isinstance(error, BenchError):
+                raise
+            self.store.keep_row(self.group, row, {"error": f"{type(error).__name__}: {error}"})
+
+    def error(self, row: Row) -> str | None:
+        """Say why a row was left; None where it was not."""
+        return (self.store.prepared(self.group, row) or {}).get("error")
+
+    @property
+    def bench(self) -> Bench:
+        """The group's pipeline, loaded when the first cell needs it."""
+        if self._bench is None:
+            self._bench = Bench(self.experiment, self.group, self.store)
+        return self._bench
+
+    def seconds(self, row: Row) -> list[float]:
+        """Give what a row's rounds took so far."""
+        return [cell.seconds for cell in self.store.cells(self.group, row)]
+
+    def precise(self) -> bool:
+        """Whether every stack's speed-up is known as well as asked."""
+        stacks = [row for row in self.rows if not row.plain and self.error(row) is None]
+        return all(
+            found is not None and found.spread <= self.experiment.precision * found.estimate
+            for found in map(self.speed_up, stacks)
+        )
+
+    def speed_up(self, row: Row) -> Interval | None:
+        """Give how many times faster than the plain pipeline a row is, over the rounds that both have had."""
+        base, own = self.seconds(self.rows[0]), self.seconds(row)
+        common = min(len(base), len(own))
+        return ratio_of_medians(base[:common], own[:common]) if common >= FEWEST_ROUNDS else None
+
+    def _add_rivals(self) -> None:
+        """Add, for every stack, the plain run of fewest steps that does not take less time, and give it its rounds.
+
+        A run's time is affine in its steps: a short one and the full one tell of all.
+        """
+        full, short = self.rows[0], rival(_PROBE_STEPS)
+        for number in range(_RIVALS_AFTER):
+            self._round([short], number)
+        steps = (self.store.prepared(self.group, full) or {})["steps"]
+        slow, quick = (median(self.seconds(row)) for row in (full, short))
+        if steps <= _PROBE_STEPS or slow <= quick:
+            return
+        each = (slow - quick) / (steps - _PROBE_STEPS)
+        goals = [median(self.seconds(row)) for row in self.rows if not row.plain and self.error(row) is None]
+        counts = sorted({min(max(ceil(_PROBE_STEPS + (goal - quick) / each - 0.01), 1), steps) for goal in goals})
+        added = [rival(count) for count in counts if count != full.steps]
+        self.store.keep_added(self.group, added)
+        self.rows = [*self.rows, *added]
+        for number in range(_RIVALS_AFTER):
+            self._round(added, number)
+
+
+@dataclass
+class Prepared:
+    """What makes a row's pictures, and the FLOPs that stand for each of its rounds where no record tells them."""
+
+    pipeline: Any
+    flops: int | None
+
+
+class Bench:
+    """A group's pipeline in this process."""
+
+    def __init__(self, experiment: Experiment, group: Group, store: Store) -> None:
+        self.experiment, self.group, self.store = experiment, group, store
+        start = time.perf_counter()
+        self.pipeline = group.source.load()
+        self.load_seconds = time.perf_counter() - start
+        self._prepared: dict[str, Prepared] = {}
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.pipeline._execution_device
+        return device
+
+    def cell(self, row: Row, number: int) -> None:
+        """Measure one cell and keep it."""
+        prepared = self._prepare(row)
+        self._forget_peak()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastditWarning)  # they are among the row's notes
+            seconds, images = timed(lambda number: self._call(prepared.pipeline, row, number), number, self.device)
+        record = None if row.plain else prepared.pipeline.fastdit.last_run.to_json()
+        pictured = number < PICTURED_ROUNDS
+        cell = Cell(
+            number,
+            *self.experiment.inputs(number),
+            seconds,
+            prepared.flops if record is None else record["flops"],
+            self._peak(),
+            record,
+            [f"{number:04}-{index}.png" for index in range(len(images))] if pictured else [],
+        )
+        self.store.keep(self.group, row, cell, images if pictured else [])
+
+    def _prepare(self, row: Row) -> Prepared:
+        """Open a row once: its twin, its engines, its first call; keep what each took."""
+        if row.name in self._prepared:
+            return self._prepared[row.name]
+        start = time.perf_counter()
+        pipeline = self.pipeline if row.stack is None else accelerate(self.pipeline, row.stack)
+        if row.stack is not None and row.stack.engine is not None:
+            height, width = self.group.size or (None, None)
+            pipeline.fastdit.warmup(height, width, num_inference_steps=row.steps, progress=False)
+        built = time.perf_counter()
+        # The untouched pipeline tells nothing of itself: an empty stack over it runs the same steps.
+        recorder = accelerate(self.pipeline, Stack()) if row.plain else pipeline
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self._call(recorder, row, 0)
+        record = recorder.fastdit.last_run
+        took = {"load": self.load_seconds, "build": built - start, "first": time.perf_counter() - built}
+        notes = sorted({str(one.message) for one in said if isinstance(one.message, FastditWarning)})
+        self.store.keep_row(self.group, row, {"seconds": took, "steps": record.steps[-1].step + 1, "notes": notes})
+        self._prepared[row.name] = Prepared(pipeline, record.to_json()["flops"] if row.plain else None)
+        return self._prepared[row.name]
+
+    def _call(self, pipeline: Any, row: Row, number: int) -> list[Image]:
+        import torch
+
+        prompts, seeds = self.experiment.inputs(number)
+        call = dict(self.experiment.call)
+        if self.group.size is not None:
+            call |= {"height": self.group.size[0], "width": self.group.size[1]}
+        if row.steps is not None:
+            call["num_inference_steps"] = row.steps
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images: list[Image] = pipeline(prompt=prompts, generator=generators, output_type="pil", **call).images
+        return images
+
+    def _forget_peak(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _peak(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+def run_apart(store: Store, group: Group, row: Row, first: int) -> None:
+    """Measure a row's next rounds in a process of its own, as many as an interval needs: loading takes its time.
+
+    Raises `RuntimeError` with the last line of what the process said.
+    """
+    command = [sys.executable, "-m", "fastdit.bench.protocol", str(store.directory), group.key, row.name, str(first)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise RuntimeError(f"a process of its own ended with {done.returncode}: {told}")
+
+
+def _some_cells(directory: Path, group_key: str, row_name: str, first: int) -> None:
+    store = Store(directory)
+    experiment = store.experiment()
+    group = next(group for group in experiment.groups() if group.key == group_key)
+    known = [*experiment.rows(group), *store.added(group), rival(_PROBE_STEPS)]
+    row = next(row for row in known if row.name == row_name)
+    bench = Bench(experiment, group, store)
+    for number in range(first, first + FEWEST_ROUNDS):
+        if not store.has(group, row, number):
+            bench.cell(row, number)
+
+
+if __name__ == "__main__":
+    _some_cells(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

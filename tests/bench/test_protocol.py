@@ -1,0 +1,145 @@
+"""A whole experiment on the embedded pipeline: its cells, that it goes on where it was stopped, what it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdit import InvalidConfig, Stack
+from fastdit.bench.experiment import Experiment
+from fastdit.bench.grammar import parse_stack
+from fastdit.bench.outcome import outcomes
+from fastdit.bench.protocol import measure
+from fastdit.bench.source import Source
+from fastdit.bench.store import BenchError, Store
+
+MINI = Source("mini")
+
+
+def experiment(**changes: Any) -> Experiment:
+    settings: dict[str, Any] = {
+        "pipelines": (MINI,),
+        "stacks": {"half": parse_stack("Interval 2"), "never": parse_stack("FirstBlockCache 1e-9")},
+        "prompts": ("an apple", "two boats"),
+        "sizes": ((64, 64),),
+        "steps": (8,),
+        "minutes": 1e-6,
+    }
+    return Experiment(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Store]:
+    made, store = experiment(), Store(tmp_path_factory.mktemp("bench"))
+    store.begin(made, ["fastdit", "bench"])
+    measure(made, store)
+    return made, store
+
+
+def test_every_row_has_its_rounds_and_a_rival_that_takes_as_long(measured: tuple[Experiment, Store]) -> None:
+    made, store = measured
+    (group,) = made.groups()
+    found = outcomes(made, group, store)
+    assert [one.row.name for one in found[:3]] == ["plain", "half", "never"]
+    assert all(one.rounds >= 3 and one.error is None for one in found)
+    assert found[0].speed_up is None and found[0].status() == "baseline"
+    assert all(one.row.name.startswith("plain, ") for one in found[3:]) and len(found) > 3
+    half = found[1]
+    assert half.flops is not None and found[0].flops is not None and half.flops < 0.7 * found[0].flops
+    assert {"psnr", "ssim"} == set(half.likeness)
+    assert any("FirstBlockCache" in note for note in found[2].notes)
+    assert found[2].likeness["ssim"].low == pytest.approx(1.0, abs=1e-3)
+    assert set(half.phases) == {"load", "build", "first"}
+
+
+def test_a_finished_experiment_is_not_run_again(measured: tuple[Experiment, Store]) -> None:
+    made, store = measured
+    before = {path: path.stat().st_mtime_ns for path in store.directory.rglob("*.jsonl")}
+    store.begin(made, ["fastdit", "bench"])
+    measure(made, store)
+    assert {path: path.stat().st_mtime_ns for path in store.directory.rglob("*.jsonl")} == before
+
+
+def test_a_cell_that_is_missing_is_run_and_no_other(measured: tuple[Experiment, Store], tmp_path: Path) -> None:
+    made, whole = measured
+    store = Store(tmp_path / "copy")
+    shutil.copytree(whole.directory, store.directory)
+    cells = sorted(store.directory.rglob("*.jsonl"))
+    next(path for path in cells if path.parent.name.startswith("half")).unlink()
+    times = {path: path.stat().st_mtime_ns for path in cells if path.exists()}
+    measure(made, store)
+    assert sorted(store.directory.rglob("*.jsonl")) == cells
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_another_experiment_is_refused_where_one_is_kept(measured: tuple[Experiment, Store]) -> None:
+    _, store = measured
+    with pytest.raises(BenchError, match="holds another experiment"):
+        store.begin(experiment(seeds=(1,)), [])
+    assert store.experiment() == experiment()
+
+
+def test_a_folder_that_can_t_be_written_is_one_error_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(BenchError, match="can't be written"):
+        Store(tmp_path / "taken" / "below").begin(experiment(), [])
+
+
+def test_a_row_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+    refused = parse_stack("ProgressiveResolution 2x")  # a preset of another family
+    made, store = experiment(stacks={"refused": refused, "half": parse_stack("Interval 2")}), Store(tmp_path)
+    store.begin(made, [])
+    measure(made, store)
+    (group,) = made.groups()
+    found = {one.row.name: one for one in outcomes(made, group, store)}
+    assert found["refused"].status() == "failed" and "InvalidConfig" in (found["refused"].error or "")
+    assert found["half"].rounds >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stacks": {}}, "at least one of its stacks"),
+        ({"prompts": ()}, "at least one of its prompts"),
+        ({"prompts": ("",)}, "prompts"),
+        ({"sizes": ((100, 64),)}, "multiples of 8"),
+        ({"sizes": ((64,),)}, "sizes"),
+        ({"sizes": ((80, 80),), "stacks": {"two": parse_stack("ProgressiveResolution 4x")}}, "two can't make pictures"),
+        ({"batch": 3}, "no whole calls"),
+        ({"rounds": 1}, "rounds"),
+        ({"stacks": {"plain": Stack()}}, "called plain"),
+        ({"prompts": ("one",), "ssim_floor": 0.9}, "floor"),
+        ({"precision": "2%"}, "precision"),
+    ],
+)
+def test_an_experiment_that_can_t_be_run_is_refused_when_it_is_made(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidConfig, match=told):
+        experiment(**changes)
+
+
+@pytest.mark.parametrize("name", ["mini:sd4", "no such folder", "/tmp", "a/b/c", ""])
+def test_a_pipeline_s_name_that_can_be_none_is_refused_before_anything_is_loaded(name: str) -> None:
+    with pytest.raises(InvalidConfig):
+        Source(name)
+
+
+def test_an_experiment_survives_json() -> None:
+    made = experiment(seeds=(3, 4), batch=2)
+    assert Experiment.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert dataclasses.replace(made, seeds=(3, 5)) != made
+
+
+def test_a_round_s_prompts_and_seeds_come_again_after_the_last_picture() -> None:
+    made = experiment(seeds=(0, 7))
+    assert [made.inputs(number) for number in range(5)] == [
+        (["an apple"], [0]),
+        (["two boats"], [1]),
+        (["an apple"], [14]),
+        (["two boats"], [15]),
+        (["an apple"], [0]),
+    ]
