@@ -37,7 +37,7 @@ class ProgressiveResolution(PresetSchedule):
             `SpectralLift()` or `TokenCopy()`.
 
     And to tinker with:
-        shifts: one timestep shift a stage, .01 to 100: above 1 a stage takes its smaller steps where there is more noise,
+        shifts: one timestep shift a stage, .01 to 100: above 1 a stage takes smaller steps where there is more noise,
             below 1 where there is less. Left out without a preset, NT-matching solves them.
         base_shift: the timestep shift, .01 to 100, that the model was trained for (3 for both families).
 

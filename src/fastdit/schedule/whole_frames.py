@@ -22,8 +22,8 @@ class WholeFrames(StagedSchedule):
         starts: the times at which all but the first start, each before the end of the stage before it.
         lift: resizes the clean estimate at every switch.
 
-    And to tinker with: `base_shift`, .01 to 100, the timestep shift that the model was trained for, to which NT-matching
-    fits the stages' own.
+    And to tinker with: `base_shift`, .01 to 100, the timestep shift that the model was trained for, to which
+    NT-matching fits the stages' own.
 
     Raises:
         InvalidConfig: for values out of range.
