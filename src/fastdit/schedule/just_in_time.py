@@ -44,8 +44,8 @@ class JustInTime(Schedule):
 
     And to tinker with:
         shift: the timestep shift that spaces the steps, .01 to 100: of all together, as in plain sampling, or with
-            `ends` of each stage between its own two times. The default has the mean noise level of the paper's distribution,
-            so that switches come early, while there is little to lose.
+            `ends` of each stage between its own two times. The default has the mean noise level of the paper's
+            distribution, so that switches come early, while there is little to lose.
         ends: the times (0 = noise, 1 = data) at which all stages but the last end, rising.
 
     Raises:
