@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 import fastdit
-from fastdit.bench.command import bench
+from fastdit.bench.command import bench, compare
 from fastdit.errors import FastditError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 engines = typer.Typer(no_args_is_help=True, help="List or remove the engines that are kept on disk.")
 app.add_typer(engines, name="engines")
 app.command()(bench)
+app.command()(compare)
 Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 

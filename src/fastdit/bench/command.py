@@ -149,9 +149,16 @@ def table(experiment: Experiment, group: Group, rows: Sequence[RowOutcome]) -> A
 def told(experiment: Experiment, group: Group, store: Store, rows: Sequence[RowOutcome]) -> list[str]:
     """Say what a table can't: failures, warnings, and what the parts of a stack are worth."""
     from fastdit.bench.outcome import attribution
+    from fastdit.measure.noise import outliers
 
     lines = [f"  {row.row.name}: {row.error}" for row in rows if row.error is not None]
     lines += [f"  {row.row.name}: {note}" for row in rows for note in row.notes]
+    for row in rows:
+        seconds = [cell.seconds for cell in store.cells(group, row.row)]
+        if found := outliers(seconds):
+            lines.append(
+                f"  {row.row.name}: {len(found)} of {len(seconds)} rounds stand out; something else was running"
+            )
     if experiment.attribute:
         for name in experiment.stacks:
             lines += [f"  {line}" for line in attribution(experiment, group, store, name)]
@@ -199,3 +206,19 @@ def _progress(console: Any) -> Progress:
         console.print(f"{title}: round {done} of {total} or more", highlight=False)
 
     return say
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="The folder of an earlier run.")],
+    after: Annotated[Path, typer.Argument(help="The folder of a later run of the same experiment.")],
+    time: Annotated[str, typer.Option(help="Changes of time up to this are tolerated.")] = "2%",
+    memory: Annotated[str, typer.Option(help="Growth of memory up to this is tolerated.")] = "1%",
+) -> None:
+    """Compare two runs of one experiment; ends with 1 where a row became slower or larger, for CI."""
+    from fastdit.bench.compare import changes, lines
+    from fastdit.bench.store import Store
+
+    found = changes(Store(before), Store(after), time=_share(time), memory=_share(memory))
+    for line in lines(found):
+        typer.echo(line)
+    raise typer.Exit(any(change.worse for change in found))

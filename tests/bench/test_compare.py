@@ -1,0 +1,76 @@
+"""Comparing two runs: a planted slowdown is found, and where nothing changed that is hardly ever said to have."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fastdit.bench.compare import changes, differs
+from fastdit.bench.experiment import Experiment
+from fastdit.bench.grammar import parse_stack
+from fastdit.bench.source import Source
+from fastdit.bench.store import BenchError, Cell, Store
+from fastdit.cli import app
+
+
+def drawn(random: np.random.Generator, rounds: int, factor: float = 1.0) -> list[float]:
+    """Seconds as a busy machine gives them: noise of 1 % with now and then a long one."""
+    noise = np.exp(random.normal(0.0, 0.01, rounds)) * np.where(random.random(rounds) < 0.1, 1.5, 1.0)
+    return (factor * noise).tolist()
+
+
+@pytest.mark.parametrize("rounds", [4, 6, 12])
+def test_where_nothing_changed_a_difference_is_said_in_at_most_five_of_a_hundred(rounds: int) -> None:
+    random = np.random.default_rng(rounds)
+    said = sum(differs(drawn(random, rounds), drawn(random, rounds)) for _ in range(200))
+    assert said <= 16  # ten are expected at most; above 16 the level is missed with certainty
+
+
+def test_a_planted_slowdown_of_a_twentieth_is_found() -> None:
+    random = np.random.default_rng(0)
+    assert sum(differs(drawn(random, 12, 1.05), drawn(random, 12)) for _ in range(100)) >= 95
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[Store, Store]:
+    """The same experiment twice, the later one's stack 5 % slower and with more memory."""
+    experiment = Experiment((Source("mini"),), {"half": parse_stack("Interval 2")}, ("an apple",))
+    random = np.random.default_rng(0)
+    made = []
+    for name, factor in (("before", 1.0), ("after", 1.05)):
+        store = Store(tmp_path / name)
+        store.begin(experiment, [])
+        (group,) = experiment.groups()
+        for row in experiment.rows(group):
+            slow = factor if row.name == "half" else 1.0
+            for number, seconds in enumerate(drawn(random, 12, slow)):
+                store.keep(group, row, Cell(number, ["an apple"], [0], seconds, 1, int(1000 * slow), None, []), [])
+        made.append(store)
+    return made[0], made[1]
+
+
+def test_a_row_that_became_slower_is_told_and_ends_the_command_with_1(stores: tuple[Store, Store]) -> None:
+    before, after = stores
+    assert {change.row: change.verdict for change in changes(before, after)} == {"plain": "not shown", "half": "slower"}
+    assert {change.verdict for change in changes(after, before)} == {"not shown", "faster"}
+    done = CliRunner().invoke(app, ["compare", str(before.directory), str(after.directory)])
+    assert done.exit_code == 1 and "slower" in done.output
+    assert CliRunner().invoke(app, ["compare", str(after.directory), str(before.directory)]).exit_code == 0
+
+
+def test_what_is_tolerated_is_no_change_but_memory_is_looked_at_by_itself(stores: tuple[Store, Store]) -> None:
+    assert {change.verdict for change in changes(*stores, time=0.1)} == {"not shown", "more memory"}
+    assert {change.verdict for change in changes(*stores, time=0.1, memory=0.1)} == {"not shown"}
+
+
+def test_two_experiments_are_refused(stores: tuple[Store, Store], tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    other.begin(Experiment((Source("mini"),), {"half": parse_stack("Interval 3")}, ("an apple",)), [])
+    with pytest.raises(BenchError, match="different experiments"):
+        changes(stores[0], other)
+    shutil.rmtree(other.directory)
+    assert CliRunner().invoke(app, ["compare", str(stores[0].directory), str(other.directory)]).exit_code == 2
