@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 import fastdit
-from fastdit.bench.command import bench, compare
+from fastdit.bench.command import bench, compare, doctor
 from fastdit.errors import FastditError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ engines = typer.Typer(no_args_is_help=True, help="List or remove the engines tha
 app.add_typer(engines, name="engines")
 app.command()(bench)
 app.command()(compare)
+app.command()(doctor)
 Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 

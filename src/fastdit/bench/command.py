@@ -157,7 +157,7 @@ def told(experiment: Experiment, group: Group, store: Store, rows: Sequence[RowO
         seconds = [cell.seconds for cell in store.cells(group, row.row)]
         if found := outliers(seconds):
             lines.append(
-                f"  {row.row.name}: {len(found)} of {len(seconds)} rounds stand out; something else was running"
+                f"  {row.row.name}: {len(found)} of {len(seconds)} rounds stand out: something else was running"
             )
     if experiment.attribute:
         for name in experiment.stacks:
@@ -222,3 +222,16 @@ def compare(
     for line in lines(found):
         typer.echo(line)
     raise typer.Exit(any(change.worse for change in found))
+
+
+def doctor(
+    pipe: Annotated[str, typer.Argument(help="A pipeline, as `bench` takes it.")] = "mini",
+) -> None:
+    """Say what can work here and on a pipeline, and for whatever can't, why and what mends it."""
+    from fastdit.bench.doctor import accelerators, environment
+    from fastdit.bench.source import Source
+
+    for finding in environment():
+        typer.echo(finding)
+    for finding in accelerators(Source(pipe).load()):
+        typer.echo(finding)
