@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -53,6 +54,11 @@ def test_a_flat_picture_has_no_sharpness_and_blur_lowers_it() -> None:
 def test_a_checkerboard_has_the_sharpness_of_its_laplacian() -> None:
     board = np.indices((16, 16)).sum(axis=0) % 2 * 255
     assert sharpness([Image.fromarray(board.astype(np.uint8)).convert("RGB")]) == pytest.approx([4 * 255])
+
+
+def test_sharpness_is_that_of_opencv_s_laplacian() -> None:
+    luma = np.asarray(picture().convert("L"))
+    assert sharpness([picture()]) == [float(np.abs(cv2.Laplacian(luma, cv2.CV_64F)).mean())]
 
 
 def test_images_without_references_are_refused() -> None:

@@ -7,7 +7,7 @@ import reference_ralu
 
 import tiny
 from fastdit import RALU, accelerate
-from fastdit.schedule.matching import solve
+from fastdit.schedule.matching import _PUBLISHED, solve
 
 # steps per stage, ends of stages 1 and 2, published (h1, h2, h3), published Z, ratio
 PUBLISHED = {
@@ -36,14 +36,14 @@ SIGMAS = {
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_the_solver_reproduces_the_published_shifts_and_restart(preset: str) -> None:
+def test_the_published_settings_have_their_published_shifts_and_restart(preset: str) -> None:
     steps, ends, shifts, restart, _ = PUBLISHED[preset]
     found = solve(steps, ends)
     assert found.shifts == pytest.approx(shifts, abs=2e-3)
     assert found.restart == pytest.approx(restart, abs=3e-3)
 
 
-def test_the_solver_reproduces_the_settings_published_for_stable_diffusion_3() -> None:
+def test_the_settings_published_for_stable_diffusion_3_have_their_shifts_and_restart() -> None:
     found = solve((5, 6, 9), (0.2, 0.3))
     assert found.shifts == pytest.approx((6.121, 2.237, 1.973), abs=5e-3)
     assert found.restart == pytest.approx(4.132, abs=5e-3)
@@ -53,6 +53,26 @@ def test_the_solver_reproduces_the_settings_published_for_stable_diffusion_3() -
 def test_the_distance_at_the_optimum_is_the_known_one(preset: str, distance: float) -> None:
     steps, ends, *_ = PUBLISHED[preset]
     assert solve(steps, ends).distance == pytest.approx(distance, abs=2e-4)
+
+
+@pytest.mark.parametrize(("steps", "ends"), _PUBLISHED, ids=str)
+def test_the_search_finds_no_worse_than_was_published(
+    steps: tuple[int, ...], ends: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = solve(steps, ends)
+    assert solve(tuple(2 * count for count in steps), ends) == published
+    monkeypatch.setattr("fastdit.schedule.matching._PUBLISHED", {})
+    found = solve.__wrapped__(steps, ends)
+    assert published.distance - 2e-3 < found.distance < published.distance
+    assert found.shifts == pytest.approx(published.shifts, rel=0.12)
+    assert solve.__wrapped__(steps, ends, restart=found.restart) == found
+
+
+def test_the_search_works_where_gradients_are_off() -> None:
+    import torch
+
+    with torch.inference_mode():
+        assert solve.__wrapped__((6, 6), (0.5,), starts=(0.15,)).shifts == pytest.approx((3.621, 3.046), abs=2e-3)
 
 
 def test_a_fixed_restart_is_kept_and_only_the_shifts_are_solved() -> None:

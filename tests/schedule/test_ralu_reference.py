@@ -135,7 +135,7 @@ def test_a_distilled_model_in_four_steps_equals_the_reference() -> None:
 def test_latents_given_by_the_user_are_pooled_as_the_reference_pools_them() -> None:
     accelerator = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.25, restart=4.0)
     built = tiny.flux(size=128, steps=6)
-    compare(built, accelerator, ends=(0.3, 0.45), z=4.0, ratio=0.25, latents=tiny.randn(1, 64, 16, seed=5))
+    compare(built, accelerator, ends=(0.3, 0.45), z=4.0, ratio=0.25, latents=tiny.randn(1, 64, 16, seed=4))
 
 
 @pytest.mark.parametrize("ratio", [0.07, 0.93])
