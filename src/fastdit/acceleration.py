@@ -21,7 +21,7 @@ from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
 from fastdit.layout import FineLayout
 from fastdit.models.components import BARE, TRANSFORMERS, grid_of, pipeline_type, require_family, transformers_of
 from fastdit.models.family import family_of
-from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments
+from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments, replaced
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
 from fastdit.process import undoing
 from fastdit.record import RunRecord
@@ -151,11 +151,7 @@ class Acceleration:
             with self._open(run, stages) as finished:
                 if stages is not None:
                     # The schedule's own count where the user gave none, for the loop's shares and its progress bar.
-                    place, steps = list(signature.parameters).index("num_inference_steps") - 1, stages.plan.steps
-                    if place < len(args):
-                        args = (*args[:place], steps, *args[place + 1 :])
-                    else:
-                        kwargs = {**kwargs, "num_inference_steps": steps}
+                    args, kwargs = replaced(signature, args, kwargs, "num_inference_steps", stages.plan.steps)
                 result = type(self.base).__call__(twin, *args, **kwargs)
                 result = _lifted_result(stages, arguments, result)
                 if not getattr(twin, "_interrupt", False):

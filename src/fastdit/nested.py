@@ -119,6 +119,16 @@ def named_arguments(bound: inspect.BoundArguments) -> Kwargs:
     return named
 
 
+def replaced(
+    signature: inspect.Signature, args: Args, kwargs: Mapping[str, Value], name: str, value: Value
+) -> tuple[Args, Kwargs]:
+    """Give a method's arguments, its `self` left out, with another value of one, which stays by place or by name."""
+    place = list(signature.parameters).index(name) - 1
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), dict(kwargs)
+    return args, {**kwargs, name: value}
+
+
 def call_signature(cls: type) -> inspect.Signature:
     """Give the whole signature of a class's `__call__`: where it has `*args` or `**kwargs`, with what is behind them.
 

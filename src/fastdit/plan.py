@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastdit.config import is_count
 from fastdit.errors import InvalidConfig
-from fastdit.models.components import grid_of, require_family, size_remark
+from fastdit.models.components import arguments_of, grid_of, require_family, size_remark
 from fastdit.models.family import family_of
-from fastdit.nested import call_signature
 from fastdit.step import SchedulePlan, StagePlan
 
 if TYPE_CHECKING:
@@ -61,21 +58,13 @@ def make_plan(
     num_inference_steps: int | None = None,
 ) -> Plan:
     """Plan a call of a pipeline without running it."""
-    parameters = call_signature(type(pipeline)).parameters
-    defaults = {name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty}
-    sides = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    if unknown := sorted(sides.keys() - parameters.keys()):
-        raise InvalidConfig(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}; leave it out")
-    if num_inference_steps is not None and not is_count(num_inference_steps, 1):
-        raise InvalidConfig(f"num_inference_steps is a whole number, at least 1, got {num_inference_steps!r}")
-    arguments = {**defaults, **sides}
+    arguments = arguments_of(pipeline, height=height, width=width, num_inference_steps=num_inference_steps)
     family = family_of(pipeline)
     scheduled = schedule_plan(stack, pipeline, arguments, num_inference_steps)
     remark = () if family is None else size_remark(family, pipeline, arguments)
     if scheduled is not None:
         return Plan(stack, scheduled.stages, (*scheduled.notes, *remark, *_outlook(stack, scheduled.steps)))
-    steps = num_inference_steps if num_inference_steps is not None else defaults.get("num_inference_steps")
-    if steps is None:
+    if (steps := arguments.get("num_inference_steps")) is None:
         raise InvalidConfig("this pipeline has no default for num_inference_steps; give it to plan()")
     tokens = None if family is None else math.prod(grid_of(family, pipeline, arguments))
     notes = ["the pipeline's own timesteps", *remark]

@@ -67,9 +67,11 @@ class StepRecord:
         return {name: getattr(self, name) for name in (*plain, "blocks_run", "blocks", "flops")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunRecord:
     """The record of a whole call: one entry a forward, in order. `completed` is False after an error or interrupt.
+
+    Prints as a table of its steps.
 
     `doubts` counts signals that were not finite, `cache_bytes` is the most that the caches held at a time.
     """
@@ -94,6 +96,17 @@ class RunRecord:
     def partial(self) -> int:
         """How many forwards ran some blocks, tokens or samples and took the rest from a cache."""
         return sum(record.action == "partial" for record in self.steps)
+
+    def __repr__(self) -> str:
+        done = f"{len(self.steps)} forwards in {self.seconds:.3f} s{'' if self.completed else ', broken off'}"
+        lines = [f"{done}: {self.computed} computed, {self.partial} partial, {self.skipped} skipped"]
+        lines += ["step stage  sigma tokens       ms  blocks action   what ran them, branch, reason"] * bool(self.steps)
+        for one in self.steps:
+            sigma = "-" if one.sigma is None else f"{one.sigma:.3f}"
+            place = f"{one.step + 1:>4} {one.stage + 1:>5} {sigma:>6} {one.tokens or '-':>6}"
+            what = f"{1000 * one.seconds:>8.1f} {f'{one.blocks_run}/{one.blocks}':>7} {one.action:<8}"
+            lines.append(f"{place} {what} {one.engine}, {one.branch}, {one.reason}")
+        return "\n".join(lines)
 
     @property
     def flops(self) -> int:

@@ -26,6 +26,18 @@ def flops_of_a_plain_twin() -> int:
     return fast.fastdit.last_run.flops
 
 
+def test_a_record_prints_as_a_table_of_its_steps() -> None:
+    pipe, call = build()
+    fast = accelerate(pipe, [CACHE])
+    tiny.run(fast, call)
+    title, header, *rows = repr(fast.fastdit.last_run).splitlines()
+    assert title.startswith("6 forwards in ") and title.endswith(": 2 computed, 0 partial, 4 skipped")
+    assert header.split()[:6] == ["step", "stage", "sigma", "tokens", "ms", "blocks"]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert " computed eager, cond, first steps" in rows[0] and " reused " in rows[1]
+    assert max(map(len, rows)) < 100
+
+
 @pytest.mark.parametrize("when", ["before the run", "after the run"])
 def test_flops_are_counted_under_model_offload(when: str) -> None:
     pipe, call = build()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from fastdit.accelerator import Accelerator
+from fastdit.config import is_count
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.models.family import Arguments, Family, Pipeline, family_of
 from fastdit.models.undescribed import why_not
+from fastdit.nested import call_signature
 
 #: What a bare module is called, as if it were a pipeline's.
 BARE = "transformer"
@@ -49,6 +51,22 @@ def require_family(base: Pipeline | nn.Module, accelerator: Accelerator) -> Fami
             "accelerators that need no description of the tokens"
         )
     return family
+
+
+def arguments_of(pipeline: Pipeline, **asked: int | None) -> dict[str, Any]:
+    """Give the arguments of a call: the defaults, and what is asked for in their place; None stands for nothing asked.
+
+    Raises `InvalidConfig` for what the pipeline does not take, and for a number of steps that is none.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    parameters = call_signature(type(pipeline)).parameters
+    if unknown := [name for name in given if name not in parameters]:
+        raise InvalidConfig(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}; leave it out")
+    steps = given.get("num_inference_steps", 1)
+    if not is_count(steps, 1):
+        raise InvalidConfig(f"num_inference_steps is a whole number, at least 1, got {steps!r}")
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+    return {**defaults, **given}
 
 
 def grid_of(family: Family, pipeline: Pipeline, arguments: Arguments) -> tuple[int, int]:
