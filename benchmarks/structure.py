@@ -24,7 +24,7 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("bench",),
-    ("measure", "testing", "mini"),
+    ("measure", "testing", "mini", "citation"),
     ("acceleration",),
     ("stack", "plan"),
     ("twins",),

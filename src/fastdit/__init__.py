@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdit.acceleration import accelerate as accelerate
     from fastdit.attention.dispatcher import Attention as Attention
+    from fastdit.citation import cite as cite
     from fastdit.engine.aot import AOT as AOT
     from fastdit.engine.compile import Compile as Compile
     from fastdit.errors import ConcurrentCall as ConcurrentCall
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "acceleration": ("accelerate",),
     "attention.dispatcher": ("Attention",),
+    "citation": ("cite",),
     "engine.aot": ("AOT",),
     "engine.compile": ("Compile",),
     "mini": ("load_mini",),
