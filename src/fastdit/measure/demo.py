@@ -41,9 +41,9 @@ def accelerated_configurations() -> list[Configuration]:
     return [
         Configuration("TeaCache", Stack([TeaCache(0.25)]), full),
         Configuration("TeaCache, Taylor", Stack([TeaCache(0.25, forecast=Taylor(1))]), full),
-        Configuration("ProgressiveResolution 4x", Stack([ProgressiveResolution("4x")])),
-        Configuration("ProgressiveResolution 4x + TeaCache", Stack([ProgressiveResolution("4x"), TeaCache(0.25)])),
-        Configuration("ProgressiveResolution 7x + TeaCache", Stack([ProgressiveResolution("7x"), TeaCache(0.25)])),
+        Configuration("Progressive 4x", Stack([ProgressiveResolution("4x")])),
+        Configuration("Progressive 4x + TeaCache", Stack([ProgressiveResolution("4x"), TeaCache(0.25)])),
+        Configuration("Progressive 7x + TeaCache", Stack([ProgressiveResolution("7x"), TeaCache(0.25)])),
     ]
 
 

@@ -20,7 +20,7 @@ Verdict = Literal["wins", "loses", "ties", ""]
 Show = Callable[[Interval, str], str]
 
 _ABSENT = "-"
-_NAME_WIDTH = 10  # characters that a configuration's name keeps in any terminal
+_NAME_WIDTH = 11  # characters that a configuration's name keeps in any terminal
 _STYLES: dict[Verdict, str] = {"wins": "green", "loses": "red", "ties": "dim", "": ""}
 
 
