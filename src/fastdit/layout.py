@@ -129,7 +129,7 @@ class TokenLayout(ABC):
         A coarse token that follows a fine grid has its first cell's.
         """
         images, device = max(self.images, following.images), (following if self.uniform else self).device
-        numbers = torch.arange(self.tokens, device=device).expand(self.images, -1)[..., None]
+        numbers = torch.arange(self.tokens, dtype=torch.long, device=device).expand(self.images, -1)[..., None]
         filled = self.to_raster(self.complete(numbers))[..., 0]
         return filled.expand(images, -1).gather(1, following.first_cells(device).expand(images, -1))
 
@@ -144,7 +144,7 @@ class TokenLayout(ABC):
 
     def siblings(self, corners: torch.Tensor) -> torch.Tensor:
         """List the four cells (0,0), (0,1), (1,0), (1,1) of each first one, [B, 4 K] for [B, K]."""
-        offsets = torch.tensor([0, 1, self.columns, self.columns + 1], device=corners.device)
+        offsets = corners.new_tensor([0, 1, self.columns, self.columns + 1])
         return (corners[..., None] + offsets).flatten(1)
 
 
@@ -163,7 +163,7 @@ class FineLayout(TokenLayout):
         return self.rows, self.columns
 
     def first_cells(self, device: torch.device) -> torch.Tensor:
-        return torch.arange(self.tokens, device=device)[None]
+        return torch.arange(self.tokens, dtype=torch.long, device=device)[None]
 
     def of_grids(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
         return fine
@@ -191,7 +191,7 @@ class CoarseLayout(TokenLayout):
         return self.rows // 2, self.columns // 2
 
     def first_cells(self, device: torch.device) -> torch.Tensor:
-        return self.corners(torch.arange(self.tokens, device=device))[None]
+        return self.corners(torch.arange(self.tokens, dtype=torch.long, device=device))[None]
 
     def of_grids(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
         return coarse

@@ -23,6 +23,7 @@ import tiny
 from fastdit import (
     DMD,
     RALU,
+    CGTaylor,
     DBCache,
     EasyCache,
     FirstBlockCache,
@@ -223,6 +224,57 @@ def test_a_guided_batch_that_shrinks_in_a_callback_is_computed_there() -> None:
         steps = fast.fastdit.last_run.steps
         assert [step.batch for step in steps] == [2] * 5 + [1] * 5
         assert steps[5].action == "computed"
+
+
+def unguided_after(step: int) -> dict[str, Any]:
+    """What makes an SD3 pipeline leave guidance out after a step: its batch has half as many rows from then on."""
+
+    def callback(twin: Any, now: int, _: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        if now != step:
+            return {}
+        twin._guidance_scale = 0.0
+        return {name: value.chunk(2)[1] for name, value in values.items()}
+
+    return {
+        "callback_on_step_end": callback,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds", "pooled_prompt_embeds"],
+    }
+
+
+NEUTRAL = {
+    "easy": EasyCache(0.0),
+    "easy, each image": EasyCache(0.0, per_image=True),
+    "line": CGTaylor(0.0),
+    "sea": SeaCache(0.0),
+    "tea": TeaCache(0.0, LINE),
+    "mag": MagCache(0.0, MagnitudeCurve((1.0, 0.9))),
+    "first block": FirstBlockCache(0.0),
+}
+
+
+@pytest.mark.parametrize("cache", NEUTRAL.values(), ids=NEUTRAL)
+def test_a_neutral_cache_is_exact_where_a_guided_batch_shrinks_in_a_callback(cache: Any) -> None:
+    pipe, call = tiny.sd3(steps=6, batch=2)
+    plain = latents_of(pipe, call, **unguided_after(2))
+    fast = accelerate(pipe, [cache])
+    assert torch.equal(latents_of(fast, call, **unguided_after(2)), plain)
+    assert [step.batch for step in fast.fastdit.last_run.steps] == [4] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize("per_image", [False, True], ids=["together", "each image"])
+@pytest.mark.parametrize("scope", ["stack", "forward"])
+def test_a_history_is_not_carried_to_a_batch_of_fewer_images(per_image: bool, scope: str) -> None:
+    pipe, call = tiny.sd3(size=128, steps=6)
+    schedule = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
+    change = "carry" if scope == "stack" else "reset"
+    cache = StepMask((1, 1, 0, 0, 0, 0), per_image=per_image, scope=scope, stage_change=change)
+    fast = accelerate(pipe, [schedule, cache])
+    found = latents_of(fast, call, **unguided_after(1))
+    steps = fast.fastdit.last_run.steps
+    assert len(found) == 1 and [step.batch for step in steps] == [2, 2, 1, 1, 1, 1]
+    assert steps[2].action == "computed"
+    if scope == "stack":
+        assert actions(steps[3:]) == ["reused"] * 3
 
 
 @pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")], ids=" then ".join)

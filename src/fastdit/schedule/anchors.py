@@ -69,8 +69,8 @@ class SparseLayout(TokenLayout):
     def nearest(self) -> torch.Tensor:
         """Say for each cell of the fine grid which anchor is nearest, the earlier of two, [1 or B, rows * columns]."""
         row, column = (self.anchors // self.columns)[:, None], (self.anchors % self.columns)[:, None]
-        number = torch.arange(self.tokens, device=self.device)
-        across = (torch.arange(self.columns, device=self.device)[:, None] - column) ** 2
+        number = torch.arange(self.tokens, dtype=torch.long, device=self.device)
+        across = (torch.arange(self.columns, dtype=torch.long, device=self.device)[:, None] - column) ** 2
         # A row of cells at a time, so that memory stays far below that of attention. Ties go to the smaller number.
         ranked = (((across + (row - own) ** 2) * self.tokens + number).amin(dim=2) for own in range(self.rows))
         return torch.cat(list(ranked), dim=1) % self.tokens
@@ -162,7 +162,8 @@ def interpolated(layout: TokenLayout, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.float()
     wide = 0.5 * math.sqrt(layout.rows * layout.columns / layout.tokens)
     reach = math.ceil(2.0 * wide)
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=tokens.device) / wide) ** 2)
+    away = torch.arange(-reach, reach + 1, dtype=torch.float32, device=tokens.device)
+    weights = torch.exp(-0.5 * (away / wide) ** 2)
     weights = weights / weights.sum()
     cells = layout.complete(tokens).float()
     grid = cells.transpose(1, 2).reshape(-1, 1, layout.rows, layout.columns)

@@ -16,7 +16,7 @@ from fastdit.errors import IncompatibleStack
 from fastdit.nested import Value, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
-from fastdit.step_cache.decision import BranchState, Decider, GroupState, Shapes
+from fastdit.step_cache.decision import BranchState, Decider, GroupState
 from fastdit.step_cache.rows import on_rows, prove_rows
 from fastdit.step_cache.segments import Cut, Segment
 from fastdit.step_cache.site import Site, Verdict
@@ -41,8 +41,8 @@ class Learned:
 class _Part:
     """The decision that some segments follow in one forward."""
 
-    def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site, shapes: Shapes) -> None:
-        self.groups, self.verdicts, self.site, self.shapes = groups, verdicts, site, shapes
+    def __init__(self, groups: list[GroupState], verdicts: list[Verdict], site: Site) -> None:
+        self.groups, self.verdicts, self.site = groups, verdicts, site
         self.computing = [index for index, verdict in enumerate(verdicts) if verdict.compute]
         self.whole = len(self.computing) == len(groups)
 
@@ -147,7 +147,7 @@ class BlockCachePass(Pass):
         shapes = tuple([value[:1].shape if each else value.shape for value in values])
         groups = self._state.groups(segment.part, count, self._cache.memory)
         verdicts = self._decider.decide(groups, site, shapes, segment.number, self._forced)
-        self._parts[segment.part] = _Part(groups, verdicts, site, shapes)
+        self._parts[segment.part] = _Part(groups, verdicts, site)
         self._tally.add(verdicts, groups, segment.number)
 
     def _in_part(self, segment: Segment, values: list[Value], call: BlockCall, next: Block) -> Value:
@@ -172,7 +172,7 @@ class BlockCachePass(Pass):
         if proved not in self._learned.proved:
             prove_rows(port, batch, call, next)
             self._learned.proved.add(proved)
-        index = torch.tensor(part.computing, device=self._start[0].device)
+        index = torch.tensor(part.computing, dtype=torch.long, device=self._start[0].device)
         carried = dict(zip(port.inputs, self._samples, strict=True)) if self._samples else {}
         outputs = outputs_of(port, next(on_rows(call, index, batch, carried)))
         self._samples = [outputs[out] for out in port.outputs if out is not None]
@@ -227,8 +227,6 @@ class BlockCachePass(Pass):
                 group.histories[segment.number] = self._cache.forecast.begin()
             own = features if alone else [part.own(feature, index) for feature in features]
             group.histories[segment.number].record(self._step.step, own)
-            if segment.decides:
-                group.shapes = part.shapes
 
     def _learn(self, segment: Segment, part: _Part, ends: Sequence[torch.Tensor | None]) -> None:
         """Show the gate how the latents' stream left the last segment of its part."""

@@ -34,6 +34,11 @@ class GroupState:
     skipped: int = 0
 
 
+def _agree(known: Shapes, shapes: Shapes) -> bool:
+    """Whether streams have the shapes that they had, as far as these are known."""
+    return len(known) == len(shapes) and all(new[: len(old)] == old for old, new in zip(known, shapes, strict=True))
+
+
 @dataclasses.dataclass
 class BranchState:
     """All that a step cache keeps for one transformer, branch and stage: its groups, by the part that they decide."""
@@ -91,7 +96,8 @@ class BranchState:
                     if torch.is_tensor(value) and value.dim() > 0:
                         fits = value.dim() == 3 and value.shape[1] == tokens
                         setattr(group.memory, name, lifted(value) if fits else None)
-                group.shapes = None
+                # Streams have other lengths now, and as many images as before.
+                group.shapes = None if group.shapes is None else tuple(shape[:1] for shape in group.shapes)
                 group.consecutive = group.skipped = 0
 
 
@@ -139,8 +145,9 @@ class Decider:
 
     def _forced(self, group: GroupState, context: StepContext, shapes: Shapes, segment: int) -> str | None:
         """Say why a group must be computed. A group of other shapes is emptied."""
-        if group.shapes is not None and group.shapes != shapes:
-            group.memory, group.histories, group.shapes = self.cache.memory(), {}, None
+        known, group.shapes = group.shapes, shapes
+        if known is not None and not _agree(known, shapes):
+            group.memory, group.histories = self.cache.memory(), {}
             group.consecutive = group.skipped = 0
             return "another shape"
         if reason := self.cache.policy.forced(context, group.consecutive, group.skipped):

@@ -71,7 +71,6 @@ class ForwardCachePass(Pass):
             if verdicts[index].compute and not cache.neutral:
                 history = group.histories.setdefault(0, cache.forecast.begin())
                 history.record(step.step, [piece - own])
-                group.shapes = (shape,)
             cache.learn(group.memory, site, piece, verdicts[index].compute)
         if whole is not None and len(computing) == count:
             return whole
@@ -109,7 +108,7 @@ class ForwardCachePass(Pass):
         if not computing:
             return None
         if len(computing) < count:
-            call = call.of_samples(torch.tensor(computing, device=latents.device), count)
+            call = call.of_samples(torch.tensor(computing, dtype=torch.long, device=latents.device), count)
         output = next(call)
         tensors = tensors_of(output)
         if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in tensors_of(call.latents)]:

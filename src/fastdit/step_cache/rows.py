@@ -33,7 +33,7 @@ def on_rows(call: BlockCall, index: torch.Tensor, batch: int, carried: Mapping[P
 def prove_rows(port: BlockPort, batch: int, call: BlockCall, run: Block) -> None:
     """Show once that a block gives a sample by itself what it gives it in a batch. Raises `UnsupportedModel`."""
     whole = outputs_of(port, run(BlockCall(call.name, call.index, call.block, call.args, call.kwargs)))
-    first = torch.tensor([0], device=next(iter(whole.values())).device)
+    first = torch.tensor([0], dtype=torch.long, device=next(iter(whole.values())).device)
     try:
         alone = outputs_of(port, run(on_rows(call, first, batch, {})))
     except (RuntimeError, ValueError, IndexError) as error:

@@ -59,7 +59,7 @@ class ClusCa(TokenCache):
         if clusters is None or clusters.shape != choice.memory.shape:
             return None
         draw = choice.state.uniform(tokens, self.seed, choice.device)
-        numbers = torch.arange(min(self.clusters, tokens), device=choice.device)
+        numbers = torch.arange(min(self.clusters, tokens), dtype=torch.long, device=choice.device)
         members = clusters[:, None, :] == numbers[:, None]
         return torch.where(members, draw[:, None, :], -1.0).argmax(dim=2)
 

@@ -96,7 +96,7 @@ class TokenState:
         """Draw one number of [0, 1) a token from the run's own generator, the same for every image: [1, N]."""
         if self.generator is None:
             self.generator = torch.Generator(device).manual_seed(seed)
-        return torch.rand(1, tokens, generator=self.generator, device=device)
+        return torch.rand(1, tokens, generator=self.generator, dtype=torch.float32, device=device)
 
 
 def first_tensor(kept: Value, function: Callable[[torch.Tensor], torch.Tensor]) -> Value:

@@ -110,12 +110,12 @@ class ScoredTokens(TokenCache):
         if self.score == "random":
             base = choice.state.uniform(tokens, self.seed, choice.device)
         elif self.score == "age":
-            base = torch.zeros(1, tokens, device=choice.device)
+            base = torch.zeros(1, tokens, dtype=torch.float32, device=choice.device)
         elif memory.score is None:
             return None
         else:
             base = memory.score
-        scores = base + self.age_weight * (context.step - memory.refreshed) / self.interval
+        scores = base + self.age_weight * (context.step - memory.refreshed).float() / self.interval
         if self.guidance_halves:
             if batch % 2:
                 raise InvalidConfig(

@@ -163,7 +163,7 @@ class TokenPass(Pass):
         step = self._context.step
         if chosen is None:
             memory.full_step = step
-            memory.refreshed = torch.full(memory.shape, step, device=values[roles.image].device)
+            memory.refreshed = torch.full(memory.shape, step, dtype=torch.long, device=values[roles.image].device)
         else:
             assert memory.refreshed is not None
             memory.refreshed = memory.refreshed.scatter(1, chosen, step)

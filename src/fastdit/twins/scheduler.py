@@ -42,7 +42,7 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         if stages is None:
             cls.set_timesteps(self, *args, **kwargs)
         else:
-            _set_stages(self, stages.plan, kwargs.get("device"))
+            _set_stages(self, stages.plan, kwargs.get("device") or torch.device("cpu"))
         sigmas = getattr(self, "sigmas", None)
         run.timetable(() if sigmas is None else sigmas, len(self.timesteps))
 

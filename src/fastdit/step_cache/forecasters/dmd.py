@@ -36,7 +36,7 @@ class _Modes(History):
             return None
         older, target = gram[:-1, :-1], gram[:-1, -1]
         weights = torch.linalg.lstsq(older, target[:, None], rcond=1e-10, driver="gelsd").solution[:, 0]
-        companion = torch.diag(torch.ones(len(weights) - 1, dtype=torch.float64), 1)
+        companion = torch.diag(weights.new_ones(len(weights) - 1), 1)
         companion[-1] = weights
         return companion
 

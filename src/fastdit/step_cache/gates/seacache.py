@@ -92,10 +92,10 @@ def filtered(grids: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
 @lru_cache(maxsize=128)  # two small matrices a step, the same ones in every run of a schedule
 def _responses(length: int, sigma: float, power: float, device: torch.device) -> torch.Tensor:
     """What the filter along one axis makes of an impulse at each place, [length, length]."""
-    frequencies: torch.Tensor = torch.fft.rfftfreq(length, device=device)
+    frequencies: torch.Tensor = torch.fft.rfftfreq(length, dtype=torch.float32, device=device)
     clean = 1.0 / (frequencies**power + _EPSILON)
     signal = 1.0 - sigma
     gain = signal * clean / (signal**2 * clean + sigma**2)
-    spectra = torch.fft.rfft(torch.eye(length, device=device))
+    spectra = torch.fft.rfft(torch.eye(length, dtype=torch.float32, device=device))
     responses: torch.Tensor = torch.fft.irfft(spectra * gain, n=length)
     return responses / responses[0, 0]  # an impulse keeps the mean of the gain at its own place
