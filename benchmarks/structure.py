@@ -31,7 +31,7 @@ ORDER = (
     LEVELS,
     ("models",),
     ("blocks",),
-    ("run", "record", "step", "layout", "accelerator", "meter"),
+    ("run", "record", "step", "layout", "accelerator", "meter", "flops"),
     ("structure", "nested", "config", "process", "errors"),
     ("__init__",),
 )

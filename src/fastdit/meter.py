@@ -1,84 +1,43 @@
-"""FLOPs of a module's forward, counted on the meta device: no weights, no arithmetic, attention included."""
+"""What a record knows of a forward to tell later what it cost: its shapes, the blocks that it called, no tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from fastdit.errors import UnsupportedModel
+from fastdit.flops import FlopCount, count, outline_of
 from fastdit.nested import Value, map_tensors
-from fastdit.structure import RunningParts, meta_twin, structural_twin, twin_with
+from fastdit.structure import meta_twin, structural_twin, twin_with
 
-
-@dataclass(frozen=True)
-class FlopCount:
-    """The FLOPs (two a multiply-add) of one forward: in total, and in each module by its path.
-
-    `blocks` names the items of the top-level module lists.
-    """
-
-    total: int
-    modules: Mapping[str, int]
-    blocks: tuple[str, ...]
-
-
-def count(module: nn.Module, *args: Value, **kwargs: Value) -> FlopCount:
-    """Count one forward of `module` for arguments of these shapes; tensors may be real or on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    twin = meta_twin(module)
-    args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to("meta"))
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = cast(Any, RunningParts(twin))
-    with torch.no_grad(), counter:
-        twin(*args, **kwargs)
-    modules = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items() if path != "Global"}
-    modules[""] = counter.get_total_flops()
-    lists = [(name, child) for name, child in twin.named_children() if isinstance(child, nn.ModuleList)]
-    blocks = tuple(f"{name}.{index}" for name, child in lists for index in range(len(child)))
-    return FlopCount(counter.get_total_flops(), modules, blocks)
-
-
-#: What was counted in this process, by what a module is made of and the shapes of a call.
-_COUNTED: dict[Hashable, FlopCount] = {}
+#: What was counted in this process, or why it can't be, by what a module is made of and the shapes of a call.
+_COUNTED: dict[Hashable, FlopCount | str] = {}
 _MOST_COUNTED = 1024
 
 
-def _outline_of(module: nn.Module) -> Hashable:
-    """Describe what decides the FLOPs of a module: its parts, their classes, shapes and plain attributes."""
-    return (
-        repr(getattr(module, "config", None)),
-        *(
-            (
-                path,
-                type(part),
-                tuple((name, weight.shape) for name, weight in part._parameters.items() if weight is not None),
-                tuple(
-                    (name, repr(value) if isinstance(value, (bool, int, float, str, tuple)) else type(value).__name__)
-                    for name, value in part.__dict__.items()
-                    if not name.startswith("_")
-                ),
-            )
-            for path, part in module.named_modules()
-        ),
-    )
-
-
 class FlopMeter:
-    """Counts the forwards of one module as it is now, lazily, once for each set of shapes; it keeps no weights."""
+    """Tells the forwards of one module, as it is now, apart by their shapes; it keeps no weights.
+
+    A kind of forward is known for as long as a record of one is kept.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = meta_twin(module)
-        self._specs: dict[Hashable, Any] = {}
-        self._counts: dict[Hashable, FlopCount] = {}
-        self._outline: Hashable = None
+        self._kinds: WeakValueDictionary[Hashable, ForwardKind] = WeakValueDictionary()
+        try:
+            self._module: nn.Module | str = meta_twin(module)
+        except Exception as error:  # whatever a quantiser's tensors raise
+            self._module = _because(module, error)
 
-    def key(self, kwargs: Mapping[str, Value], children: Mapping[str, nn.Module] | None = None) -> Hashable:
-        """Remember the shapes (not the tensors) of a call and give the key under which they are counted.
+    @cached_property
+    def _outline(self) -> Hashable:
+        return outline_of(self._module) if isinstance(self._module, nn.Module) else None
+
+    def kind(self, kwargs: Mapping[str, Value], children: Mapping[str, nn.Module] | None = None) -> ForwardKind:
+        """Give the kind of a call, which has its shapes and not its tensors.
 
         `children` stand in for some of the module's own in this call, and cost the same for all of its shapes.
         """
@@ -88,43 +47,61 @@ class FlopMeter:
                 for name, value in kwargs.items()
             ]
         )
-        if key not in self._specs:
+        found = self._kinds.get(key)
+        if found is None:
             outlines = {name: twin_with(child, _Shape.of) for name, child in (children or {}).items()}
-            self._specs[key] = map_tensors(dict(kwargs), _Shape.of), outlines
-        return key
+            found = self._kinds[key] = ForwardKind(self, key, map_tensors(dict(kwargs), _Shape.of), outlines)
+        return found
 
-    def flops(self, key: Hashable, saved: Mapping[str, float]) -> int:
-        """Give the FLOPs of a remembered call without the shares saved in it, by module path ("" is the whole)."""
-        counted = self._count(key)
-        return counted.total - sum(round(share * counted.modules.get(path, 0)) for path, share in saved.items())
-
-    def blocks(self, key: Hashable) -> tuple[str, ...]:
-        """Name the blocks that the model itself calls in a remembered call."""
-        counted = self._count(key)
-        return tuple(name for name in counted.blocks if counted.modules.get(name, 0) > 0)
-
-    def _count(self, key: Hashable) -> FlopCount:
-        if key not in self._counts:
-            shapes, outlines = self._specs[key]
-            if self._outline is None:
-                self._outline = _outline_of(self._module)
-            same = self._outline, key, tuple((name, type(child)) for name, child in outlines.items())
-            if same in _COUNTED:
-                self._counts[key] = _COUNTED[same]
-                return self._counts[key]
-            kwargs = map_tensors(shapes, _Shape.meta, kind=_Shape)
-            children = {name: twin_with(child, _Shape.meta, kind=_Shape) for name, child in outlines.items()}
-            try:
-                self._counts[key] = count(structural_twin(self._module, children), **kwargs)
-            except NotImplementedError as error:
-                raise UnsupportedModel(
-                    f"the FLOPs of {type(self._module).__name__} can't be counted, since one of its kernels can't be "
-                    f"run on shapes alone ({error}); count them on the same model without quantisation"
-                ) from error
+    def count(self, kind: ForwardKind) -> FlopCount | str:
+        """Count a forward of a kind; a text says why it can't be counted."""
+        if isinstance(self._module, str):
+            return self._module
+        same = self._outline, kind.key, tuple((name, type(child)) for name, child in kind.children.items())
+        if same not in _COUNTED:
             if len(_COUNTED) >= _MOST_COUNTED:
                 _COUNTED.clear()
-            _COUNTED[same] = self._counts[key]
-        return self._counts[key]
+            try:
+                kwargs = map_tensors(kind.arguments, _Shape.meta, kind=_Shape)
+                children = {name: twin_with(child, _Shape.meta, kind=_Shape) for name, child in kind.children.items()}
+                _COUNTED[same] = count(structural_twin(self._module, children), **kwargs)
+            except Exception as error:  # whatever a forward raises that asks for values where there are shapes alone
+                _COUNTED[same] = _because(self._module, error)
+        return _COUNTED[same]
+
+
+@dataclass(eq=False)
+class ForwardKind:
+    """Forwards of the same shapes, which cost the same. `called` names the blocks that the last one to run called."""
+
+    meter: FlopMeter
+    key: Hashable
+    arguments: Mapping[str, Value]
+    children: Mapping[str, nn.Module]
+    called: tuple[str, ...] = ()
+
+    @cached_property
+    def counted(self) -> FlopCount | str:
+        """What such a forward costs, or why that can't be counted."""
+        return self.meter.count(self)
+
+    def flops(self, saved: Mapping[str, float]) -> int | None:
+        """Give the FLOPs without the shares saved, by module path ("" is the whole); None where they are unknown."""
+        if isinstance(self.counted, str):
+            return None
+        modules = self.counted.modules
+        return self.counted.total - sum(round(share * modules.get(path, 0)) for path, share in saved.items())
+
+    @property
+    def blocks(self) -> tuple[str, ...] | None:
+        """Name the blocks that the model calls: as they were seen, or else as they are counted."""
+        if self.called or isinstance(self.counted, str):
+            return self.called or None
+        return tuple(name for name in self.counted.blocks if self.counted.modules.get(name, 0) > 0)
+
+
+def _because(module: nn.Module, error: Exception) -> str:
+    return f"the FLOPs of {type(module).__name__} can't be counted on shapes alone: {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -146,4 +123,6 @@ def _kind(value: Value) -> Hashable:
     """Tell values apart that make a forward cost differently; this runs at every step."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
+    if isinstance(value, float):
+        return float
     return repr(map_tensors(value, _Shape.of))

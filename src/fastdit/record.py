@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
 
-from fastdit.meter import FlopMeter
+from fastdit.meter import ForwardKind
 
 JSON = dict[str, object]
 
@@ -36,30 +36,43 @@ class StepRecord:
     seconds: float
     engine: str
     saved: Mapping[str, float] = field(repr=False, hash=False)
-    _meter: FlopMeter = field(repr=False, compare=False)
-    _key: Hashable = field(repr=False, compare=False)
+    _kind: ForwardKind = field(repr=False, compare=False)
+    _called: tuple[str, ...] = field(repr=False, compare=False)
 
     @property
-    def blocks(self) -> int:
-        """How many blocks the model calls in a forward of this kind."""
-        return len(self._meter.blocks(self._key))
+    def blocks(self) -> int | None:
+        """How many blocks the model calls in a forward of this kind.
+
+        None where nothing in the run acts on blocks, so that they were not seen, and the FLOPs are unknown.
+        """
+        called = self._called or self._kind.blocks
+        return None if called is None else len(called)
 
     @property
-    def blocks_run(self) -> int:
-        """How many blocks this forward really ran, in whole or in part."""
+    def blocks_run(self) -> int | None:
+        """How many blocks this forward really ran, in whole or in part; None as for `blocks`."""
         if self.saved.get("") == 1.0:
             return 0
-        return sum(self.saved.get(name) != 1.0 for name in self._meter.blocks(self._key))
+        called = self._called or self._kind.blocks
+        return None if called is None else sum(self.saved.get(name) != 1.0 for name in called)
 
     @property
-    def flops(self) -> int:
-        """FLOPs that this forward cost, what it saved left out (counted on first use; a gate's own are not in it)."""
-        return self._meter.flops(self._key, self.saved)
+    def flops(self) -> int | None:
+        """FLOPs that this forward cost, what it saved left out (counted on first use; a gate's own are not in it).
+
+        None where they can't be counted, for the reason that `flops_unknown` gives.
+        """
+        return self._kind.flops(self.saved)
 
     @property
-    def full_flops(self) -> int:
+    def full_flops(self) -> int | None:
         """FLOPs of the same forward with every block run on every token."""
-        return self._meter.flops(self._key, {})
+        return self._kind.flops({})
+
+    @property
+    def flops_unknown(self) -> str | None:
+        """Why the FLOPs can't be counted; None where they can."""
+        return self._kind.counted if isinstance(self._kind.counted, str) else None
 
     def to_json(self) -> JSON:
         """Give the record as plain data, FLOPs included."""
@@ -109,13 +122,20 @@ class RunRecord:
         return "\n".join(lines)
 
     @property
-    def flops(self) -> int:
-        """FLOPs of the transformer over the call."""
-        return sum(record.flops for record in self.steps)
+    def flops(self) -> int | None:
+        """FLOPs of the transformer over the call; None where those of a forward can't be counted (`flops_unknown`)."""
+        counts = [flops for record in self.steps if (flops := record.flops) is not None]
+        return sum(counts) if len(counts) == len(self.steps) else None
+
+    @property
+    def flops_unknown(self) -> str | None:
+        """Why the FLOPs can't be counted; None where they can."""
+        return next((why for record in self.steps if (why := record.flops_unknown) is not None), None)
 
     def to_json(self) -> JSON:
         """Give the record as plain data, FLOPs included."""
-        names = ("seconds", "completed", "doubts", "cache_bytes", "computed", "partial", "skipped", "flops")
+        counts = ("computed", "partial", "skipped", "flops", "flops_unknown")
+        names = ("seconds", "completed", "doubts", "cache_bytes", *counts)
         return {name: getattr(self, name) for name in names} | {"steps": [record.to_json() for record in self.steps]}
 
 

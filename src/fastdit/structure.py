@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -85,7 +85,8 @@ def _forward_replaced(module: nn.Module) -> bool:
 def meta_twin(module: _Module) -> _Module:
     """Copy a module, children included, without weights and without hooks: every tensor becomes a meta tensor.
 
-    Attributes that hold no tensors (configurations, attention processors) are shared.
+    Attributes that hold no tensors (configurations, attention processors) are shared. A layer that computes a linear
+    product in a way of its own, as quantisers' do, becomes a plain one.
     """
 
     def without_data(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,38 @@ def meta_twin(module: _Module) -> _Module:
         copied = torch.empty_like(like, device="meta")
         return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
-    return twin_with(module, without_data)
+    return twin_with(_with_plain_products(module), without_data)
+
+
+def _with_plain_products(module: _Module) -> _Module:
+    """Give a structural twin whose layers of `in_features` and `out_features` are all plain ones, without weights."""
+    parts = {name: part for name, part in module._modules.items() if part is not None}
+    if _is_product(module):
+        plain: Any = _Product(cast(int, module.in_features), cast(int, module.out_features))
+        return cast(_Module, plain)
+    made = {name: _with_plain_products(part) for name, part in parts.items()}
+    changed = {name: part for name, part in made.items() if part is not parts[name]}
+    return structural_twin(module, changed, hooks=False) if changed else module
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a layer itself computes a linear product, and otherwise than torch's own layers do."""
+    sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(side, int) for side in sides) or type(module).forward is nn.Linear.forward:
+        return False
+    return not any(hasattr(part, "in_features") for part in module.children())  # one that adds to another's product
+
+
+class _Product(nn.Module):
+    """A linear product of inputs of any type, which stay of that type; its weight is one of numbers, on no device."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = torch.empty(out_features, in_features, dtype=torch.float32, device="meta")
+        self.bias = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Value, **kwargs: Value) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight.to(hidden_states.dtype))
 
 
 def twin_with(

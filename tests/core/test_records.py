@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tiny
-from fastdit import FirstBlockCache, SkipPolicy, accelerate
+from fastdit import EasyCache, FirstBlockCache, Interval, SkipPolicy, accelerate
 
 CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 
@@ -178,3 +180,92 @@ def test_a_failed_call_leaves_the_record_of_what_it_did() -> None:
     assert not record.completed
     assert [step.step for step in record.steps] == [0, 1, 2]
     assert record.flops > 0
+
+
+class Packed(nn.Linear):
+    """A linear layer whose weight holds two values of four bits in a byte, as quantisers' do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        codes = (layer.weight.detach() * 8).round().clamp(-8, 7).to(torch.int8).add(8).to(torch.uint8)
+        self.weight = nn.Parameter(codes[:, ::2] * 16 + codes[:, 1::2], requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_meta:
+            raise NotImplementedError("a kernel of its own, which runs on no meta tensors")
+        halves = torch.stack([self.weight // 16, self.weight % 16], dim=2).flatten(1)
+        return nn.functional.linear(x, (halves.to(x.dtype) - 8) / 8, self.bias)
+
+
+def test_layers_of_a_quantiser_count_as_the_products_that_they_compute() -> None:
+    pipe, call = build()
+    for block in [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]:
+        for name, part in list(block.named_modules()):
+            if isinstance(part, nn.Linear):
+                parent, _, own = name.rpartition(".")
+                setattr(block.get_submodule(parent), own, Packed(part))
+    fast = accelerate(pipe, [CACHE])
+    tiny.run(fast, call)
+    assert fast.fastdit.last_run.flops == flops_of_a_plain_twin()
+
+
+class Reading(nn.Module):
+    """Asks for a value, which there is none of where there are shapes alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden_states) if float(hidden_states.sum()) != 0.1 else hidden_states
+
+
+@pytest.mark.parametrize("stack", [[], [CACHE], [EasyCache(1e6)]], ids=["empty", "cache", "whole forwards"])
+def test_where_flops_can_t_be_counted_they_are_none_with_a_reason_and_nothing_raises(stack: list[Any]) -> None:
+    pipe, call = build()
+    pipe.transformer.x_embedder = Reading(pipe.transformer.x_embedder)
+    fast = accelerate(pipe, stack)
+    tiny.run(fast, call)
+    record = fast.fastdit.last_run
+    assert record.flops is None and record.steps[0].full_flops is None
+    assert record.flops_unknown.startswith("the FLOPs of FluxTransformer2DModel can't be counted")
+    written = json.loads(json.dumps(record.to_json()))
+    assert written["flops"] is None and written["flops_unknown"] == record.flops_unknown
+    if stack == [CACHE]:
+        with tiny.counted_blocks(pipe.transformer) as counts:
+            tiny.run(fast, call)
+        steps = fast.fastdit.last_run.steps
+        assert sum(step.blocks_run for step in steps) == sum(counts)
+        assert {step.blocks for step in steps} == {5}
+
+
+@pytest.mark.parametrize(
+    "name", ["HunyuanImagePipeline", "Lumina2Pipeline", "HiDreamImagePipeline", "ErnieImagePipeline"]
+)
+@pytest.mark.parametrize("stack", [[], [Interval(2, scope="forward")]], ids=["empty", "cache"])
+def test_a_record_of_a_model_that_reads_its_inputs_is_written_all_the_same(name: str, stack: list[Any]) -> None:
+    pipe, call = tiny.described(name, steps=4)
+    fast = accelerate(pipe, stack)
+    tiny.run(fast, call)
+    record = fast.fastdit.last_run
+    assert json.loads(json.dumps(record.to_json()))["flops"] is record.flops is None
+    assert record.flops_unknown and record.computed + record.skipped == len(record.steps)
+
+
+def test_shapes_are_forgotten_with_the_records_that_have_them() -> None:
+    pipe, call = build()
+    calls = tiny.recorded_calls(pipe, call)
+    twin = accelerate(pipe.transformer, [])
+    (_, kwargs), *_ = calls
+    kept = []
+    for text in range(1, 30):
+        changed = kwargs | {
+            "encoder_hidden_states": kwargs["encoder_hidden_states"][:, :1].repeat(1, text, 1),
+            "txt_ids": kwargs["txt_ids"][:1].repeat(text, 1),
+        }
+        with torch.no_grad(), twin.fastdit.run(num_inference_steps=1):
+            twin(**changed)
+        kept.append(weakref.ref(twin.fastdit.last_run.steps[0]._kind))
+    assert [kind() is not None for kind in kept] == [False] * 28 + [True]
+    assert twin.fastdit.last_run.flops > 0

@@ -313,8 +313,7 @@ def test_counting_what_a_run_cost_leaves_the_pipeline_as_it_was(case: Any) -> No
     first = tiny.run(fast, call)
     steps = fast.fastdit.last_run.steps
     if name in UNCOUNTED:
-        with pytest.raises(UnsupportedModel, match="can't be counted"):
-            _ = steps[0].flops
+        assert steps[0].flops is None and "can't be counted" in steps[0].flops_unknown
     else:
         assert 0 < steps[0].flops < steps[len(steps) // 2].flops < steps[-1].flops
     assert torch.equal(tiny.run(fast, call), first)

@@ -126,6 +126,7 @@ class Chain:
         self.passes = tuple(passes)
         self.acts_on_blocks = any(one.acts_on_blocks for one in passes)
         self._stacks: dict[tuple[int, str], tuple[list[nn.Module | None], BlockStack]] = {}
+        self._called: list[tuple[str, int]] = []
         self._block: Block = run_block
         self._forward: Forward = self._execute
         for one in reversed(self.passes):
@@ -138,6 +139,7 @@ class Chain:
 
     def run(self, call: ForwardCall) -> tuple[Any, Outcome]:
         """Run a forward through all passes, and say what was done in it."""
+        self._called.clear()
         modes = torch._C._len_torch_function_stack()
         try:
             output = self._forward(call)
@@ -153,6 +155,11 @@ class Chain:
         for one in self._settling:
             one.settled(call, outcome)
         return output, outcome
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The blocks that the model called in the last forward; none where nothing acts on blocks."""
+        return tuple([f"{name}.{index}" for name, index in self._called])
 
     def close(self) -> None:
         """End the run: the passes let go in reverse, and nothing holds them in a circle."""
@@ -176,6 +183,10 @@ class Chain:
             return structural_twin(module, call.children)(**call.arguments)
         return structural_twin(module, {**self._block_stacks(module), **call.children})(**call.arguments)
 
+    def _answer(self, call: BlockCall) -> Value:
+        self._called.append((call.name, call.index))
+        return self._block(call)
+
     def _block_stacks(self, module: nn.Module) -> dict[str, BlockStack]:
         """Give the stand-ins of a module's block lists, made anew where the blocks are others than before."""
         stacks = {}
@@ -184,7 +195,7 @@ class Chain:
                 blocks: list[nn.Module | None] = list(child._modules.values())
                 known = self._stacks.get((id(module), name))
                 if known is None or known[0] != blocks:
-                    known = blocks, BlockStack(child, name, self._block)
+                    known = blocks, BlockStack(child, name, self._answer)
                     self._stacks[id(module), name] = known
                 stacks[name] = known[1]
         return stacks

@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Break
+from fastdit.errors import UnsupportedModel
 from fastdit.measure.environment import Environment
 from fastdit.measure.images import psnr, sharpness, ssim
 from fastdit.measure.results import ConfigurationResult, JsonObject, Metric, Results
@@ -72,7 +73,14 @@ class Configuration:
             return [], None
         recorder = accelerate(pipeline, Stack())
         generate(recorder)
-        return [recorder.fastdit.last_run], recorder.fastdit.last_run.flops
+        return [recorder.fastdit.last_run], counted(recorder.fastdit.last_run)
+
+
+def counted(run: RunRecord) -> int:
+    """Give a run's FLOPs. Raises `UnsupportedModel` where they can't be counted, for results hold them."""
+    if run.flops is None:
+        raise UnsupportedModel(f"{run.flops_unknown}; measure a model whose forward can be counted")
+    return run.flops
 
 
 def plain(steps: int, name: str | None = None) -> Configuration:
@@ -248,7 +256,7 @@ class Experiment:
             stack=taken.configuration.method,
             call=_as_json(taken.configuration.call),
             seconds=tuple(taken.seconds[:rounds]),
-            flops=tuple(run.flops for run in runs) if taken.flops is None else (taken.flops,) * rounds,
+            flops=tuple(map(counted, runs)) if taken.flops is None else (taken.flops,) * rounds,
             metrics={
                 name: Metric(mean(values[:scored]), tuple(values[:scored])) for name, values in taken.scores.items()
             },

@@ -70,12 +70,12 @@ class TransformerTwin:
         stopwatch = Stopwatch(call.device)
         output, outcome = opened.chain.run(call)
         stopwatch.stop()
-        opened.run.note(stopwatch, self._record(opened.run, call, outcome), computed=outcome.action == "computed")
+        opened.run.note(stopwatch, self._record(opened, call, outcome), computed=outcome.action == "computed")
         return output
 
-    def _record(self, run: Run, call: ForwardCall, outcome: Outcome) -> Callable[[float], StepRecord]:
+    def _record(self, opened: OpenRun, call: ForwardCall, outcome: Outcome) -> Callable[[float], StepRecord]:
         """Give what makes the record of a forward, once its time is known; no tensor of the call is kept."""
-        step, latents, tokens = call.step, call.latents, outcome.tokens
+        run, chain, step, latents, tokens = opened.run, opened.chain, call.step, call.latents, outcome.tokens
         if run.layout is not None:
             tokens = tokens or run.layout.tokens
         elif tokens is None and isinstance(latents, torch.Tensor) and latents.dim() == 3:
@@ -87,12 +87,13 @@ class TransformerTwin:
                 self._meter = structure, FlopMeter(self.module)
         assert self._meter is not None
         meter, sigma, batch = self._meter[1], run.sigma(step.step), len(latents)
-        key = meter.key(call.arguments, call.children)
+        kind = meter.kind(call.arguments, call.children)
+        called = kind.called = chain.called or kind.called
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(
                 step.step, step.stage, step.branch, self.name, None if sigma is None else float(sigma), tokens,
-                batch, outcome.action, outcome.reason, seconds, outcome.engine or "eager", outcome.saved, meter, key,
+                batch, outcome.action, outcome.reason, seconds, outcome.engine or "eager", outcome.saved, kind, called,
             )  # fmt: skip
 
         return make
