@@ -137,7 +137,7 @@ def twin_with(
     children = {name: twin_with(child, function, kind) for name, child in module._modules.items() if child is not None}
     twin = structural_twin(module, children, hooks=False)
     for name, value in twin.__dict__.items():
-        if name != "_modules" and _holds(value, kind):
+        if name in ("_parameters", "_buffers") or (name != "_modules" and _holds(value, kind)):
             twin.__dict__[name] = map_tensors(value, function, kind)
         elif _is_helper(value, module):
             twin.__dict__[name] = copied = copy.copy(value)

@@ -18,7 +18,7 @@ from fastdit.config import LOCAL
 from fastdit.engine.arguments import outline_of
 from fastdit.engine.engine_pass import EnginePass
 from fastdit.engine.fingerprint import structure_of, weights_of
-from fastdit.engine.key import EngineKey, environment_of
+from fastdit.engine.key import EngineKey, Environment, environment_of
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.workshop import Workshop
 from fastdit.run import Run
@@ -62,11 +62,17 @@ class Engine(Accelerator):
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.unkeyed}
         return repr(sorted(shown.items()))
 
+    def environment(self, device: torch.device) -> Environment:
+        """List everything besides the model and the call that changes what is built; read at every forward."""
+        return environment_of(device)
+
     def build(self, call: PieceCall, folder: Path) -> Execute:
         """Build an engine for a call, whose tensors are in canonical strides, and give what runs it.
 
-        What is to be kept is written into `folder`, a private one that lives as long as the process. Where the engine
-        was kept, its files lie there already, exactly as they were written. Whatever can't be built is raised.
+        The call is of a copy of the piece, which shares its weights, and no other engine is built meanwhile. What is to
+        be kept is written into `folder`, a private one that goes with the engine. Where the engine was kept, its files
+        lie there already, exactly as they were written; where they are of no use, they are written anew. Whatever can't
+        be built is raised.
         """
         raise NotImplementedError
 
@@ -84,5 +90,5 @@ class Engine(Accelerator):
             stage=call.stage,
             attention=call.attention,
             mode="inference" if torch.is_inference_mode_enabled() else "no_grad",
-            environment=environment_of(call.device),
+            environment=self.environment(call.device),
         )

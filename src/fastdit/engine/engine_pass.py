@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from fastdit.blocks.attention import KernelMode
 from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.engine.arguments import canonical, mapped
-from fastdit.engine.fingerprint import adapters_of
-from fastdit.engine.key import environment_of
+from fastdit.engine.key import Environment
 from fastdit.engine.piece import PieceCall
 from fastdit.engine.refusals import answering_kernel, refuse_gradients
 from fastdit.engine.workshop import Admission, Workshop
+from fastdit.errors import EngineMismatch
 from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.structure import structural_twin
@@ -24,21 +24,20 @@ class EnginePass(Pass):
     def __init__(self, workshop: Workshop, run: Run) -> None:
         self._workshop, self._run = workshop, run
         self._admitted: dict[int, Admission] = {}
-        self._adapters: dict[str, object] = {}
         self._kernel: KernelMode | None = None
-        self._environment: str | None = None
+        self._environment: Environment | None = None
         self._stage: tuple[Hashable, ...] | None = None
-        self._called = False
+        self._called = self._aside = False
         self._ran = self._eager = 0
         self._in_run: Counter[str] = Counter()
 
     def forward(self, call: ForwardCall, next: Forward) -> object:
-        self._kernel = answering_kernel()
-        adapters = adapters_of(call.module)
-        if self._adapters.setdefault(call.name, adapters) != adapters:
-            # A LoRA was switched or scaled between two steps.
-            self._adapters[call.name] = adapters
-            self._admitted.clear()
+        self._kernel, self._aside = None, False
+        try:
+            self._kernel = answering_kernel()
+        except EngineMismatch as error:
+            self._workshop.excuse(call.name, error)
+            self._aside = True
         self._stage, self._environment = _stage_of(self._run), None
         self._called, self._ran, self._eager = True, 0, 0
         output = next(call)
@@ -67,10 +66,14 @@ class EnginePass(Pass):
         )
 
     def block(self, call: BlockCall, next: Block) -> object:
+        if self._aside:
+            self._eager += 1
+            return next(call)
         refuse_gradients()
         block = call.block
         admission = self._admitted.get(id(block))
-        if admission is None:
+        if admission is None or not admission.structure.unchanged:
+            # The run's first call of the block, or a LoRA was switched, a processor set, weights moved between two.
             admission = self._admitted[id(block)] = self._workshop.admit(block, f"{call.name}.{call.index}")
         if admission.module is block:
             return self._run_piece(admission, call.args, call.kwargs)
@@ -84,7 +87,7 @@ class EnginePass(Pass):
         attention = self._kernel.label if self._kernel is not None else ""
         call = PieceCall(admission.module, args, kwargs, self._stage, attention)
         if self._environment is None:
-            self._environment = environment_of(call.device)
+            self._environment = self._workshop.engine.environment(call.device)
         output, ran = self._workshop.run(call, admission, self._environment)
         self._ran += ran
         self._eager += not ran

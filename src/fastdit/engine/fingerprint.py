@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -28,25 +29,49 @@ _DEPTH = 4
 #: What peft's layers remember of how they were made; it says where each layer is, and changes nothing.
 _PEFT_NOTES = frozenset({"kwargs"})
 
+#: Values that stand for themselves.
+_PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device)
+
 _INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
 
 
-def structure_of(module: nn.Module) -> str:
-    """Give a digest of all that a module computes by, besides the values of its weights.
+class Structure:
+    """All that a module computes by besides the values of its weights, as a digest, and whether it is still that.
 
-    Two blocks of equal structure differ in their weights alone, so one engine serves both.
+    Two blocks of equal digests differ in their weights alone, so one engine serves both. `unchanged` compares what was
+    looked at by identity, which is cheap enough for every call of a block. With `values` the weights count, too: it
+    sees what torch counts as a change in place, and not what is written through `weight.data`.
     """
-    parts = [_part(name, part) for name, part in module.named_modules()]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def __init__(self, module: nn.Module, *, values: bool = False) -> None:
+        self._held: list[Iterable[object]] = []
+        parts = [_part(name, part, self._held) for name, part in module.named_modules()]
+        self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+        self._seen = [*itertools.chain.from_iterable(self._held)]
+        weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        tensors = [item for item in self._seen if isinstance(item, torch.Tensor) and _has_address(item)]
+        self._placed = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        counted = [tensor for tensor in tensors if values or id(tensor) not in weights]
+        self._written = [(tensor, tensor._version) for tensor in counted if not tensor.is_inference()]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing was put in the place of anything that the digest was made of."""
+        now = [*itertools.chain.from_iterable(self._held)]
+        if len(now) != len(self._seen) or not (all(map(operator.is_, now, self._seen)) or self._equal(now)):
+            return False
+        moved = any(tensor.data_ptr() != address for tensor, address in self._placed)
+        return not moved and all(tensor._version == version for tensor, version in self._written)
+
+    def _equal(self, now: list[object]) -> bool:
+        """Whether all that is another object is a plain value equal to the one before."""
+        others = ((one, other) for one, other in zip(now, self._seen, strict=True) if one is not other)
+        return all(type(one) is type(other) and isinstance(one, _PLAIN) and one == other for one, other in others)
 
 
-def adapters_of(module: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Say which LoRA layers of a module act, and how strongly: what may change between two steps of one run."""
-    return tuple(
-        (str(getattr(part, "active_adapters", "")), str(part.scaling), str(getattr(part, "merged_adapters", "")))
-        for part in module.modules()
-        if isinstance(getattr(part, "scaling", None), dict)
-    )
+def structure_of(module: nn.Module) -> str:
+    """Give the digest of a module's structure."""
+    return Structure(module).digest
 
 
 def weights_of(module: nn.Module) -> str:
@@ -70,11 +95,18 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1)[::step]
 
 
-def _part(name: str, part: nn.Module) -> tuple[object, ...]:
+def _part(name: str, part: nn.Module, held: list[Iterable[object]]) -> tuple[object, ...]:
+    hooks = part._forward_hooks, part._forward_pre_hooks  # which no engine may leave out
+    held += [place.values() for place in (vars(part), part._parameters, part._buffers, part._modules, *hooks)]
     passed_over = _INTERNALS | _PEFT_NOTES if type(part).__module__.startswith("peft.") else _INTERNALS
     own = {key: value for key, value in vars(part).items() if key not in passed_over}
     tensors = [(key, _tensor(tensor)) for key, tensor in (*part._parameters.items(), *part._buffers.items())]
-    return name, _class_of(part), part.training, tensors, _described(own, _DEPTH)
+    return name, _class_of(part), part.training, tensors, _described(own, _DEPTH, held)
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory of its own; one that is put together of others may have none."""
+    return not _parts_of(tensor)[0] and tensor.device.type != "meta"
 
 
 def _tensor(tensor: torch.Tensor | None) -> object:
@@ -83,7 +115,7 @@ def _tensor(tensor: torch.Tensor | None) -> object:
     kind, shape = type(tensor).__name__, tuple(tensor.shape)
     own = kind, shape, tensor.stride(), str(tensor.dtype), str(tensor.device), tensor.requires_grad
     held, how = _parts_of(tensor)
-    return (own, [(name, _tensor(part)) for name, part in held.items()], _described(how, _DEPTH)) if held else own
+    return (own, [(name, _tensor(part)) for name, part in held.items()], _described(how, _DEPTH, [])) if held else own
 
 
 def _parts_of(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], object]:
@@ -95,9 +127,12 @@ def _parts_of(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], object]:
     return {name: getattr(tensor, name) for name in names}, how
 
 
-def _described(value: object, depth: int) -> object:
-    """Describe an attribute: plain values as they are, tensors by content, objects by class and attributes."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+def _described(value: object, depth: int, held: list[Iterable[object]]) -> object:
+    """Describe an attribute: plain values as they are, tensors by content, objects by class and attributes.
+
+    What could be exchanged in it is added to `held`, as something that gives its items whenever it is walked through.
+    """
+    if value is None or isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), str(value.dtype), _sampled([value])
@@ -106,14 +141,17 @@ def _described(value: object, depth: int) -> object:
     if depth == 0 or isinstance(value, nn.Module):  # a child of the module has an entry of its own
         return _class_of(value)
     if isinstance(value, Mapping):
-        return [(str(key), _described(item, depth - 1)) for key, item in value.items()]
+        held += [value.keys(), value.values()]
+        return [(str(key), _described(item, depth - 1, held)) for key, item in value.items()]
     if isinstance(value, (tuple, list)):
-        return [_described(item, depth - 1) for item in value]
+        held.append(value)
+        return [_described(item, depth - 1, held) for item in value]
     if isinstance(value, (set, frozenset)):
+        held.append(value)
         return sorted(str(item) for item in value)
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__module__, value.__qualname__, _source_of(inspect.unwrap(value))
-    return _class_of(value), _described(getattr(value, "__dict__", {}), depth - 1)
+    return _class_of(value), _described(getattr(value, "__dict__", {}), depth - 1, held)
 
 
 def _class_of(value: object) -> object:

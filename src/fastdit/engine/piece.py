@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdit.engine.arguments import mapped, tensor_outline, tensors_in
+from fastdit.structure import twin_with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,20 @@ class PieceCall:
         args, kwargs = mapped((self.args, self.kwargs), function)
         return dataclasses.replace(self, args=args, kwargs=kwargs)
 
+    def apart(self) -> PieceCall:
+        """Give the call of a copy of the piece, which shares its weights and nothing else that a build might touch.
+
+        Tracing puts other tensors in the place of weights, and a trial run writes to whatever the piece counts in.
+        """
+        return dataclasses.replace(self, module=twin_with(self.module, _own))
+
     def run(self) -> object:
         """Run the piece as it is."""
         return self.module(*self.args, **self.kwargs)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if type(tensor) is torch.Tensor else tensor
 
 
 #: What runs an engine: it gets a call of a module of the engine's structure, its tensors in canonical strides.

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from fastdit.blocks.attention import AttentionCall, KernelMode
 from fastdit.engine.base import Engine
 from fastdit.engine.by_heads import attend_by_heads, takes
+from fastdit.engine.key import Environment
 from fastdit.engine.packed import packed_linear, packs
 from fastdit.engine.piece import PieceCall
 
@@ -54,15 +55,24 @@ class ProcessorEngine(Engine):
     _: dataclasses.KW_ONLY
     attention: Literal["fastest", "torch"] = "fastest"
 
+    def environment(self, device: torch.device) -> Environment:
+        import torch._dynamo.config
+        import torch._functorch.config
+        import torch._inductor.config
+
+        compilers: tuple[Any, ...] = torch._dynamo.config, torch._functorch.config, torch._inductor.config
+        return *super().environment(device), ("compilers", tuple(one.get_hash().hex() for one in compilers))
+
     def tracing(
         self, call: PieceCall, folder: Path, *, shapes: int = 1, packed: bool = False
     ) -> Callable[[], AbstractContextManager[object]]:
         """Give what a piece is traced under. What is chosen for its attention is written to `folder`, or read there.
 
         A piece of several `shapes` has torch's attention, since what is faster depends on the shape.
-        Where `packed`, linear layers have their weights packed.
+        Where `packed`, linear layers have their weights packed. Weights that answer torch's functions themselves, as
+        GGUF's do, are left alone: Dynamo can't trace the two together.
         """
-        if call.device.type != "cpu":
+        if call.device.type != "cpu" or any(map(_answers, call.module.parameters())):
             return nullcontext
         by_heads: frozenset[_Outline] = frozenset()
         if self.attention == "fastest" and not call.attention and shapes == 1:
@@ -93,6 +103,11 @@ class _OnProcessor(TorchFunctionMode):
             if call.query.dim() == 4 and takes(call) and _outline(call) in self._by_heads:
                 return attend_by_heads(call)
         return func(*args, **kwargs)
+
+
+def _answers(weight: torch.Tensor) -> bool:
+    """Whether a weight is of a class that answers torch's functions in a way of its own."""
+    return type(weight).__torch_function__ not in (nn.Parameter.__torch_function__, torch.Tensor.__torch_function__)
 
 
 def _gelu(values: torch.Tensor) -> torch.Tensor:

@@ -18,13 +18,15 @@ def refuse_gradients() -> None:
 def answering_kernel() -> KernelMode | None:
     """Give the stack's attention kernel that answers the model's attention; it is compiled in.
 
-    Raises `EngineMismatch` where something else answers torch's functions, which compiled code does not call.
+    Raises `EngineMismatch` where something else answers torch's functions, or sees its operators, as counters do:
+    compiled code calls other ones.
     """
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext  # the default device, which compilers know
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     acting = _get_current_function_mode_stack()
-    for mode in acting:
+    for mode in (*acting, *_get_current_dispatch_mode_stack()):
         if not isinstance(mode, (DeviceContext, KernelMode)):
             raise EngineMismatch(
                 f"{type(mode).__name__} answers calls of torch's functions, and an engine would leave it out; leave "

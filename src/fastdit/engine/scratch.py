@@ -36,11 +36,12 @@ def _of_process(process: int) -> Path:
         held = _hold(folder)
         # Another process may have found the folder before it was held, and taken it away.
         if folder.exists() and (held is not None or sys.platform == "win32"):
-            atexit.register(_remove, folder, process)
+            atexit.register(remove, folder, process)
             return folder
 
 
-def _remove(folder: Path, process: int) -> None:
+def remove(folder: Path, process: int) -> None:
+    """Remove a folder in a process's scratch, or all of it, unless this is a fork of the process."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
 

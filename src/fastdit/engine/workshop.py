@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -16,14 +17,16 @@ import torch
 from torch import nn
 
 from fastdit.engine.arguments import outline_of
-from fastdit.engine.fingerprint import structure_of, weights_of
-from fastdit.engine.key import EngineKey
+from fastdit.engine.fingerprint import Structure, structure_of, weights_of
+from fastdit.engine.key import EngineKey, Environment
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.refusals import refusal
 from fastdit.engine.registry import Registry
-from fastdit.engine.scratch import scratch
+from fastdit.engine.scratch import remove, scratch
+from fastdit.engine.sealed import files_in
 from fastdit.engine.warmup import Build
 from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning, FastditError, UnsupportedModel
+from fastdit.process import switching
 from fastdit.structure import structural_twin
 
 if TYPE_CHECKING:
@@ -42,20 +45,22 @@ class BuiltEngine:
     kept: bool
 
 
+_COMPILED_AGAIN = "(it was compiled again: are the compiler's caches off?); what was made now takes its place"
+
 #: Engines of the process by where they are kept and the digests of their keys, each as long as some twin holds it.
 _LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What was found out about a block for one run. `module` is what an engine runs: the block without its hooks.
+    """What was found out about a block, good as long as `structure` is unchanged, and no longer than a run.
 
-    `refusal` says why no engine may run the block.
+    `module` is what an engine runs: the block without its hooks. `refusal` says why no engine may run the block.
     """
 
     where: str
     module: nn.Module
-    structure: str
+    structure: Structure
     weights: str
     refusal: str | None = None
 
@@ -82,7 +87,7 @@ class Workshop:
         return tuple(str(build) for build in self.builds if build.failure is not None)
 
     def admit(self, block: nn.Module, where: str) -> Admission:
-        """Look at a block before a run: what it is made of, and whether an engine may run it."""
+        """Look at a block: what it is made of, and whether an engine may run it."""
         hooked = bool(block._forward_hooks or block._forward_pre_hooks)
         module = structural_twin(block, {}, hooks=False) if hooked else block
         weights = weights_of(block) if self.engine.bakes_weights else ""
@@ -90,12 +95,13 @@ class Workshop:
         self._weights[block] = weights
         if before not in (None, weights):
             self._engines = {quick: built for quick, built in self._engines.items() if quick[0] != before}
-        return Admission(where, module, structure_of(block), weights, refusal(block, where))
+        structure = Structure(block, values=self.engine.bakes_weights)
+        return Admission(where, module, structure, weights, refusal(block, where))
 
-    def run(self, call: PieceCall, admission: Admission, environment: str) -> tuple[object, bool]:
+    def run(self, call: PieceCall, admission: Admission, environment: Environment) -> tuple[object, bool]:
         """Run a call by its engine, which is built at the first such call; say whether the engine ran, or the module.
 
-        `environment` is what `environment_of` says at this forward. Raises `EngineBuildFailed` or `EngineMismatch`
+        `environment` is what the engine says of this forward. Raises `EngineBuildFailed` or `EngineMismatch`
         where the engine can't run the call, unless its `on_failure` is "eager".
         """
         built = self.get(call, admission, environment)
@@ -104,15 +110,19 @@ class Workshop:
         try:
             return built.execute(call), True
         except EngineMismatch as error:
-            if self.engine.on_failure == "error":
-                raise
-            warnings.warn(f"{admission.where} runs eagerly: {error}", EngineWarning, stacklevel=2)
+            self.excuse(admission.where, error)
             return call.run(), False
 
-    def get(self, call: PieceCall, admission: Admission, environment: str) -> BuiltEngine | None:
+    def excuse(self, where: str, error: EngineMismatch) -> None:
+        """Say that something runs eagerly, since no engine can run it now; raise the error where that is not wanted."""
+        if self.engine.on_failure == "error":
+            raise error
+        warnings.warn(f"{where} runs eagerly: {error}", EngineWarning, stacklevel=2)
+
+    def get(self, call: PieceCall, admission: Admission, environment: Environment) -> BuiltEngine | None:
         """Give the engine for a call; None where it could not be built and the piece runs eagerly."""
         quick = (
-            admission.structure, admission.refusal, call.stage, call.attention, environment,
+            admission.structure.digest, admission.refusal, call.stage, call.attention, environment,
             torch.is_inference_mode_enabled(), outline_of((call.args, call.kwargs)),
         )  # fmt: skip
         place = (admission.weights, quick)
@@ -131,11 +141,12 @@ class Workshop:
         try:
             if admission.refusal is not None:
                 raise UnsupportedModel(admission.refusal)
-            key = self.engine.key(call, structure=admission.structure, weights=admission.weights)
+            key = self.engine.key(call, structure=admission.structure.digest, weights=admission.weights)
             living = self._registry.directory, key.digest
-            built = _LIVING.get(living)
-            if built is None:
-                built = _LIVING[living] = self._build(key, call)
+            with switching():  # what compilers set belongs to the process
+                built = _LIVING.get(living)
+                if built is None:
+                    built = _LIVING[living] = self._build(key, call)
         except Exception as error:
             reason = str(error) if isinstance(error, FastditError) else f"{type(error).__name__}: {error}"
             failed = (
@@ -151,23 +162,39 @@ class Workshop:
     def _build(self, key: EngineKey, call: PieceCall) -> BuiltEngine:
         """Build an engine, or make it of what is kept, while no other process does the same."""
         folder = Path(tempfile.mkdtemp(dir=scratch()))
-        with self._registry.locked(key):
-            kept = self._registry.read(key, folder)
-            try:
-                execute = self.engine.build(call, folder)
-            except Exception as error:
+        call = call.apart()
+        try:
+            with self._registry.locked(key):
+                kept = self._registry.read(key, folder)
+                before = _state_of(folder)
+                try:
+                    execute = self.engine.build(call, folder)
+                except Exception as error:
+                    if not kept or isinstance(error, OSError):
+                        raise
+                    _warn_of_no_use(key, call, f"({type(error).__name__}: {error}); it is removed and built again")
+                    self._registry.remove(key)
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                    kept, execute = False, self.engine.build(call, folder)
+                if kept and _state_of(folder) != before:
+                    _warn_of_no_use(key, call, _COMPILED_AGAIN)
+                    kept = False
                 if not kept:
-                    raise
-                warnings.warn(
-                    f"the engine kept for {key.piece} {call.shape} is as it was written and of no use all the same "
-                    f"({type(error).__name__}: {error}); it is removed and built again",
-                    EngineWarning,
-                    stacklevel=2,
-                )
-                self._registry.remove(key)
-                shutil.rmtree(folder)
-                folder.mkdir()
-                kept, execute = False, self.engine.build(call, folder)
-            if not kept:
-                self._registry.keep(key, folder)
-        return BuiltEngine(key, execute, kept)
+                    self._registry.keep(key, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        built = BuiltEngine(key, execute, kept)
+        weakref.finalize(built, remove, folder, os.getpid()).atexit = False  # all of `scratch` goes then
+        return built
+
+
+def _state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Say of the files of a folder what tells that one was written."""
+    return {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in files_in(folder).items()}
+
+
+def _warn_of_no_use(key: EngineKey, call: PieceCall, what: str) -> None:
+    said = f"the engine kept for {key.piece} {call.shape} is as it was written and of no use all the same {what}"
+    warnings.warn(said, EngineWarning, stacklevel=2)
