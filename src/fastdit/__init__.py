@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdit.acceleration import accelerate as accelerate
     from fastdit.attention.dispatcher import Attention as Attention
+    from fastdit.bench.experiment import Experiment as Experiment
+    from fastdit.bench.source import Source as Source
     from fastdit.citation import cite as cite
     from fastdit.engine.aot import AOT as AOT
     from fastdit.engine.compile import Compile as Compile
@@ -75,6 +77,8 @@ _PUBLIC = {
     "acceleration": ("accelerate",),
     "attention.dispatcher": ("Attention",),
     "citation": ("cite",),
+    "bench.experiment": ("Experiment",),
+    "bench.source": ("Source",),
     "engine.aot": ("AOT",),
     "engine.compile": ("Compile",),
     "mini": ("load_mini",),

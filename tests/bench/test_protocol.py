@@ -13,10 +13,12 @@ import pytest
 from fastdit import InvalidConfig, Stack
 from fastdit.bench.experiment import Experiment
 from fastdit.bench.grammar import parse_stack
-from fastdit.bench.outcome import outcomes
+from fastdit.bench.outcome import outcomes, results
 from fastdit.bench.protocol import measure
 from fastdit.bench.source import Source
 from fastdit.bench.store import BenchError, Store
+from fastdit.measure.report import render_report
+from fastdit.mini.prompts import held_out
 
 MINI = Source("mini")
 
@@ -35,7 +37,7 @@ def experiment(**changes: Any) -> Experiment:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Store]:
-    made, store = experiment(), Store(tmp_path_factory.mktemp("bench"))
+    made, store = experiment(prompts=tuple(held_out(2, 0))), Store(tmp_path_factory.mktemp("bench"))
     store.begin(made, ["fastdit", "bench"])
     measure(made, store)
     return made, store
@@ -48,13 +50,23 @@ def test_every_row_has_its_rounds_and_a_rival_that_takes_as_long(measured: tuple
     assert [one.row.name for one in found[:3]] == ["plain", "half", "never"]
     assert all(one.rounds >= 3 and one.error is None for one in found)
     assert found[0].speed_up is None and found[0].status() == "baseline"
-    assert all(one.row.name.startswith("plain, ") for one in found[3:]) and len(found) > 3
+    assert all(one.row.name.startswith("plain, ") for one in found[3:])
+    assert store.added(group) == [one.row for one in found[3:]]  # none where a stack takes as long as the full run
     half = found[1]
     assert half.flops is not None and found[0].flops is not None and half.flops < 0.7 * found[0].flops
-    assert {"psnr", "ssim"} == set(half.likeness)
+    assert set(half.metrics) == {"psnr", "ssim", "judge", "sharpness"} and "psnr" not in found[0].metrics
     assert any("FirstBlockCache" in note for note in found[2].notes)
-    assert found[2].likeness["ssim"].low == pytest.approx(1.0, abs=1e-3)
+    assert found[2].metrics["ssim"].interval.low == pytest.approx(1.0, abs=1e-3)
     assert set(half.phases) == {"load", "build", "first"}
+
+
+def test_what_was_measured_is_a_page_with_its_rows_steps_and_pictures(measured: tuple[Experiment, Store]) -> None:
+    made, store = measured
+    (group,) = made.groups()
+    shown = results(made, group, store, outcomes(made, group, store))
+    assert shown.baseline == "plain" and {"half", "never"} < {entry.name for entry in shown.configurations}
+    page = render_report(shown, store.directory)
+    assert page.count("data:image/png") >= 9 and "half" in page and "8 steps" in page
 
 
 def test_a_finished_experiment_is_not_run_again(measured: tuple[Experiment, Store]) -> None:
@@ -78,10 +90,10 @@ def test_a_cell_that_is_missing_is_run_and_no_other(measured: tuple[Experiment, 
 
 
 def test_another_experiment_is_refused_where_one_is_kept(measured: tuple[Experiment, Store]) -> None:
-    _, store = measured
+    made, store = measured
     with pytest.raises(BenchError, match="holds another experiment"):
         store.begin(experiment(seeds=(1,)), [])
-    assert store.experiment() == experiment()
+    assert store.experiment() == made
 
 
 def test_a_folder_that_can_t_be_written_is_one_error_before_anything_runs(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fastdit.bench.store import Store
     from fastdit.measure.timing import Progress
 
+#: Characters that the table needs to hold every cell on one line.
+WIDE = 150
+
 #: Prompts that an embedded pipeline is measured on where none are given.
 MINI_PROMPTS = 4
 
@@ -90,8 +93,12 @@ def _run(experiment: Experiment, store: Store, as_json: bool) -> None:
     """Measure, print, and write the results; what is finished when interrupted is shown."""
     from rich.console import Console
 
-    from fastdit.bench.outcome import outcomes
+    from fastdit.bench.outcome import outcomes, results
     from fastdit.bench.protocol import measure
+    from fastdit.measure.noise import remarks
+    from fastdit.measure.report import write_report
+    from fastdit.measure.statistics import CONFIDENCE
+    from fastdit.measure.table import rich_table
 
     console = Console()
     store.begin(experiment, sys.argv)
@@ -104,14 +111,24 @@ def _run(experiment: Experiment, store: Store, as_json: bool) -> None:
         {"group": group.title, "rows": [outcome_json(row, experiment) for row in rows]} for group, rows in found.items()
     ]
     store.write("results.json", data)
+    shown = {
+        group: results(experiment, group, store, rows)
+        for group, rows in found.items()
+        if any(row.rounds for row in rows if not row.row.plain)
+    }
+    pages = [write_report(one, store.directory, f"{group.key}.html") for group, one in shown.items()]
     if as_json:
         typer.echo(json.dumps(data))
         return
     for group, rows in found.items():
-        console.print(table(experiment, group, rows))
+        if group in shown:
+            console.print(rich_table(shown[group], narrow=console.width < WIDE))
+            for remark in remarks(shown[group]):
+                console.print(remark, highlight=False)
         for line in told(experiment, group, store, rows):
             console.print(line, highlight=False)
-    console.print(f"Everything is kept in {store.directory}; `fastdit bench --rerun {store.directory}` repeats it.")
+    console.print(f"Measured on {store.environment()}; brackets hold {CONFIDENCE:.0%} intervals.", highlight=False)
+    console.print(f"Report: {', '.join(map(str, pages)) or 'none yet'}   All of it: {store.directory}", highlight=False)
 
 
 def outcome_json(row: RowOutcome, experiment: Experiment) -> dict[str, Any]:
@@ -121,47 +138,20 @@ def outcome_json(row: RowOutcome, experiment: Experiment) -> dict[str, Any]:
     return made
 
 
-def table(experiment: Experiment, group: Group, rows: Sequence[RowOutcome]) -> Any:
-    """Show a group's rows: seconds, speed-up where it is shown, the rival of the same time, likeness, phases."""
-    from rich.table import Table
-
-    shown = Table(title=group.title, title_justify="left")
-    for heading in ("row", "s/call", "speed-up", "fewer FLOPs", "as long as", "SSIM", "build s", "first s", "status"):
-        shown.add_column(heading, justify="left" if heading in ("row", "status") else "right")
-    base = rows[0]
-    for row in rows:
-        speed = "" if row.speed_up is None else format(row.speed_up, ".2f") if row.shown else "not shown"
-        flops = "" if not (row.flops and base.flops) else f"{base.flops / row.flops:.2f}"
-        rival = "" if row.rival is None else f"{row.rival} ({row.rival_seconds:.3g} s)"
-        shown.add_row(
-            row.row.name,
-            "" if row.median_seconds is None else f"{row.median_seconds:.3g}",
-            speed,
-            flops,
-            rival,
-            "" if "ssim" not in row.likeness else format(row.likeness["ssim"], ".3f"),
-            *(f"{row.phases[phase]:.2f}" if phase in row.phases else "" for phase in ("build", "first")),
-            row.status(experiment.ssim_floor),
-        )
-    return shown
-
-
 def told(experiment: Experiment, group: Group, store: Store, rows: Sequence[RowOutcome]) -> list[str]:
-    """Say what a table can't: failures, warnings, and what the parts of a stack are worth."""
+    """Say what the table does not: each stack's verdict, what preparing it took, warnings, and its parts' worth."""
     from fastdit.bench.outcome import attribution
-    from fastdit.measure.noise import outliers
 
-    lines = [f"  {row.row.name}: {row.error}" for row in rows if row.error is not None]
-    lines += [f"  {row.row.name}: {note}" for row in rows for note in row.notes]
+    lines = []
     for row in rows:
-        seconds = [cell.seconds for cell in store.cells(group, row.row)]
-        if found := outliers(seconds):
-            lines.append(
-                f"  {row.row.name}: {len(found)} of {len(seconds)} rounds stand out: something else was running"
-            )
+        if row.row.plain:
+            continue
+        speed_up = "" if row.speed_up is None or not row.shown else f", {row.speed_up:.2f} times"
+        took = f"; prepared in {row.phases['build'] + row.phases['first']:.1f} s" if row.phases else ""
+        lines.append(f"{row.row.name}: {row.error or row.status(experiment.ssim_floor) + speed_up + took}")
+        lines += [f"  {note}" for note in row.notes]
     if experiment.attribute:
-        for name in experiment.stacks:
-            lines += [f"  {line}" for line in attribution(experiment, group, store, name)]
+        lines += [line for name in experiment.stacks for line in attribution(experiment, group, store, name)]
     return lines
 
 

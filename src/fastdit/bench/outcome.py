@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from statistics import median
-from typing import Any
 
 from fastdit.bench.attribution import gains, interactions, subset_name, subsets
 from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
+from fastdit.bench.quality import fidelity, quality
 from fastdit.bench.store import Cell, Store
-from fastdit.measure.statistics import Interval, mean, ratio_of_medians
+from fastdit.measure.experiment import SHOWN
+from fastdit.measure.results import ConfigurationResult, Metric, Results
+from fastdit.measure.statistics import Interval, ratio_of_medians
 
 #: How far a rival's time may be from a stack's, as a part of it, for the two to be compared.
 EQUAL_TIME = 0.1
@@ -20,8 +24,9 @@ class RowOutcome:
     """What is known of a row.
 
     `speed_up` is to the plain pipeline's full run, None for itself and for too few rounds; `rival` names the plain run
-    that takes as long; `likeness` holds PSNR (dB) and SSIM to the full run of the same seeds; `phases` are the seconds
-    of loading, building and the first call; `notes` are what the library warned of.
+    that takes as long; `metrics` holds PSNR (dB) and SSIM to the full run of the same seeds, and the judge's score of
+    an embedded pipeline; `phases` are the seconds of loading, building and the first call; `notes` are what the library
+    warned of.
     """
 
     row: Row
@@ -32,7 +37,7 @@ class RowOutcome:
     bytes: int | None
     rival: str | None
     rival_seconds: float | None
-    likeness: dict[str, Interval]
+    metrics: dict[str, Metric]
     phases: dict[str, float]
     notes: tuple[str, ...]
     error: str | None
@@ -44,7 +49,7 @@ class RowOutcome:
 
     def rejected(self, floor: float | None) -> bool:
         """Whether the row is not like enough to the full run."""
-        return floor is not None and "ssim" in self.likeness and self.likeness["ssim"].low < floor
+        return floor is not None and "ssim" in self.metrics and self.metrics["ssim"].interval.low < floor
 
     def status(self, floor: float | None = None) -> str:
         """Say in a word what came of the row."""
@@ -59,7 +64,7 @@ class RowOutcome:
 
 def outcomes(experiment: Experiment, group: Group, store: Store) -> list[RowOutcome]:
     """Tell what is known of every row of a group by now, the plain run first."""
-    rows = experiment.rows(group) + store.added(group)
+    rows = experiment.rows(group) + (store.added(group) or [])
     cells = {row.name: store.cells(group, row) for row in rows}
     plain = rows[0]
     times = {name: median([cell.seconds for cell in own]) for name, own in cells.items() if own}
@@ -83,7 +88,8 @@ def outcomes(experiment: Experiment, group: Group, store: Store) -> list[RowOutc
                 max((cell.bytes for cell in own if cell.bytes is not None), default=None),
                 rival,
                 None if rival is None else times[rival],
-                {} if row is plain else _likeness(store, group, (plain, base), (row, own)),
+                ({} if row is plain else fidelity(store, group, (plain, base), (row, own)))
+                | quality(store, group, (row, own)),
                 prepared.get("seconds", {}),
                 tuple(prepared.get("notes", ())),
                 prepared.get("error"),
@@ -102,24 +108,39 @@ def _rival(rows: list[Row], times: dict[str, float], row: Row) -> str | None:
     return nearest if nearest is not None and times[nearest] <= goal * (1 + EQUAL_TIME) else None
 
 
-def _likeness(
-    store: Store, group: Group, plain: tuple[Row, list[Cell]], own: tuple[Row, list[Cell]]
-) -> dict[str, Interval]:
-    """Compare the pictures of the rounds that both have had."""
-    from PIL import Image
+def results(experiment: Experiment, group: Group, store: Store, found: Sequence[RowOutcome]) -> Results:
+    """Give a group's outcome as results, which the report shows: the rounds that every row has had.
 
-    from fastdit.measure.images import psnr, ssim
+    A row that failed, or is named after a part of a stack, is not among them.
+    """
+    shown = [one for one in found if one.error is None and (one.row.plain or one.row.name in experiment.stacks)]
+    cells = {one.row.name: store.cells(group, one.row) for one in shown}
+    rounds = min(map(len, cells.values()))
+    first = cells[shown[0].row.name]
+    return Results(
+        title=group.title,
+        baseline=shown[0].row.name,
+        environment=store.environment(),
+        settings={"pipeline": group.source.name, "seeds": list(experiment.seeds), "call": dict(experiment.call)},
+        prompts=tuple(prompt for cell in first[:rounds] for prompt in cell.prompts),
+        images_per_round=group.batch,
+        configurations=tuple(_configuration(store, group, one, cells[one.row.name][:rounds]) for one in shown),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
-    pairs: list[tuple[Any, Any]] = []
-    for theirs, ours in zip(plain[1], own[1], strict=False):
-        for one, other in zip(theirs.pictures, ours.pictures, strict=False):
-            pairs.append(
-                (Image.open(store.picture(group, plain[0], one)), Image.open(store.picture(group, own[0], other)))
-            )
-    if not pairs:
-        return {}
-    references, images = ([picture.convert("RGB") for picture in side] for side in zip(*pairs, strict=True))
-    return {"psnr": mean(psnr(images, references)), "ssim": mean(ssim(images, references))}
+
+def _configuration(store: Store, group: Group, one: RowOutcome, cells: list[Cell]) -> ConfigurationResult:
+    pictures = [store.picture(group, one.row, name) for cell in cells for name in cell.pictures][:SHOWN]
+    return ConfigurationResult(
+        name=one.row.name,
+        stack=None if one.row.stack is None else one.row.stack.to_json(),
+        call={} if one.row.steps is None else {"num_inference_steps": one.row.steps},
+        seconds=tuple(cell.seconds for cell in cells),
+        flops=tuple(cell.flops for cell in cells if cell.flops is not None),
+        metrics=one.metrics,
+        records=tuple(cell.record for cell in cells[:SHOWN] if cell.record is not None),
+        images=tuple(str(path.relative_to(store.directory)) for path in pictures),
+    )
 
 
 def attribution(experiment: Experiment, group: Group, store: Store, name: str) -> list[str]:

@@ -47,7 +47,7 @@ class GroupRun:
 
     def __init__(self, experiment: Experiment, group: Group, store: Store, progress: Progress) -> None:
         self.experiment, self.group, self.store, self.progress = experiment, group, store, progress
-        self.rows = experiment.rows(group) + store.added(group)
+        self.rows = experiment.rows(group) + (store.added(group) or [])
         self._bench: Bench | None = None
 
     def run(self) -> None:
@@ -55,7 +55,7 @@ class GroupRun:
         ends = time.monotonic() + 60.0 * self.experiment.minutes
         number = 0
         while number < self.experiment.least_rounds or (time.monotonic() < ends and not self.precise()):
-            if number == _RIVALS_AFTER and not self.store.added(self.group):
+            if number == _RIVALS_AFTER and self.store.added(self.group) is None:
                 self._add_rivals()
             self._round(self.rows, number)
             number += 1
@@ -121,6 +121,7 @@ class GroupRun:
         steps = (self.store.prepared(self.group, full) or {})["steps"]
         slow, quick = (median(self.seconds(row)) for row in (full, short))
         if steps <= _PROBE_STEPS or slow <= quick:
+            self.store.keep_added(self.group, [])
             return
         each = (slow - quick) / (steps - _PROBE_STEPS)
         goals = [median(self.seconds(row)) for row in self.rows if not row.plain and self.error(row) is None]
@@ -238,7 +239,7 @@ def _some_cells(directory: Path, group_key: str, row_name: str, first: int) -> N
     store = Store(directory)
     experiment = store.experiment()
     group = next(group for group in experiment.groups() if group.key == group_key)
-    known = [*experiment.rows(group), *store.added(group), rival(_PROBE_STEPS)]
+    known = [*experiment.rows(group), *(store.added(group) or ()), rival(_PROBE_STEPS)]
     row = next(row for row in known if row.name == row_name)
     bench = Bench(experiment, group, store)
     for number in range(first, first + FEWEST_ROUNDS):

@@ -75,16 +75,23 @@ class Store:
     def experiment(self) -> Experiment:
         """Read the experiment that the folder holds. Raises `BenchError` where it holds none that can be read."""
         try:
-            data = json.loads((self.directory / _MANIFEST).read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA_VERSION:
-                raise BenchError(
-                    f"{self.directory} was written in version {data['schema']}, this reads {SCHEMA_VERSION}"
-                )
-            return Experiment.from_json(data["experiment"])
+            return Experiment.from_json(self._manifest()["experiment"])
+        except (KeyError, TypeError) as error:
+            raise BenchError(f"{self.directory} holds no experiment that can be read: {error!r}") from error
+
+    def environment(self) -> Environment:
+        """Read what the experiment was begun on. Raises as `experiment` does."""
+        return Environment(**self._manifest()["environment"])
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            data: dict[str, Any] = json.loads((self.directory / _MANIFEST).read_text(encoding="utf-8"))
+            version = data["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, FastditError):
-                raise
             raise BenchError(f"{self.directory} holds no experiment that can be read: {error}") from error
+        if version != SCHEMA_VERSION:
+            raise BenchError(f"{self.directory} has version {version}, and this reads {SCHEMA_VERSION}")
+        return data
 
     def write(self, name: str, data: Any) -> None:
         """Write plain data under a name of its own."""
@@ -99,11 +106,10 @@ class Store:
         """Keep what a row is and what preparing it took."""
         self._write(self._folder(group, row) / "row.json", {**row.to_json(), **found})
 
-    def added(self, group: Group) -> list[Row]:
-        """Give the plain rows that were added to a group, as rivals of the same time."""
+    def added(self, group: Group) -> list[Row] | None:
+        """Give the plain rows that were added to a group, as rivals of the same time; None if still to do."""
         path = self.directory / group.key / "rivals.json"
-        steps = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        return [rival(count) for count in steps]
+        return [rival(count) for count in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else None
 
     def keep_added(self, group: Group, rows: Sequence[Row]) -> None:
         """Keep the rivals of a group."""

@@ -47,9 +47,9 @@ class Timeline:
     bands: tuple[Band, ...]
 
 
-def write_report(results: Results, directory: Path) -> Path:
-    """Write `directory`/report.html with the pictures that lie there embedded; give its path."""
-    path = directory / "report.html"
+def write_report(results: Results, directory: Path, name: str = "report.html") -> Path:
+    """Write `directory`/`name` with the pictures that lie there embedded; give its path."""
+    path = directory / name
     path.write_text(render_report(results, directory), encoding="utf-8")
     return path
 
