@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import tiny
 from fastdit import (
     FirstBlockCache,
+    Interval,
+    InvalidConfig,
     SkipPolicy,
     StepMask,
     UnsupportedModel,
@@ -398,6 +400,60 @@ class LongSkips(Stacked):
         return self.out(self.blocks[3](third + first))
 
 
+class JoinedBlock(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.join = nn.Linear(16, 8)
+
+    def forward(self, stream: Tensor, skip: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        joined = stream if skip is None else self.join(torch.cat([stream, skip], dim=-1))
+        return super().forward(joined, scale=scale)
+
+
+class KeptForLater(Stacked):
+    """Hunyuan-DiT's long skips: later blocks get what the forward kept of earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(JoinedBlock() for _ in range(8))
+        tiny.seed_weights(self, 8)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            stream = block(stream, kept.pop() if index >= 5 else None)
+            if index < 3:
+                kept.append(stream)
+        return self.out(stream)
+
+
+class Emptying(Stacked):
+    """Hunyuan-DiT under a ControlNet: the forward empties a list that it is given."""
+
+    def forward(self, stream: Tensor, residuals: list[Tensor] | None = None) -> Tensor:
+        stream = super().forward(stream)
+        while residuals:
+            stream = stream + residuals.pop()
+        return stream
+
+
+class Memory:
+    """Grows with every forward that writes to it."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+class Remembering(Stacked):
+    """A cache of keys and values: the forward writes to an object that it is given, and reads it."""
+
+    def forward(self, stream: Tensor, memory: Memory | None = None) -> Tensor:
+        if memory is not None:
+            memory.seen.append(stream)
+            stream = stream + sum(memory.seen)
+        return super().forward(stream)
+
+
 class Collecting(Stacked):
     """The output is made of every block's state."""
 
@@ -587,6 +643,7 @@ HAND_MADE: dict[str, Callable[[], Case]] = {
     for cls in (
         Stacked,
         LongSkips,
+        KeptForLater,
         Collecting,
         LastButOne,
         Repeated,
@@ -622,7 +679,7 @@ def first(value: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [*MODELS, *HAND_MADE])
-@pytest.mark.parametrize("gate", ["mask", "first block"])
+@pytest.mark.parametrize("gate", ["mask", "first block", "1 and 1", "1 and 2", "3 and 1", "2 and 3"])
 def test_skipping_a_step_whose_inputs_are_the_same_gives_the_same_output_or_the_model_is_refused(
     name: str, gate: str
 ) -> None:
@@ -630,18 +687,24 @@ def test_skipping_a_step_whose_inputs_are_the_same_gives_the_same_output_or_the_
     plain = first(made(**inputs))
     assert torch.equal(first(made(**inputs)), plain)
     policy = SkipPolicy(first=1, last=0)
-    cache = StepMask((1, 0, 1, 0), policy=policy) if gate == "mask" else FirstBlockCache(1e6, policy=policy)
+    leading, _, trailing = gate.partition(" and ")
+    cache: Any = StepMask((1, 0, 1, 0), policy=policy) if gate == "mask" else FirstBlockCache(1e6, policy=policy)
+    if trailing:
+        cache = FirstBlockCache(1e6, leading=int(leading), trailing=int(trailing), policy=policy)
     try:
         twin = accelerate(made, [cache])
         with twin.fastdit.run(num_inference_steps=4):
             found = [first(twin(**inputs)) for _ in range(4)]
+    except InvalidConfig as error:
+        assert trailing and "leaves no block" in str(error)
+        return
     except UnsupportedModel as error:
         assert name not in MUST_WORK, str(error)
         assert type(made).__name__ in str(error)
         assert torch.equal(first(made(**inputs)), plain)
         return
     skipped = [step.action != "computed" for step in twin.fastdit.last_run.steps]
-    assert skipped == [False, True, gate == "first block", True]
+    assert skipped == [False, True, gate != "mask", True]
     for step, output in enumerate(found):
         if skipped[step]:
             torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().mean()))
@@ -666,6 +729,47 @@ def test_a_neutral_cache_is_bit_equal_on_inputs_that_change_or_the_model_is_refu
             assert name not in MUST_WORK
             continue
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize(("trailing", "refused"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_cut_is_proved_with_the_trailing_blocks_that_it_leaves(trailing: int, refused: bool) -> None:
+    made, inputs = HAND_MADE["KeptForLater"]()
+    twin = accelerate(made, [FirstBlockCache(1e6, trailing=trailing, policy=SkipPolicy(last=0))])
+    with twin.fastdit.run(num_inference_steps=2):
+        if refused:
+            with pytest.raises(UnsupportedModel, match=rf"blocks\.1 to blocks\.{7 - trailing} .* such as a long skip"):
+                twin(**inputs)
+        else:
+            torch.testing.assert_close([twin(**inputs) for _ in range(2)][1], made(**inputs))
+
+
+@pytest.mark.parametrize("cache", [Interval(2, policy=SkipPolicy(last=0)), FirstBlockCache(0.0)], ids=str)
+@pytest.mark.parametrize("kind", [Emptying, Remembering])
+def test_what_a_forward_empties_or_writes_to_is_not_touched_by_the_observation(kind: Any, cache: Any) -> None:
+    made, inputs = by_hand(kind)()
+
+    def call() -> dict[str, Any]:
+        if kind is Emptying:
+            return {**inputs, "residuals": [noise(2, 5, 8, seed=seed) for seed in (2, 3)]}
+        return {**inputs, "memory": Memory()}
+
+    plain = made(**call())
+    for _ in range(2):
+        twin = accelerate(made, [cache])
+        with twin.fastdit.run(num_inference_steps=3):
+            assert torch.equal(twin(**call()), plain)
+
+
+@pytest.mark.parametrize("where", ["stream", "blocks.1.inside.bias", "out.bias"])
+def test_numbers_that_are_not_finite_are_no_reason_to_refuse_a_model(where: str) -> None:
+    made, inputs = HAND_MADE["Stacked"]()
+    spoiled = inputs["stream"] if where == "stream" else made.get_parameter(where).data
+    spoiled.view(-1)[0] = float("nan")
+    plain = made(**inputs)
+    twin = accelerate(made, [FirstBlockCache(0.0)])
+    with twin.fastdit.run(num_inference_steps=2):
+        for _ in range(2):
+            torch.testing.assert_close(twin(**inputs), plain, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_threshold_of_zero_computes_even_where_nothing_changes() -> None:

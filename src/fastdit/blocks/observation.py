@@ -1,18 +1,20 @@
 """What one observed forward tells about a DiT's blocks: which values are carried from block to block, and how.
 
 Nothing is listed per model. A throw-away structural twin runs one plain forward whose blocks report every call; an
-output of one block that *is* (the same tensor object) an argument of the next is a carried stream. The wiring is then
-proved: a replay skips every block, injects the recorded ends of each strand, and must give the plain output bit for
-bit. A second replay with other latents shows which strand is the first to see them.
+output of one block that *is* (the same tensor object) an argument of the next is a carried stream. Two replays that
+skip every block and inject the recorded ends of each strand, one of them with other latents, show which strand is the
+first to see them. The wiring is then proved as it will be used: a replay that skips what the cache will skip, and runs
+all the rest, must give the plain output bit for bit.
 
-All of that runs beside the call that asks for it, on latents of its own, without the hooks that the user put on the
-model: it leaves no trace in a run.
+All of that runs beside the call that asks for it, on latents and containers of its own, without the hooks that the user
+put on the model: it leaves no trace in a run.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -61,26 +63,33 @@ class _Recorder:
         return output
 
 
-class _Replayer:
-    """Skips every block of the strands, injects their recorded ends and notes the values that entered each strand."""
+Span = tuple[int, int, int]
+"""Blocks of a strand that are skipped together: the strand's number, the first place, and the one behind the last."""
 
-    def __init__(self, wiring: Wiring, ends: dict[int, list[torch.Tensor | None]]) -> None:
-        self._wiring, self._where, self._ends = wiring, wiring.where(), ends
+
+class _Replayer:
+    """Skips the blocks of some spans, injects their recorded ends and notes the values that entered each strand."""
+
+    def __init__(self, wiring: Wiring, spans: Iterable[Span], seen: list[_Seen]) -> None:
+        self._wiring, self._where = wiring, wiring.where()
+        self._skipped = {(number, place): stop for number, first, stop in spans for place in range(first, stop)}
+        self._outputs = {(call.name, call.index): call.output for call in seen}
         self.entered: dict[int, list[torch.Tensor]] = {}
 
     def answer(self, call: BlockCall) -> Value:
-        found = self._where.get((call.name, call.index))
-        if found is None:
+        number, place = self._where.get((call.name, call.index), (-1, 0))
+        stop = self._skipped.get((number, place))
+        if stop is None:
             return run_unhooked(call)
-        number, place = found
-        ports = self._wiring.strands[number].blocks
-        values: list[Value] = [read_port(source, call.args, call.kwargs) for source in ports[place].inputs]
+        port = self._wiring.strands[number].blocks[place]
+        values: list[Value] = [read_port(source, call.args, call.kwargs) for source in port.inputs]
         if place == 0:
             self.entered[number] = values
-        if place == len(ports) - 1:
-            values = self._ends[number]
-        given = zip(ports[place].outputs, values, strict=True)
-        return returned(ports[place], {out: value for out, value in given if out is not None})
+        if place == stop - 1:
+            ends = outputs_of(port, self._outputs[call.name, call.index])
+            values = [ends[out] if out is not None else None for out in port.outputs]
+        given = zip(port.outputs, values, strict=True)
+        return returned(port, {out: value for out, value in given if out is not None})
 
 
 def run_unhooked(call: BlockCall) -> Value:
@@ -91,49 +100,64 @@ def run_unhooked(call: BlockCall) -> Value:
     return block(*call.args, **call.kwargs)
 
 
-def observe(call: ForwardCall) -> Wiring:
+def observe(call: ForwardCall, skipped: Callable[[Wiring], Iterable[Span]]) -> Wiring:
     """Run one plain forward beside a call, learn its wiring and prove it; the call itself is left as it is.
 
-    Costs a forward and two more without their blocks. Raises `UnsupportedModel`, naming what was seen, where no block
-    list is purely carried or the replay does not reproduce the plain output.
+    `skipped` gives the spans of a wiring that are to be skipped. Costs a forward, two more without their blocks, and
+    one without what is skipped. Raises `UnsupportedModel`, naming what was seen, where no block list is purely carried
+    or a replay does not reproduce the plain output.
     """
     module, name = call.module, type(call.module).__name__
     recorder = _Recorder(module)
     with torch.no_grad():
         plain = _forward(call, recorder, 1.0)
-        strands, ends = _strands(recorder.calls)
+        strands = _strands(recorder.calls)
         if not strands:
             raise UnsupportedModel(_explain(module, recorder.calls, call.arguments))
         wiring = Wiring(tuple(strands), 0)
-        replayer, probe = _Replayer(wiring, ends), _Replayer(wiring, ends)
-        if not _equal(plain, _forward(call, replayer, 1.0)):
+        if len(wiring.where()) < sum(len(strand.blocks) for strand in strands):
             raise UnsupportedModel(
-                f"{name}: skipping the blocks of {_names(wiring)} and injecting their recorded outputs does not "
-                "reproduce the plain output, so something besides the carried streams leaves the blocks; use the "
-                "accelerators that don't skip blocks, or describe the model in fastdit.models"
+                f"{name}: blocks of {_names(wiring)} are called for several streams in one forward, which can't be "
+                "told apart; use accelerators that don't skip blocks"
             )
+        every = [(number, 0, len(strand.blocks)) for number, strand in enumerate(strands)]
+        replayer, probe = (_Replayer(wiring, every, recorder.calls) for _ in range(2))
+        _forward(call, replayer, 1.0)
         _forward(call, probe, 2.0)
-    return _with_entry(call, wiring, replayer.entered, probe.entered)
+        wiring = _with_entry(call, wiring, replayer.entered, probe.entered)
+        spans = list(skipped(wiring))
+        if not _equal(plain, _forward(call, _Replayer(wiring, spans, recorder.calls), 1.0)):
+            raise UnsupportedModel(
+                f"{name}: skipping {_spanned(wiring, spans)} and injecting the recorded outputs does not reproduce the "
+                "plain output, so something besides the carried streams leaves the blocks, such as a long skip to a "
+                "later one; skip up to the last block, or use accelerators that don't skip blocks"
+            )
+    return wiring
 
 
 def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) -> Value:
-    """Run the forward with its first argument scaled, where every diffusers transformer takes its latents.
+    """Run the forward with its first argument scaled and finite, where every diffusers transformer takes its latents.
 
     The forward gets latents and containers of its own: what writes to them must not reach the caller's.
     """
     first = next(name for name in inspect.signature(type(call.module).forward).parameters if name != "self")
     arguments = _own_containers(call.arguments)
-    arguments[first] = map_tensors(call.arguments[first], lambda tensor: tensor * factor)
+    arguments[first] = map_tensors(call.arguments[first], lambda tensor: tensor.nan_to_num() * factor)
     return with_answers(call.module, blocks.answer, call.children)(**arguments)
 
 
 def _own_containers(value: Value) -> Value:
-    """Copy the lists and dictionaries in a value, which a forward may empty; what they hold is shared."""
-    if type(value) is list:
-        return [_own_containers(item) for item in value]
+    """Copy what a forward may empty or write to: lists, dictionaries, and objects such as a cache of keys and values.
+
+    The tensors in lists and dictionaries are shared, and so are modules, generators and functions.
+    """
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_own_containers(item) for item in value)
     if type(value) is dict:
         return {name: _own_containers(item) for name, item in value.items()}
-    return value
+    if isinstance(value, (torch.Tensor, torch.Generator, nn.Module)):
+        return value
+    return copy.deepcopy(value)
 
 
 def wiring_key(arguments: Mapping[str, Value]) -> Hashable:
@@ -156,7 +180,7 @@ def _selecting(value: Value) -> Hashable:
     return None
 
 
-def _strands(calls: list[_Seen]) -> tuple[list[Strand], dict[int, list[torch.Tensor | None]]]:
+def _strands(calls: list[_Seen]) -> list[Strand]:
     """Group consecutive calls that are joined by identical tensors into strands."""
     groups: list[list[_Seen]] = []
     for call in calls:
@@ -164,16 +188,12 @@ def _strands(calls: list[_Seen]) -> tuple[list[Strand], dict[int, list[torch.Ten
             groups[-1].append(call)
         else:
             groups.append([call])
-    found: list[tuple[Strand, _Seen]] = []
+    found: list[Strand] = []
     for group in groups:
         whole = _strand(group)
         parts = [group] if whole is not None else [list(part) for _, part in groupby(group, lambda call: call.name)]
-        found.extend((strand, part[-1]) for part in parts if (strand := _strand(part)) is not None)
-    ends: dict[int, list[torch.Tensor | None]] = {}
-    for number, (strand, last) in enumerate(found):
-        outputs = outputs_of(strand.blocks[-1], last.output)
-        ends[number] = [outputs[out] if out is not None else None for out in strand.blocks[-1].outputs]
-    return [strand for strand, _ in found], ends
+        found.extend(strand for part in parts if (strand := _strand(part)) is not None)
+    return found
 
 
 def _links(first: _Seen, second: _Seen) -> list[tuple[int, Port]]:
@@ -245,13 +265,15 @@ def _with_entry(
 ) -> Wiring:
     """Find the first strand whose input follows the latents, the stream that does, and the axis of its tokens."""
     batch = len(call.latents)
-    for number, strand in enumerate(wiring.strands):
-        for stream, (before, after) in enumerate(zip(entered[number], probed[number], strict=True)):
-            if before.shape != after.shape or not torch.equal(before, after):
-                strands = list(wiring.strands)
-                strands[number] = replace(strand, latent_stream=stream)
-                first = before.dim() == 3 and before.shape[0] != batch and before.shape[1] == batch
-                return Wiring(tuple(strands), number, 0 if first else 1)
+    # Where weights make everything NaN nothing shows a difference, and the first of them is as good as any.
+    for same in (_equal, torch.equal):
+        for number, strand in enumerate(wiring.strands):
+            for stream, (before, after) in enumerate(zip(entered[number], probed[number], strict=True)):
+                if before.shape != after.shape or not same(before, after):
+                    strands = list(wiring.strands)
+                    strands[number] = replace(strand, latent_stream=stream)
+                    first = before.dim() == 3 and before.shape[0] != batch and before.shape[1] == batch
+                    return Wiring(tuple(strands), number, 0 if first else 1)
     raise UnsupportedModel(
         f"{type(call.module).__name__}: no block list of {_names(wiring)} receives the latents directly, so there is "
         "no signal to decide on; describe the model in fastdit.models"
@@ -261,6 +283,11 @@ def _with_entry(
 def _equal(first: Value, second: Value) -> bool:
     pairs = list(zip(tensors_of(first), tensors_of(second), strict=True))
     return bool(pairs) and all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+
+
+def _spanned(wiring: Wiring, spans: Iterable[Span]) -> str:
+    skipped = [wiring.strands[number].blocks[first:stop] for number, first, stop in spans]
+    return ", ".join(f"{ports[0].name}.{ports[0].index} to {ports[-1].name}.{ports[-1].index}" for ports in skipped)
 
 
 def _names(wiring: Wiring) -> str:

@@ -70,7 +70,7 @@ class BlockCachePass(Pass):
         key = call.name, wiring_key(call.arguments)
         cut = self._learned.cuts.get(key)
         if cut is None:
-            cut = self._learned.cuts[key] = Cut(observe(call), cache)
+            cut = self._learned.cuts[key] = Cut(observe(call, lambda wiring: Cut(wiring, cache).spans), cache)
         self._cut = cut
         state = self._run.state((call.name, call.step.branch), BranchState, carry=cache.stage_change == "carry")
         self._state, self._forced, self._tally = state, state.enter(call.step.step), Tally()

@@ -39,6 +39,8 @@ class Cut:
             _refuse_sequence_first(cache)
         self.strands, self.token_axis = wiring.strands, wiring.token_axis
         self.segments = segments_of(wiring, cache)
+        #: What is skipped: a strand's number, the first place, and the one behind the last.
+        self.spans = [(one.strand, one.first, one.stop) for one in self.segments]
         #: Whether a segment is the last one of its part.
         self.ends_part = [
             not any(other.part == one.part and other.number > one.number for other in self.segments)
