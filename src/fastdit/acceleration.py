@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -19,7 +19,15 @@ from fastdit.engine.warmup import WarmUp, progress_bar
 from fastdit.engine.workshop import Workshop
 from fastdit.errors import ConcurrentCall, InvalidConfig, NeverFired
 from fastdit.layout import FineLayout
-from fastdit.models.components import BARE, TRANSFORMERS, grid_of, pipeline_type, require_family, transformers_of
+from fastdit.models.components import (
+    BARE,
+    grid_of,
+    is_transformer,
+    pipeline_type,
+    require_family,
+    schedulers_of,
+    transformers_of,
+)
 from fastdit.models.family import family_of
 from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments, replaced
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
@@ -28,12 +36,15 @@ from fastdit.record import RunRecord
 from fastdit.run import Run
 from fastdit.schedule.stage_pass import StagePass
 from fastdit.stack import Stack
-from fastdit.twins.hooks import HookPass
-from fastdit.twins.pipeline import lift, lifting_component, pipeline_twin
+from fastdit.twins.hooks import with_hooks
+from fastdit.twins.pipeline import lifting_component, pipeline_twin
 from fastdit.twins.scheduler import scheduler_twin
 from fastdit.twins.transformer import OpenRun, TransformerTwin, transformer_twin
 
 _Base = TypeVar("_Base")
+
+#: The levels that act on a forward by itself, whether it is a step of a loop or not.
+_TIMELESS = (Level.ATTENTION, Level.ENGINE)
 
 
 def accelerate(
@@ -55,14 +66,6 @@ def accelerate(
     return cast(_Base, pipeline_twin(pipeline, controller, _lifted(pipeline, stack)))
 
 
-@dataclass(frozen=True)
-class _Opened(OpenRun):
-    """A run that is open, with what stands in for components while it is."""
-
-    stages: StagePass | None
-    components: Mapping[str, Value]
-
-
 class Acceleration:
     """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
 
@@ -76,7 +79,7 @@ class Acceleration:
             self._lasting = [(one, workshop if one.level is Level.ENGINE else kept) for one, kept in self._lasting]
         self._family = family_of(base) if isinstance(base, pipeline_type()) else None
         self._turn: dict[int, object] = {}  # of each process: a forked child's parent does not run its calls
-        self.open_run: _Opened | None = None
+        self.open_run: OpenRun | None = None
         self.idle_is_plain = len(stack) == 0
         self._replaced: Kwargs = {}
         self._twins: dict[str, tuple[TransformerTwin, nn.Module]] = {}
@@ -121,13 +124,13 @@ class Acceleration:
         if self.open_run is not None and name in self.open_run.components:
             return self.open_run.components[name]
         value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
-        return self._twin_of(name, value) if name in TRANSFORMERS and isinstance(value, nn.Module) else value
+        return self._twin_of(name, value) if is_transformer(self.base, name, value) else value
 
     def replace(self, name: str, value: Value) -> None:
         """Take a component assigned on the twin; the base keeps its own."""
         if name in self._twins and value is self._twins[name][1]:
             return
-        if name in TRANSFORMERS and value is not None:
+        if is_transformer(self.base, name, value):
             for accelerator in self.stack:
                 accelerator.check(self.base, value)
             self.stack.check_state(name, value)
@@ -153,7 +156,8 @@ class Acceleration:
                     # The schedule's own count where the user gave none, for the loop's shares and its progress bar.
                     args, kwargs = replaced(signature, args, kwargs, "num_inference_steps", stages.plan.steps)
                 result = type(self.base).__call__(twin, *args, **kwargs)
-                result = _lifted_result(stages, arguments, result)
+                if stages is not None and arguments.get("output_type") == "latent":
+                    result = stages.lifted_result(result)
                 if not getattr(twin, "_interrupt", False):
                     finished()
         return result
@@ -253,19 +257,15 @@ class Acceleration:
 
     def _chain(self, run: Run, stages: StagePass | None) -> Chain:
         """Fold what acts in a run, outermost first: the schedule, the levels in their order, what the schedule sees."""
-        passes: list[Pass] = [] if stages is None else [stages]
-        passes += [made for one, kept in self._lasting if (made := one.enter(run, kept)) is not None]
+        made = [(one.level, part) for one, kept in self._lasting if (part := one.enter(run, kept)) is not None]
+        passes: list[Pass] = [part for _, part in made]
         if stages is not None:
-            passes += stages.passes
-        outside = [one for one in passes if one.outside_hooks]
-        inside = [one for one in passes if not one.outside_hooks]
-        return Chain([*outside, HookPass(any(one.acts_on_blocks for one in inside)), *inside] if passes else [])
+            passes = [stages, *passes, *stages.passes]
+        return Chain(with_hooks(passes), outside=Chain(with_hooks([one for level, one in made if level in _TIMELESS])))
 
     def _stand_ins(self, run: Run, stages: StagePass | None) -> Kwargs:
         """Make what stands in for components in a run: the scheduler, and those that get latents of an early stage."""
-        made: Kwargs = {}
-        if getattr(self.base, "scheduler", None) is not None and not isinstance(self.base, nn.Module):
-            made["scheduler"] = scheduler_twin(self.component("scheduler"), run, stages)
+        made: Kwargs = {name: scheduler_twin(self.component(name), run, stages) for name in schedulers_of(self.base)}
         if stages is not None and self._family is not None:
             for name in self._family.pipeline_overrides():
                 if "." in name:
@@ -275,11 +275,8 @@ class Acceleration:
 
     def _check_states(self) -> None:
         """Check the transformers as they are now: one may have been quantised, or shared out, since the last run."""
-        bare = isinstance(self.base, nn.Module)
-        for name in TRANSFORMERS:
-            module = {BARE: self.base}.get(name) if bare else self._replaced.get(name, getattr(self.base, name, None))
-            if isinstance(module, nn.Module):
-                self.stack.check_state(name, module)
+        for name, module in transformers_of(self.base, self._replaced).items():
+            self.stack.check_state(name, module)
 
     def _checks(self) -> list[Callable[[int], None]]:
         """List what is checked once a run's number of steps is known, before its first step."""
@@ -325,12 +322,19 @@ class Acceleration:
             completed = True
 
         try:
-            self.open_run = _Opened(run, chain, stages, self._stand_ins(run, stages))
+            self.open_run = OpenRun(run, chain, stages, self._stand_ins(run, stages))
             yield finished
         finally:
             chain.close()
             self.last_run = run.finish(completed=completed)
-        if completed:
+        reached = bool(self.last_run.steps)
+        asked = [one.describe() for one in self.stack if not (one.neutral or (reached and one.level in _TIMELESS))]
+        if completed and asked and not run.stepped:
+            self._never_fired(
+                f"{type(self.base).__name__} took no step with a transformer and a scheduler of its own, so "
+                f"{', '.join(asked)} had nothing to go by; accelerate the transformer itself, in a loop of your own"
+            )
+        elif completed:
             for why in chain.idle():
                 self._never_fired(why)
 
@@ -339,14 +343,3 @@ def _lifted(pipeline: Any, stack: Stack) -> tuple[str, ...]:
     """Name the methods of a pipeline that may get latents of an early stage."""
     family = family_of(pipeline) if stack.schedule is not None else None
     return family.pipeline_overrides() if family is not None else ()
-
-
-def _lifted_result(stages: StagePass | None, arguments: Mapping[str, Value], result: Value) -> Value:
-    """Bring the latents of a run that was interrupted in an early stage to full size, where latents were asked for."""
-    if stages is None or arguments.get("output_type") != "latent":
-        return result
-    if isinstance(result, tuple):
-        return (lift(stages, result[0]), *result[1:])
-    name = next(iter(result))  # images, or the frames of a video
-    setattr(result, name, lift(stages, result[name]))
-    return result

@@ -47,6 +47,12 @@ def tensors_of(value: Value) -> list[torch.Tensor]:
     return found
 
 
+def same_value(first: Value, second: Value) -> bool:
+    """Whether two values are one object, or tensors of equal values, which are read only where they are not."""
+    tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    return first is second or (tensors and torch.equal(first, second))
+
+
 class PerImage:
     """A value that is no tensor and holds something of each image of a batch."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastdit.errors import InvalidConfig
-from fastdit.models.components import arguments_of, grid_of, require_family, size_remark
+from fastdit.models.components import arguments_of, grid_of, require_family, size_remark, transformers_of
 from fastdit.models.family import family_of
 from fastdit.step import SchedulePlan, StagePlan
 
@@ -68,6 +68,8 @@ def make_plan(
         raise InvalidConfig("this pipeline has no default for num_inference_steps; give it to plan()")
     tokens = None if family is None else math.prod(grid_of(family, pipeline, arguments))
     notes = ["the pipeline's own timesteps", *remark]
+    if len(transformers := transformers_of(pipeline)) > 1:
+        notes.append(f"the stack acts in {' and in '.join(transformers)}")
     order = getattr(getattr(pipeline, "scheduler", None), "order", 1)
     if order > 1:
         # Such schedulers of diffusers take their last step in one forward.

@@ -17,7 +17,7 @@ JSON = dict[str, object]
 class StepRecord:
     """What one forward of one branch did. `seconds` is its wall-clock time, `sigma` its noise level where known.
 
-    `transformer` names the module that ran: "transformer", or "transformer_2" in a pipeline of two.
+    `transformer` names the module that ran. Steps count anew in each loop of a call; outside of one they are -1.
 
     `action` is "computed", "reused", "forecast", or "partial" where samples, tokens or block lists differ. `saved`
     gives the share of its FLOPs that a module did not spend, by the module's path: 1 for one that was skipped, "" for

@@ -11,8 +11,9 @@ import torch
 
 from fastdit.errors import InvalidConfig
 from fastdit.layout import TokenLayout
+from fastdit.nested import Value, same_value
 from fastdit.record import RunRecord, StepRecord, Stopwatch
-from fastdit.step import SchedulePlan, StepContext
+from fastdit.step import OUTSIDE, SchedulePlan, StepContext
 
 
 class RunState(Protocol):
@@ -35,9 +36,10 @@ _State = TypeVar("_State", bound=RunState)
 class Run:
     """The one clock of a call and everything that must not outlive it.
 
-    A pipeline's run ticks when its scheduler steps; the run of a bare module (which gives its `branches`) ticks when a
-    branch comes round again. `plan` holds the stages of a schedule, `grid` is the picture's layout where the family is
-    known. State is kept for (transformer, branch) and is void when the stage changes.
+    A pipeline's run ticks when its scheduler steps, and begins anew where the scheduler's timesteps are set; a forward
+    outside of that loop is no step. The run of a bare module (which gives its `branches`) ticks when a branch comes
+    round again. `plan` holds the stages of a schedule, `grid` is the picture's layout where the family is known. State
+    is kept for (transformer, branch) and is void when the stage changes.
     """
 
     def __init__(
@@ -55,10 +57,13 @@ class Run:
         self._checks = tuple(checks)
         self._announced: Callable[[], int | None] = lambda: None
         self._settled = False
+        self._looping, self.stepped = branches is not None, False
         self._first_index = 0
         self._branches = tuple(branches) if branches is not None else None
         self._named_branch: str | None = None
-        self._calls: dict[str, list[str]] = {}
+        self._calls: list[str] = []
+        self._timestep: Value = None
+        self._shifted = False
         self._states: dict[StateKey, RunState] = {}
         self._carried: set[StateKey] = set()
         self._pending: list[tuple[Stopwatch, Callable[[float], StepRecord]]] = []
@@ -90,29 +95,41 @@ class Run:
 
     def timetable(self, sigmas: Sequence[torch.Tensor | float], steps: int) -> None:
         """Take in the noise levels of the scheduler's timesteps, and how many of these there are."""
-        self._sigmas = tuple(sigmas)
         self.begin(steps)
+        self._sigmas = tuple(sigmas)
 
     def begin(self, total_steps: int, first_index: int = 0) -> None:
-        """Say how many steps the run will have, and at which of the scheduler's timesteps it starts."""
+        """Begin a loop of so many steps at one of the scheduler's timesteps; what a loop before it left is void."""
+        self._void()
+        self._calls.clear()
+        self._settled, self._looping, self._shifted = False, True, False
+        self.step = self.stage = self.stage_step = 0
         self.total_steps, self._first_index = total_steps, first_index
         if self.plan is not None:
             self.stage, self.stage_step = self.plan.at(first_index)
 
-    def enter(self, transformer: str) -> StepContext:
-        """Count one forward of `transformer` and say where it stands. Raises `InvalidConfig` past the last step."""
+    def enter(self, timestep: Value = None) -> StepContext:
+        """Count a forward and say where it stands. Raises `InvalidConfig` past the last step of a bare module's run."""
+        past = self.total_steps is not None and self.step >= self.total_steps
+        if not self._looping or (past and self._branches is None):
+            return StepContext(OUTSIDE, 0, self.stage, OUTSIDE, "outside of the loop")
         if not self._settled:
             self._settle()
-        name = self._branch_of(transformer)
-        if self._branches is not None and self._begins_a_step(transformer, name):
+        name = self._branch()
+        if self._branches is not None and self._begins_a_step(name):
             self.tick()
-            name = self._branch_of(transformer)
+            name = self._branch()
             if self.total_steps is not None and self.step >= self.total_steps:
                 raise InvalidConfig(
                     f"the run was opened for {self.total_steps} steps and was called once more; give run() the right "
                     "num_inference_steps, and name every branch of a step in branches=(...), in the order of the calls"
                 )
-        self._calls.setdefault(transformer, []).append(name)
+        if not self._calls:
+            self._timestep = timestep
+        elif self.step == 0 and name.startswith("call "):
+            self._shifted |= not same_value(self._timestep, timestep)
+        self._calls.append(name)
+        self.stepped |= self._branches is not None
         total = self.total_steps if self.total_steps is not None else self.step + 2
         return StepContext(self.step, total, self.stage, self.stage_step, name, self._first_index)
 
@@ -120,31 +137,42 @@ class Run:
         """Take in how long the run really is, and check it, before its first step."""
         if self.total_steps is None:
             return
-        self._settled = True
         announced = self._announced()
         if announced is not None and 0 < announced < self.total_steps:
             # An image-to-image pipeline that leaves out the first timesteps without telling the scheduler.
             self.begin(announced, self._first_index + self.total_steps - announced)
+        self._settled = True
         for check in self._checks:
             check(self.total_steps)
 
-    def _begins_a_step(self, transformer: str, name: str) -> bool:
+    def _begins_a_step(self, name: str) -> bool:
         """Whether a bare module's call belongs to the next step: its branch, or one after it, was called in this."""
-        called, order = self._calls.get(transformer, []), self._branches or ()
+        called, order = self._calls, self._branches or ()
         if name in called or name not in order:
             return name in called
         return any(other in order and order.index(other) > order.index(name) for other in called)
 
-    def _branch_of(self, transformer: str) -> str:
-        if self._named_branch is not None:
-            return self._named_branch
-        calls = len(self._calls.get(transformer, ()))
-        return f"call {calls}" if self._branches is None else self._branches[calls % len(self._branches)]
+    def _branch(self) -> str:
+        """Name the branch of a forward."""
+        name, place = self._named_branch, len(self._calls)
+        if self._branches is not None:
+            return name or self._branches[place % len(self._branches)]
+        if name is None:
+            return f"call {place}"
+        # What is called twice in a step, for parts of a picture, is as many branches.
+        return f"{name}, call {place}" if name in self._calls else name
 
     def tick(self) -> None:
-        """End a step."""
+        """End a step. Without a forward since the last tick none ends: a loop may step several schedulers."""
+        if not self._calls:
+            self._looping = True  # whoever set the timesteps
+            return
+        if self._shifted:
+            self._void()  # forwards of the first step had different timesteps: some stood before the loop
+        self._shifted = False
         self.step += 1
         self.stage_step += 1
+        self.stepped = True
         self._calls.clear()
 
     def stand_on(self, layout: TokenLayout) -> None:
@@ -178,7 +206,7 @@ class Run:
     def sigma(self, step: int) -> torch.Tensor | float | None:
         """Give the noise level of a step as the scheduler holds it (a 0-d tensor, not read here), or None."""
         index = step + self._first_index
-        return self._sigmas[index] if index < len(self._sigmas) else None
+        return self._sigmas[index] if step >= 0 and index < len(self._sigmas) else None
 
     def doubt(self) -> bool:
         """Count a signal that is not finite, and say whether it is the run's first."""
@@ -203,10 +231,14 @@ class Run:
                 sizes[storage.data_ptr()] = storage.nbytes()
         self._cache_bytes = max(self._cache_bytes, sum(sizes.values()))
 
-    def finish(self, *, completed: bool) -> RunRecord:
-        """Close the run: drop all state and give the record."""
+    def _void(self) -> None:
+        """Drop all state."""
         self._weigh()
         self._states.clear()
+
+    def finish(self, *, completed: bool) -> RunRecord:
+        """Close the run: drop all state and give the record."""
+        self._void()
         self.layout = self.grid = None
         steps = tuple(make(stopwatch.seconds) for stopwatch, make in self._pending)
         self._pending.clear()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: The number of no step: that of a forward outside of the loop, before its first step or after its last one.
+OUTSIDE = -1
+
 
 @dataclass(frozen=True)
 class StepContext:

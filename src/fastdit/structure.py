@@ -191,3 +191,13 @@ def same_object_twin(module: _Module, cls: type[_Module]) -> _Module:
     twin = cls.__new__(cls)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
+
+
+def identities(module: nn.Module) -> list[int]:
+    """List the identities of a module's parts; several times faster than `modules()`, which also looks for repeats."""
+    found, waiting = [], [module]
+    while waiting:
+        part = waiting.pop()
+        found.append(id(part))
+        waiting.extend(child for child in part._modules.values() if child is not None)
+    return found

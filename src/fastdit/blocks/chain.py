@@ -18,7 +18,7 @@ from torch import nn
 from fastdit.errors import NoActiveRun
 from fastdit.nested import Args, Kwargs, Value, select_rows, tensors_of
 from fastdit.record import Outcome
-from fastdit.step import StepContext
+from fastdit.step import OUTSIDE, StepContext
 from fastdit.structure import refuse_replaced_forward, structural_twin
 
 
@@ -120,10 +120,13 @@ class Pass:
 
 
 class Chain:
-    """The passes of a run, outermost first, as one function of a forward."""
+    """The passes of a run, outermost first, as one function of a forward.
 
-    def __init__(self, passes: Sequence[Pass]) -> None:
-        self.passes = tuple(passes)
+    `outside` is the chain of those that also act on a forward outside of the pipeline's loop, which is no step.
+    """
+
+    def __init__(self, passes: Sequence[Pass], outside: Chain | None = None) -> None:
+        self.passes, self._outside = tuple(passes), outside
         self.acts_on_blocks = any(one.acts_on_blocks for one in passes)
         self._stacks: dict[tuple[int, str], tuple[list[nn.Module | None], BlockStack]] = {}
         self._called: list[tuple[str, int]] = []
@@ -140,6 +143,10 @@ class Chain:
     def run(self, call: ForwardCall) -> tuple[Any, Outcome]:
         """Run a forward through all passes, and say what was done in it."""
         self._called.clear()
+        if call.step.step == OUTSIDE and self._outside is not None:
+            done = self._outside.run(call)
+            self._called += self._outside._called
+            return done
         modes = torch._C._len_torch_function_stack()
         try:
             output = self._forward(call)
@@ -165,6 +172,8 @@ class Chain:
         """End the run: the passes let go in reverse, and nothing holds them in a circle."""
         self._forward, self._block = _closed, run_block
         self._stacks.clear()
+        if self._outside is not None:
+            self._outside.close()
         for one in reversed(self.passes):
             one.close()
 

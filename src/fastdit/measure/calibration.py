@@ -157,7 +157,7 @@ class _Residuals(StepCache):
     """
 
     scope: Scope = "list"
-    walks: dict[str, _Walk] = dataclasses.field(default_factory=dict)
+    walks: dict[str, list[_Walk]] = dataclasses.field(default_factory=dict)
 
     @property
     def neutral(self) -> bool:
@@ -170,22 +170,27 @@ class _Residuals(StepCache):
                 f"the run starts at timestep {context.skipped_timesteps} of its schedule, and a magnitude curve covers "
                 "a whole run; calibrate from noise (a strength of 1)"
             )
-        walk = self.walks.setdefault(context.branch, _Walk())
+        walks = self.walks.setdefault(context.branch, [])
+        if not walks or (walks[-1].step or 0) > context.step:
+            walks.append(_Walk())  # a loop of its own, such as the next section of a video
+        walk = walks[-1]
         if walk.step != context.step:
             walk.close()
         walk.total_steps = context.total_steps
         walk.take(context.step, site.entered, end)
 
-    def finish(self) -> dict[str, list[float]]:
-        """Close the run and give its ratios by branch. Raises `InvalidConfig` where a branch was left out of steps."""
-        for branch, walk in self.walks.items():
-            walk.close()
-            if len(walk.ratios) != walk.total_steps:
-                raise InvalidConfig(
-                    f"branch {branch!r} ran at {len(walk.ratios)} of {walk.total_steps} steps, and a magnitude curve "
-                    "has one ratio for each; calibrate with guidance in all steps or in none"
-                )
-        found = {branch: walk.ratios for branch, walk in self.walks.items()}
+    def finish(self) -> list[tuple[str, list[float]]]:
+        """Close the run and give its loops' ratios by branch. Raises `InvalidConfig` where steps were left out."""
+        found = []
+        for branch, walks in self.walks.items():
+            for walk in walks:
+                walk.close()
+                if len(walk.ratios) != walk.total_steps:
+                    raise InvalidConfig(
+                        f"branch {branch!r} ran at {len(walk.ratios)} of {walk.total_steps} steps, and a magnitude "
+                        "curve has one ratio for each; calibrate with guidance in all steps or in none"
+                    )
+                found.append((branch, walk.ratios))
         self.walks.clear()
         return found
 
@@ -294,9 +299,21 @@ def calibrate_magcache(
         )
     recorder = _Residuals()
     rows: tuple[list[list[float]], list[list[float]]] = ([], [])
+    left_out: set[str] = set()
     for _ in _runs(pipeline, recorder, prompts, [num_inference_steps], call, progress):
-        for branch, ratios in recorder.finish().items():
-            rows[curve_of(branch)].append(ratios)
+        for branch, ratios in recorder.finish():
+            number = curve_of(branch)
+            if number is None:
+                left_out.add(branch)
+            else:
+                rows[number].append(ratios)
+    lengths = {len(ratios) for found in rows for ratios in found}
+    if len(lengths) != 1:
+        raise InvalidConfig(
+            f"a magnitude curve is of one length and of branches of guidance, and the pipeline's loops took "
+            f"{', '.join(map(str, sorted(lengths))) or 'no'} steps in such (others: {', '.join(left_out) or 'none'}); "
+            "use a step cache that needs no magnitude curve, such as FirstBlockCache"
+        )
     curves = [_checked(np.array(found), prompts) for found in rows if found]
     parts = [f"{_origin(pipeline, prompts, call)} at {num_inference_steps} steps"]
     for name, curve in zip(("", "second branch: "), curves, strict=False):
@@ -306,6 +323,8 @@ def calibrate_magcache(
             f"{name}ratios {mean[1:].min():.4g} to {mean[1:].max():.4g}, standard deviation over prompts "
             f"{deviation[1:].mean():.2g} in the mean and at most {deviation[worst]:.2g} (step {worst}, from 0)"
         )
+    if left_out:
+        parts.append(f"without {', '.join(sorted(left_out))}")
     first, *others = (tuple(float(value) for value in curve.mean(axis=0)) for curve in curves)
     return MagnitudeCurve(first, others[0] if others else None, "; ".join(parts))
 

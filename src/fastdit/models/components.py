@@ -11,18 +11,42 @@ from fastdit.accelerator import Accelerator
 from fastdit.config import is_count
 from fastdit.errors import InvalidConfig, UnsupportedModel
 from fastdit.models.family import Arguments, Family, Pipeline, family_of
-from fastdit.models.undescribed import why_not
+from fastdit.models.undescribed import annotated, why_not
 from fastdit.nested import call_signature
 
 #: What a bare module is called, as if it were a pipeline's.
 BARE = "transformer"
 
-#: The names under which pipelines have their transformers.
-TRANSFORMERS = (BARE, "transformer_2")
+
+def parts_of(pipeline: Pipeline) -> dict[str, Any]:
+    """List a pipeline's parts by name: its components, and the schedulers and modules that it keeps beside them."""
+    beside = {name: part for name, part in vars(pipeline).items() if _is_scheduler(part) or isinstance(part, nn.Module)}
+    return {**pipeline.components, **beside}
 
 
-def transformers_of(base: Pipeline | nn.Module) -> dict[str, nn.Module]:
-    """Find the transformers of a pipeline, or the bare module itself. Raises `UnsupportedModel` if there are none."""
+def schedulers_of(base: Pipeline | nn.Module) -> dict[str, Any]:
+    """List the schedulers of a pipeline by name, whatever that is; a bare module has none."""
+    parts = {} if isinstance(base, nn.Module) else parts_of(base)
+    return {name: part for name, part in parts.items() if _is_scheduler(part)}
+
+
+def _is_scheduler(part: Any) -> bool:
+    return hasattr(type(part), "set_timesteps") and hasattr(type(part), "step")
+
+
+def is_transformer(pipeline: Pipeline, name: str, part: Any) -> bool:
+    """Whether a part of a pipeline is one of its transformers: named so, or of the class of the one that is."""
+    if not isinstance(part, nn.Module) or name == BARE:
+        return isinstance(part, nn.Module)
+    kinds = (*annotated(type(pipeline), BARE), type(getattr(pipeline, BARE, None)).__name__)
+    return type(getattr(part, "_orig_mod", part)).__name__ in kinds
+
+
+def transformers_of(base: Pipeline | nn.Module, replaced: Mapping[str, Any] | None = None) -> dict[str, nn.Module]:
+    """Find the transformers of a pipeline, or the bare module itself. Raises `UnsupportedModel` if there are none.
+
+    `replaced` are parts that stand in the place of the pipeline's own.
+    """
     if isinstance(base, nn.Module):
         return {BARE: base}
     if not isinstance(base, pipeline_type()):
@@ -30,10 +54,10 @@ def transformers_of(base: Pipeline | nn.Module) -> dict[str, nn.Module]:
             f"accelerate takes a diffusers pipeline or a torch module, got {type(base).__name__}; pass the pipeline "
             "object itself"
         )
-    found = {name: getattr(base, name, None) for name in TRANSFORMERS}
-    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    parts = {**parts_of(cast(Pipeline, base)), **(replaced or {})}
+    modules = {name: part for name, part in parts.items() if is_transformer(cast(Pipeline, base), name, part)}
     if not modules:
-        components = ", ".join(cast(Pipeline, base).components)
+        components = ", ".join(parts)
         raise UnsupportedModel(
             f"{type(base).__name__} has no transformer (its components are {components}); fastdit accelerates "
             "diffusion transformers"

@@ -8,7 +8,8 @@ here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ class StagePass(Pass):
         self.plan = plan
         self._run, self._own, self._family = run, own, family
         self._children: dict[tuple[str, int], dict[str, nn.Module]] = {}
+        self._sigmas: list[torch.Tensor] = []
         self._shape: torch.Size | None = None
         self._picture: torch.Tensor | None = None
 
@@ -72,11 +74,6 @@ class StagePass(Pass):
         children = self._family.child_overrides(call.module, own, latents)
         return dataclasses.replace(call, arguments=arguments, children=children)
 
-    def begin_with(self, picture: torch.Tensor) -> None:
-        """Take in the latents of the picture that the run begins with, where it does not begin with noise alone."""
-        # Autoencoders of videos give a picture an axis of one frame.
-        self._picture = picture.flatten(1, 2) if picture.dim() == 5 else picture
-
     def first_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Make the first step's latents of what the pipeline holds at full size, and stand on their layout."""
         run = self._run
@@ -99,17 +96,62 @@ class StagePass(Pass):
         self._children.clear()
         self._own, self._picture = ScheduleRun(), None
 
-    def observe(self, velocity: torch.Tensor) -> None:
-        """See the velocity that a step was taken with."""
-        self._own.observe(velocity)
+    def publish(self, scheduler: Any, device: Any) -> None:
+        """Publish the timesteps of every stage as one list, which is what the pipeline's loop walks along."""
+        device = device or torch.device("cpu")
+        starts = [sigma for stage in self.plan.stages for sigma in (stage.sigmas or ())[:-1]]
+        sigmas = torch.tensor(starts, dtype=torch.float32, device=device)
+        scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self._sigmas = [torch.tensor(stage.sigmas, dtype=torch.float32, device=device) for stage in self.plan.stages]
+        scheduler.timesteps = sigmas * scheduler.config.num_train_timesteps
+        scheduler.num_inference_steps = len(starts)
+        scheduler._step_index = None
+        scheduler._begin_index = None
 
-    def next_stage(self, stage: int, latents: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
-        """Turn the last latents of `stage` into the next stage's, given the estimate of the clean ones."""
-        latents, layout = self._own.transition(stage, latents, denoised)
-        self._shape = latents.shape[1:]
-        self._children.clear()
-        self._run.next_stage(layout)
-        return latents
+    def noised(self, scheduler: Any, sample: Any, noise: Any) -> tuple[Any, Any]:
+        """Give what the scheduler is to mix in the loop: the picture to begin with, or what a mask protects."""
+        if self._run.step == 0:
+            # Autoencoders of videos give a picture an axis of one frame.
+            self._picture = sample.flatten(1, 2) if sample.dim() == 5 else sample
+        else:
+            # Between steps, what a mask protects is given the next step's noise.
+            sample, noise = self.followed(sample), self.followed(noise, noise=True)
+        # The class looks for its place in the timesteps, where the end of a stage is not the next one's start.
+        scheduler._step_index, scheduler._begin_index = None, self._run.index
+        return sample, noise
+
+    def take_step(self, scheduler: Any, own: Callable[[Any], Any], velocity: torch.Tensor, sample: torch.Tensor) -> Any:
+        """Take the class's `own` step from `sample` between two noise levels of the stage, and go to the next one."""
+        run = self._run
+        if run.step == 0:
+            # The pipeline still holds its full-size latents; the stage's own are made of them.
+            sample = self.first_latents(sample)
+        with self._at_step(scheduler) as sigma:
+            result = own(sample)
+        latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        self._own.observe(velocity)
+        stage, number = self.plan.stages[run.stage], run.stage
+        ends = run.stage_step + 1 == stage.steps and number + 1 < len(self.plan.stages)
+        run.tick()
+        if ends:
+            denoised = (sample.float() - sigma * velocity.float()).to(sample.dtype)
+            latents, layout = self._own.transition(number, latents, denoised)
+            self._shape = latents.shape[1:]
+            self._children.clear()
+            run.next_stage(layout)
+        return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
+
+    @contextmanager
+    def _at_step(self, scheduler: Any) -> Iterator[float]:
+        """Stand at the present step of the present stage, for the class's own step between two of its noise levels."""
+        run, published = self._run, scheduler.sigmas
+        sigmas = self.plan.stages[run.stage].sigmas
+        assert sigmas is not None
+        scheduler.sigmas, scheduler._step_index = self._sigmas[run.stage], run.stage_step
+        try:
+            yield sigmas[run.stage_step]
+        finally:
+            scheduler.sigmas = published
 
     def followed(self, latents: torch.Tensor, *, noise: bool = False) -> torch.Tensor:
         """Bring latents of the full grid to the present layout; with `noise` so that unit noise stays unit noise."""
@@ -122,3 +164,11 @@ class StagePass(Pass):
         if layout is None or layout.kind == "fine" or latents.shape[1:] != self._shape:
             return latents
         return self._own.lift(latents)
+
+    def lifted_result(self, result: Any) -> Any:
+        """Bring the latents that a pipeline's call gives, of a run that was interrupted, to the full grid."""
+        if isinstance(result, tuple):
+            return (self.lifted(result[0]), *result[1:])
+        name = next(iter(result))  # images, or the frames of a video
+        setattr(result, name, self.lifted(result[name]))
+        return result

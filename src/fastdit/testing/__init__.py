@@ -4,11 +4,13 @@ from fastdit.testing.accelerator_contract import AcceleratorContract
 from fastdit.testing.engine_contract import EngineContract
 from fastdit.testing.models import PIPELINES, STEPS, TRANSFORMERS, tiny_flux
 from fastdit.testing.tiny import counted_calls, flux_transformer, generate, kl_autoencoder, seed_weights
+from fastdit.testing.unusual import UNUSUAL
 
 __all__ = [
     "PIPELINES",
     "STEPS",
     "TRANSFORMERS",
+    "UNUSUAL",
     "AcceleratorContract",
     "EngineContract",
     "counted_calls",

@@ -165,6 +165,8 @@ class TinySibling:
     more: Callable[[int, int, int], Call]
     #: What is different in the other's parts.
     changes: dict[str, Configuration] = field(default_factory=dict)
+    #: The class of a ControlNet beside them, which is configured as the transformer is.
+    controlnet: str | None = None
 
     @property
     def token(self) -> int:
@@ -178,7 +180,12 @@ class TinySibling:
         height, width = sides(self.side if size is None else size)
         arguments = {**self.more(batch, height, width), **self.changes, **options}
         pipeline, call = self.base(size=(height, width), batch=batch, **arguments)
-        return assembled(self.name, pipeline.components), call
+        parts = dict(pipeline.components)
+        if self.controlnet is not None:
+            kind: Any = of_diffusers(self.controlnet)
+            parts["controlnet"] = kind.from_config(dict(pipeline.transformer.config)).eval()
+            seed_weights(parts["controlnet"], 5)
+        return assembled(self.name, parts), call
 
 
 @dataclass(frozen=True)

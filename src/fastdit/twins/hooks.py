@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
@@ -41,6 +43,13 @@ class HookPass(Pass):
         for hook in reversed(hooks):
             output = hook.post_forward(module, output)
         return output
+
+
+def with_hooks(passes: Sequence[Pass]) -> list[Pass]:
+    """Put what runs the hooks on a module between the passes that act outside of them and the others."""
+    outside = [one for one in passes if one.outside_hooks]
+    inside = [one for one in passes if not one.outside_hooks]
+    return [*outside, HookPass(any(one.acts_on_blocks for one in inside)), *inside] if passes else []
 
 
 def _hooks(module: nn.Module) -> list[Value]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastdit.models.components import parts_of, pipeline_type
 from fastdit.models.following import Following
 from fastdit.nested import Args, Kwargs, Value, map_tensors
 from fastdit.schedule.stage_pass import StagePass
@@ -50,7 +51,7 @@ def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ..
         ),
         "fastdit": property(lambda self: session),
     }
-    for name in pipeline.components:
+    for name in parts_of(pipeline):
         members[name] = _component(session, name)
     for name in _SHARED:
         members[name] = _shared(session, name)
@@ -59,11 +60,26 @@ def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ..
             members[name] = _lifting(session, cls, name)
     if lifted and hasattr(cls, _MASKS):
         members[_MASKS] = _following(session, cls)
-    twin_cls: Any = twin_class(cls, members)
-    twin = twin_cls.__new__(twin_cls)
-    hidden = {*pipeline.components, *_SHARED}
-    twin.__dict__.update({key: value for key, value in pipeline.__dict__.items() if key not in hidden})
+    twin = _showing(pipeline, members)
+    for name, value in vars(pipeline).items():
+        if isinstance(value, pipeline_type()):
+            twin.__dict__[name] = _inner_twin(value, pipeline, session)
     return twin
+
+
+def _showing(pipeline: Any, members: Kwargs) -> Value:
+    """Make an object of a subclass with `members`, and with the attributes of a pipeline that they don't stand for."""
+    twin_cls: Any = twin_class(type(pipeline), members)
+    twin = twin_cls.__new__(twin_cls)
+    twin.__dict__.update({key: value for key, value in vars(pipeline).items() if key not in members})
+    return twin
+
+
+def _inner_twin(inner: Any, pipeline: Any, session: PipelineSession) -> Value:
+    """Make the twin of a pipeline that another one runs: the parts of the other that it is made of are the twin's."""
+    names = {id(part): name for name, part in parts_of(pipeline).items() if part is not None}
+    shared = {name: names[id(part)] for name, part in parts_of(inner).items() if id(part) in names}
+    return _showing(inner, {name: _component(session, outer) for name, outer in shared.items()})
 
 
 def _component(session: PipelineSession, name: str) -> property:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from fastdit.errors import IncompatibleStack, UnsupportedModel
 from fastdit.nested import Value
 from fastdit.run import Run
 from fastdit.schedule.stage_pass import StagePass
-from fastdit.step import SchedulePlan
 from fastdit.twins.making import overriding, twin_class
 
 #: What a run's scheduler does in its own way.
@@ -42,7 +38,7 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         if stages is None:
             cls.set_timesteps(self, *args, **kwargs)
         else:
-            _set_stages(self, stages.plan, kwargs.get("device") or torch.device("cpu"))
+            stages.publish(self, kwargs.get("device"))
         sigmas = getattr(self, "sigmas", None)
         run.timetable(() if sigmas is None else sigmas, len(self.timesteps))
 
@@ -51,36 +47,19 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         run.begin(len(self.timesteps) - begin_index, begin_index)
 
     def scale_noise(self: Any, sample: Any, timestep: Any, noise: Any = None) -> Value:
-        if stages is None:
-            return cls.scale_noise(self, sample, timestep, noise)
-        if run.step == 0:
-            stages.begin_with(sample)
-        else:
-            # Between steps, what a mask protects is given the next step's noise.
-            sample, noise = stages.followed(sample), stages.followed(noise, noise=True)
-        # The class looks for its place in the timesteps, where the end of a stage is not the next one's start.
-        self._step_index, self._begin_index = None, run.index
+        if stages is not None:
+            sample, noise = stages.noised(self, sample, noise)
         return cls.scale_noise(self, sample, timestep, noise)
 
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Value, **kwargs: Value) -> Value:
-        if stages is None:
-            result = cls.step(self, model_output, timestep, sample, *args, **kwargs)
-            run.tick()
-            return result
-        if run.step == 0:
-            # The pipeline still holds its full-size latents; the stage's own are made of them.
-            sample = stages.first_latents(sample)
-        with _in_stage(self, run, stages.plan) as sigma:
-            result = cls.step(self, model_output, timestep, sample, *args, **kwargs)
-        latents = result[0] if isinstance(result, tuple) else result.prev_sample
-        stages.observe(model_output)
-        stage, number = stages.plan.stages[run.stage], run.stage
-        ends = run.stage_step + 1 == stage.steps and number + 1 < len(stages.plan.stages)
+        def own(sample: Any) -> Value:
+            return cls.step(self, model_output, timestep, sample, *args, **kwargs)
+
+        if stages is not None:
+            return stages.take_step(self, own, model_output, sample)
+        result = own(sample)
         run.tick()
-        if ends:
-            denoised = (sample.float() - sigma * model_output.float()).to(sample.dtype)
-            latents = stages.next_stage(number, latents, denoised)
-        return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
+        return result
 
     own: tuple[Callable[..., Any], ...] = (set_timesteps, set_begin_index, scale_noise, step)
     members = {
@@ -91,28 +70,3 @@ def scheduler_twin(scheduler: Any, run: Run, stages: StagePass | None = None) ->
         members["scale_model_input"] = lambda self, sample, *args, **kwargs: sample
     twin.__class__ = twin_class(cls, members)
     return twin
-
-
-def _set_stages(scheduler: Any, plan: SchedulePlan, device: Any) -> None:
-    """Publish the timesteps of every stage as one list, which is what the pipeline's loop walks along."""
-    starts = [sigma for stage in plan.stages for sigma in (stage.sigmas or ())[:-1]]
-    sigmas = torch.tensor(starts, dtype=torch.float32, device=device)
-    scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-    scheduler._stage_sigmas = [torch.tensor(stage.sigmas, dtype=torch.float32, device=device) for stage in plan.stages]
-    scheduler.timesteps = sigmas * scheduler.config.num_train_timesteps
-    scheduler.num_inference_steps = len(starts)
-    scheduler._step_index = None
-    scheduler._begin_index = None
-
-
-@contextmanager
-def _in_stage(scheduler: Any, run: Run, plan: SchedulePlan) -> Iterator[float]:
-    """Stand at the present step of the present stage, for the class's own step between two of its noise levels."""
-    sigmas = plan.stages[run.stage].sigmas
-    assert sigmas is not None
-    published = scheduler.sigmas
-    scheduler.sigmas, scheduler._step_index = scheduler._stage_sigmas[run.stage], run.stage_step
-    try:
-        yield sigmas[run.stage_step]
-    finally:
-        scheduler.sigmas = published

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,16 +17,19 @@ from fastdit.meter import FlopMeter
 from fastdit.nested import ArgumentNames, Kwargs, Value
 from fastdit.record import Outcome, StepRecord, Stopwatch
 from fastdit.run import Run
-from fastdit.structure import same_object_twin
+from fastdit.schedule.stage_pass import StagePass
+from fastdit.structure import identities, same_object_twin
 from fastdit.twins.making import overriding, twin_class
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that is open: its clock, and the chain of what acts in it."""
+    """A run that is open: its clock, the chain of what acts in it, its stages, and what stands in for components."""
 
     run: Run
     chain: Chain
+    stages: StagePass | None
+    components: Mapping[str, Value]
 
 
 class Session(Protocol):
@@ -66,7 +69,8 @@ class TransformerTwin:
             )
         if not self.session.idle_is_plain:
             refuse_foreign_behaviour(self.module, self.name)
-        call = ForwardCall(self.module, self.name, opened.run.enter(self.name), self._names(args, kwargs))
+        arguments = self._names(args, kwargs)
+        call = ForwardCall(self.module, self.name, opened.run.enter(arguments.get("timestep")), arguments)
         stopwatch = Stopwatch(call.device)
         output, outcome = opened.chain.run(call)
         stopwatch.stop()
@@ -82,7 +86,7 @@ class TransformerTwin:
             tokens = latents.shape[1]
         if self._metered is None or self._metered() is not run:
             self._metered = weakref.ref(run)
-            structure = _identities(self.module)
+            structure = identities(self.module)
             if self._meter is None or self._meter[0] != structure:
                 self._meter = structure, FlopMeter(self.module)
         assert self._meter is not None
@@ -141,13 +145,3 @@ def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
             f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
             "blocks with compile_repeated_blocks() if you wish"
         )
-
-
-def _identities(module: nn.Module) -> list[int]:
-    """List the identities of a module's parts; several times faster than `modules()`, which also looks for repeats."""
-    found, waiting = [], [module]
-    while waiting:
-        part = waiting.pop()
-        found.append(id(part))
-        waiting.extend(child for child in part._modules.values() if child is not None)
-    return found

@@ -19,8 +19,11 @@ from fastdit.step_cache.curves import MagnitudeCurve
 from fastdit.step_cache.gates.threshold import ThresholdGate
 from fastdit.step_cache.policy import SkipPolicy
 
-#: The names that pipelines and unnamed second calls of a step give to the second guidance branch.
-_UNCONDITIONAL = ("uncond", "unconditional", "negative", "call 1")
+#: The names that pipelines, guiders and unnamed calls of a step give to the branches of a magnitude curve.
+_CURVES = (
+    ("main", "cond", "conditional", "positive", "pred_cond", "cond_uncond", "call 0"),
+    ("uncond", "unconditional", "negative", "pred_uncond", "call 1"),
+)
 
 
 @dataclasses.dataclass
@@ -91,11 +94,14 @@ class MagCache(ThresholdGate):
         assert isinstance(memory, _Magnitude) and isinstance(self.curve, MagnitudeCurve)
         place = context.step + context.skipped_timesteps
         steps = context.total_steps + context.skipped_timesteps
-        memory.ratio *= self.curve.at(place, steps, curve_of(context.branch))
+        curve = curve_of(context.branch)
+        if curve is None:
+            return Verdict(True, f"no magnitude curve for the branch {context.branch!r}")
+        memory.ratio *= self.curve.at(place, steps, curve)
         memory.accumulated += abs(1.0 - memory.ratio)
         return Verdict(memory.accumulated > self.threshold, f"error {memory.accumulated:.4f}")
 
 
-def curve_of(branch: str) -> int:
-    """Say which of a curve's two branches a run's branch takes: 1 for the second guidance branch, 0 for all others."""
-    return int(branch in _UNCONDITIONAL)
+def curve_of(branch: str) -> int | None:
+    """Say which curve a run's branch takes: 0, 1 for the second of guidance, None for others, of skipped layers say."""
+    return next((number for number, names in enumerate(_CURVES) if branch in names), None)
