@@ -13,9 +13,10 @@ from fastdit.measure.support import pipeline_classes, supported, table
 _HEAD = """# What works with which pipeline
 
 Written by `benchmarks/support.py`, as `fastdit matrix` prints it: all {count} pipelines with a transformer of diffusers
-{version}. "Yes" and "no" with an error are what came of running a tiny model with random weights: a pipeline of the
-class itself under RALU (two prompts, a picture that is not square), and, where there is none, its transformer or
-another pipeline with the same one under the caches (FirstBlockCache for the step caches, ToCa for the token caches).
+{version}. "Yes" is what came of running that very pipeline, tiny and with random weights: under schedules, and under
+caches (FirstBlockCache for the step caches, ToCa for the token caches), which skipped what they were to skip and were
+bit-equal to the plain pipeline where neutral. "No" with an error is what that pipeline refused, or its transformer by
+itself where there is no tiny pipeline of the class here; what such a transformer takes is a remark to "not run".
 
 Mixed-resolution stages work with {mixed} of these pipelines, stages of whole frames (two, as RALU's presets have them)
 with {whole}; a video's frames are made smaller plane by plane. Image-to-image starts at the stage that the strength

@@ -9,11 +9,14 @@ import diffusers
 import pytest
 from typer.testing import CliRunner
 
+from fastdit import FirstBlockCache, Interval, accelerate
 from fastdit.cli import app
 from fastdit.errors import FastditWarning
 from fastdit.measure.support import (
+    STEPS,
     Answer,
     Support,
+    _skips,
     gist,
     pipeline_classes,
     supported,
@@ -71,6 +74,29 @@ def test_no_pipeline_is_described_twice_or_given_a_reason_against_it() -> None:
     names = [name for family in families() for name in family.pipelines]
     assert len(set(names)) == len(names)
     assert not DESCRIBED & set(BY_PIPELINE)
+
+
+@pytest.mark.parametrize("name", ["CosmosTextToWorldPipeline", "VisualClozePipeline"])
+def test_a_pipeline_that_was_not_run_itself_is_not_said_to_work(name: str) -> None:
+    row = supported(CLASSES[name])
+    assert row.step_cache.works is None
+    assert "its transformer takes them in a plain loop" in row.step_cache.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "works"),
+    [("GlmImagePipeline", True), ("LTX2Pipeline", True), ("StableDiffusion3ControlNetPipeline", False)],
+)
+def test_a_pipeline_s_own_loop_and_arguments_decide_and_not_its_transformer(name: str, works: bool) -> None:
+    assert supported(CLASSES[name]).step_cache.works is works
+
+
+def test_a_cache_that_skipped_less_than_it_was_asked_for_does_not_work() -> None:
+    pipe, call = PIPELINES["FluxPipeline"](steps=STEPS)
+    for stack, expected in ((FirstBlockCache(1e6), True), (Interval(2), False)):
+        fast = accelerate(pipe, [stack])
+        fast(**call)
+        assert _skips(fast.fastdit.last_run) is expected
 
 
 def test_a_table_numbers_its_reasons_and_gives_each_once() -> None:

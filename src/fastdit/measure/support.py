@@ -1,8 +1,10 @@
 """What the accelerators can do with each pipeline of the installed diffusers, found by running tiny ones.
 
-Every pipeline class with a transformer is listed. Where a tiny pipeline of the class exists (`testing.PIPELINES`),
-RALU, a step cache and a token cache are run on it; where only its transformer exists (`testing.TRANSFORMERS`), the
-caches are run on that, in a loop. What was run on nothing says so.
+Every pipeline class with a transformer is listed. "Yes" is said only of a class whose own tiny pipeline was run
+(`testing.PIPELINES`, `testing.UNUSUAL`): the result was finite, the neutral configuration equal to the plain pipeline,
+and what was to be skipped was skipped. Where only a tiny transformer exists (`testing.TRANSFORMERS`), or a pipeline of
+another class with the same one, the caches are run on that: what it refuses its pipelines refuse too, and what it takes
+is a remark. What was run on nothing says so.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,8 +32,8 @@ from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.policy import SkipPolicy
-from fastdit.testing import PIPELINES, TRANSFORMERS
-from fastdit.testing.tiny import flow_matching
+from fastdit.testing import PIPELINES, TRANSFORMERS, UNUSUAL
+from fastdit.testing.tiny import TinyPipeline, TinySibling, flow_matching
 from fastdit.token_cache.toca import ToCa
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ _MIXED = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 _WHOLE = ProgressiveResolution(steps=(3, 3), ends=(0.5,), starts=(0.2,), lift=PixelLift())
 _STEP_CACHE = FirstBlockCache(1e6, policy=SkipPolicy(first=1, last=1))
 _TOKEN_CACHE = ToCa(3, 0.5, first=1)
-_NOT_RUN = "not run: there is no tiny model of it here"
+_NEUTRAL: dict[Accelerator, Accelerator] = {_STEP_CACHE: FirstBlockCache(0.0), _TOKEN_CACHE: ToCa(1, 0.5)}
+_TINY: dict[str, TinyPipeline | TinySibling] = {**PIPELINES, **UNUSUAL}
+_NOT_RUN = "not run: there is no tiny pipeline of it here"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +103,15 @@ def supported(pipeline: type[DiffusionPipeline]) -> Support:
     known = None if family is None else family.name
 
     def schedule(accelerator: Schedule) -> Answer:
-        if name in PIPELINES:
+        if name in _TINY:
             return _on_pipeline(name, accelerator)
         return Answer(None, f"described with {known}, and there is no tiny pipeline of it here")
 
     def cache(accelerator: Accelerator) -> Answer:
-        return _on_pipeline(name, accelerator) if name in PIPELINES else _on_transformer(transformer, accelerator)
+        if name in _TINY:
+            return _on_pipeline(name, accelerator)
+        found = _on_transformer(transformer, accelerator)
+        return Answer(None, f"{_NOT_RUN}; its transformer takes them in a plain loop") if found.works else found
 
     mixed = schedule(_MIXED) if family is not None and family.mixes else Answer(False, why_not(pipeline))
     whole = schedule(_WHOLE) if family is not None else Answer(False, why_not_whole(pipeline))
@@ -116,17 +123,28 @@ def _on_pipeline(name: str, accelerator: Accelerator) -> Answer:
 
     A schedule gets the flow-matching scheduler that it needs where a flow's pipeline comes with another one.
     """
-    side, remarks = PIPELINES[name].token, []
+    side, remarks = _TINY[name].token, []
 
     def run() -> bool:
-        pipeline, call = PIPELINES[name](size=(4 * side, 6 * side), steps=STEPS, batch=2)
+        # A picture of another size than the pipeline's own, where it takes one.
+        options: dict[str, Any] = {"size": (4 * side, 6 * side), "batch": 2} if name in PIPELINES else {}
+        pipeline, call = _TINY[name](steps=STEPS, **options)
         scheduler = type(pipeline.scheduler).__name__
         if isinstance(accelerator, Schedule) and "FlowMatch" not in scheduler:
             pipeline.scheduler = flow_matching()
             remarks.append(f"with a FlowMatchEulerDiscreteScheduler in the place of its {scheduler}")
+
+        def output(made: DiffusionPipeline) -> list[torch.Tensor]:
+            given = made(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+            return [torch.as_tensor(one) for one in (given if isinstance(given, list) else [given])]
+
+        if accelerator in _NEUTRAL:
+            plain, neutral = output(pipeline), output(accelerate(pipeline, [_NEUTRAL[accelerator]]))
+            if not all(map(torch.equal, plain, neutral)):
+                remarks.append("its neutral configuration differs from the plain pipeline")
+                return False
         fast = accelerate(pipeline, [accelerator])
-        output = fast(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-        return _ran(output, fast.fastdit.last_run, accelerator)
+        return _ran(output(fast), fast.fastdit.last_run, accelerator)
 
     answer = _answered(run)
     return dataclasses.replace(answer, reason="; ".join(filter(None, (*remarks, answer.reason))))
@@ -163,19 +181,31 @@ def _loop(model: ModelMixin, call: dict[str, torch.Tensor], accelerator: Acceler
     with torch.no_grad(), twin.fastdit.run(num_inference_steps=STEPS):
         for step in range(STEPS):
             output = twin(**{**call, first: call[first] * (1.0 - 0.1 * step)}, return_dict=False)[0]
-    return _ran(output, twin.fastdit.last_run, accelerator)
+    return _ran([output], twin.fastdit.last_run, accelerator)
 
 
-def _ran(output: torch.Tensor | list[torch.Tensor], record: RunRecord, accelerator: Accelerator) -> bool:
-    """Whether the result is finite, and something was saved where a cache ran."""
-    saved = record.skipped + record.partial > 0 or isinstance(accelerator, Schedule)
-    return saved and bool(torch.isfinite(torch.as_tensor(output[0] if isinstance(output, list) else output)).all())
+def _ran(output: list[torch.Tensor], record: RunRecord, accelerator: Accelerator) -> bool:
+    """Whether the result is finite, and what a cache was to skip was skipped."""
+    saved = isinstance(accelerator, Schedule) or (record.partial > 0 if accelerator is _TOKEN_CACHE else _skips(record))
+    return saved and all(bool(torch.isfinite(one).all()) for one in output)
+
+
+def _skips(record: RunRecord) -> bool:
+    """Whether the step cache skipped each step between a loop's first and last one, wherever it had a history."""
+    before: dict[tuple[str, str], int] = {}
+    for one in record.steps:
+        branch = one.transformer, one.branch
+        known = before.get(branch, -1) == one.step - 1 and 0 < one.step < STEPS - 1
+        if known and one.action == "computed":
+            return False
+        before[branch] = one.step
+    return record.skipped > 0
 
 
 def _answered(run: Callable[[], bool]) -> Answer:
     with unheard_warnings():
         try:
-            return Answer(True) if run() else Answer(False, "it ran, and nothing was saved or the result is not finite")
+            return Answer(True) if run() else Answer(False, "it ran, and too little was saved or the result is wrong")
         except FastditError as error:
             return Answer(False, f"{type(error).__name__}: {error}")
 
