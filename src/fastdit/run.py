@@ -56,6 +56,7 @@ class Run:
         self._sigmas: tuple[torch.Tensor | float, ...] = ()
         self._checks = tuple(checks)
         self._announced: Callable[[], int | None] = lambda: None
+        self._former: int | None = None
         self._settled = False
         self._looping, self.stepped = branches is not None, False
         self._first_index = 0
@@ -102,6 +103,7 @@ class Run:
         """Begin a loop of so many steps at one of the scheduler's timesteps; what a loop before it left is void."""
         self._void()
         self._calls.clear()
+        self._former = self._announced()  # before this loop
         self._settled, self._looping, self._shifted = False, True, False
         self.step = self.stage = self.stage_step = 0
         self.total_steps, self._first_index = total_steps, first_index
@@ -138,9 +140,9 @@ class Run:
         if self.total_steps is None:
             return
         announced = self._announced()
-        if announced is not None and 0 < announced < self.total_steps:
-            # An image-to-image pipeline that leaves out the first timesteps without telling the scheduler.
-            self.begin(announced, self._first_index + self.total_steps - announced)
+        if announced and announced != self._former:
+            # Fewer where first timesteps are left out without telling the scheduler; more where frames go one by one.
+            self.begin(announced, self._first_index + max(self.total_steps - announced, 0))
         self._settled = True
         for check in self._checks:
             check(self.total_steps)

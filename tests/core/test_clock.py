@@ -132,6 +132,34 @@ def test_where_a_forward_comes_between_the_timesteps_and_the_loop_no_branch_take
     assert run.state(("transformer", "call 1"), BranchState) is kept
 
 
+def test_what_a_pipeline_says_of_its_present_loop_counts_and_not_what_it_said_before() -> None:
+    told: dict[str, int] = {"steps": 12}  # of all loops together
+    run = Run()
+    run.announce(lambda: told.get("steps"))
+    run.begin(6)
+    assert run.enter().total_steps == 6
+    told["steps"] = 4
+    assert (run.enter().total_steps, run.index) == (6, 0)
+    run.begin(6)
+    told["steps"] = 10
+    assert (run.enter().total_steps, run.index) == (10, 0)
+    run.begin(6)
+    told["steps"] = 4
+    assert (run.enter().total_steps, run.index) == (4, 2)
+
+
+@pytest.mark.filterwarnings("ignore::fastdit.NeverFired")
+def test_frames_that_are_denoised_one_after_another_take_more_steps_than_timesteps() -> None:
+    pipe, call = built("SkyReelsV2DiffusionForcingPipeline", ar_step=1, causal_block_size=1, base_num_frames=None)
+    plain = generated(pipe, call)
+    assert torch.equal(generated(accelerate(pipe, [FirstBlockCache(0.0)]), call), plain)
+    fast = accelerate(pipe, [Interval(2)])
+    generated(fast, call)
+    steps = [step.step for step in fast.fastdit.last_run.steps]
+    assert max(steps) > 6 and min(steps) == 0
+    assert fast.fastdit.last_run.skipped > 0
+
+
 def test_a_branch_that_is_called_for_each_part_of_a_picture_is_as_many_branches() -> None:
     run = Run()
     run.begin(4)
