@@ -75,3 +75,12 @@ def test_every_row_of_the_table_has_a_cell_for_every_column() -> None:
     results = make_results()
     assert {len(row.cells) for row in rows(results)} == {len(header(results))}
     assert rich_table(results, narrow=True).row_count == len(results.configurations)
+
+
+def test_where_flops_can_t_be_counted_the_table_has_none_and_the_rest_stands() -> None:
+    results = make_results()
+    uncounted = tuple(dataclasses.replace(entry, flops=()) for entry in results.configurations)
+    shown = dataclasses.replace(results, configurations=uncounted)
+    column = header(shown).index("fewer FLOPs")
+    assert {row.cells[column] for row in rows(shown)} == {"-"}
+    assert json.loads(shown.dumps())["derived"]["RALU 4x"]["flops_ratio"] is None

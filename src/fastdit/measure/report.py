@@ -126,9 +126,10 @@ def timelines(configurations: Sequence[ConfigurationResult]) -> list[Timeline]:
 def _cell(step: JsonObject, most_tokens: int) -> Cell:
     noise = "" if step["sigma"] is None else f", noise {step['sigma']:.3f}"
     reason = f" ({step['reason']})" if step["reason"] else ""
+    flops = "" if step["flops"] is None else f", {step['flops'] / 1e9:.2f} GFLOPs"
     story = (
         f"step {step['step'] + 1}{noise}, {step['tokens']} tokens: {step['action']}{reason}, "
-        f"{1000 * step['seconds']:.1f} ms, {step['flops'] / 1e9:.2f} GFLOPs"
+        f"{1000 * step['seconds']:.1f} ms{flops}"
     )
     return Cell(step["action"], step["tokens"] / most_tokens if step["tokens"] else 1.0, story)
 

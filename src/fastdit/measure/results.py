@@ -40,7 +40,7 @@ class Metric:
 class ConfigurationResult:
     """All that was measured of one configuration; `seconds` and `flops` hold one value a round, in rounds' order.
 
-    Where the clock ran apart from the pictures, `seconds` are of its own rounds. `stack` is the accelerators' own JSON,
+    Where FLOPs can't be counted there are none. Where the clock ran apart from the pictures, `seconds` are of its own rounds. `stack` is the accelerators' own JSON,
     None for the untouched pipeline. `records` holds the run records of the first rounds, `images` the names of the
     pictures saved beside the file.
     """
@@ -104,9 +104,10 @@ class Results:
         pair = [self[one].metrics[metric].samples for one in (name, rival) if one and metric in self[one].metrics]
         return mean_difference(*pair) if len(pair) == 2 and all(pair) else None
 
-    def flops_ratio(self, name: str) -> float:
-        """How many times fewer FLOPs of the transformer than the baseline, on average over the rounds."""
-        return fmean(self[self.baseline].flops) / fmean(self[name].flops)
+    def flops_ratio(self, name: str) -> float | None:
+        """How many times fewer FLOPs of the transformer than the baseline, on average; None where none were counted."""
+        pair = self[self.baseline].flops, self[name].flops
+        return fmean(pair[0]) / fmean(pair[1]) if all(pair) else None
 
     def to_json(self) -> JsonObject:
         """Plain JSON values; speed-ups and FLOPs ratios, which follow from the samples, are added for other readers."""

@@ -85,6 +85,10 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
         noisy = f"{found.estimate:.2f} too noisy"
         return "1" if entry.name == baseline else noisy if too_noisy(found) else show(found, ".2f")
 
+    def fewer_flops(entry: ConfigurationResult) -> str:
+        ratio = results.flops_ratio(entry.name)
+        return _ABSENT if ratio is None else f"{ratio:.2f}"
+
     def measured(name: str) -> Callable[[ConfigurationResult], str]:
         return lambda entry: show(entry.metrics[name].interval, ".3f") if name in entry.metrics else _ABSENT
 
@@ -113,7 +117,7 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
         "run": lambda entry: entry.name,
         "s/image": seconds,
         "speed-up": speed_up,
-        "fewer FLOPs": lambda entry: f"{results.flops_ratio(entry.name):.2f}",
+        "fewer FLOPs": fewer_flops,
     }
     if "judge" in names:
         columns["judge"] = measured("judge")
