@@ -402,16 +402,16 @@ def _progress(console: Console) -> Iterator[Progress]:
 def _lines() -> Progress:
     """Say on stderr how far a phase is: at its first word, at its end, and every ten seconds between them."""
     began: dict[str, float] = {}
-    said = 0.0
+    said, ended = 0.0, ""
 
     def show(phase: str, done: int, total: int) -> None:
-        nonlocal said
+        nonlocal said, ended
         now = time.monotonic()
-        if phase in began and done < total and now - said < EVERY_SECONDS:
+        if phase in began and (phase == ended or (done < total and now - said < EVERY_SECONDS)):
             return
         start = began.setdefault(phase, now)
         left = f", about {(now - start) / done * (total - done):.0f} s left" if 0 < done < total and now > start else ""
         typer.echo(f"{phase} {done}/{total}{left}", err=True)
-        said = now
+        said, ended = now, phase if done >= total else ""
 
     return show

@@ -250,6 +250,19 @@ def test_importing_fastdit_is_fast_and_leaves_torch_alone() -> None:
     assert float(done.stdout) < 0.3
 
 
+def test_neither_scipy_nor_opencv_is_needed() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules.update(cv2=None, scipy=None); import fastdit; from fastdit.testing import *; "
+        "pipe, call = tiny_flux(steps=4); fast = fastdit.accelerate(pipe, [fastdit.RALU.paper('4x')]); "
+        "generate(fast, call); print(fast.fastdit.last_run.computed)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "4", done.stderr
+
+
 def test_the_public_names_are_all_there_and_nothing_else_is_promised() -> None:
     import fastdit
 

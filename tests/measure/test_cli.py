@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fastdit import (
     TeaCache,
 )
 from fastdit.cli import app
+from tests.measure.samples import make_results
 
 PROMPTS = "an apple on a blue background\n\na small car on the left on a white background\n"
 
@@ -93,14 +95,26 @@ def test_an_interrupted_matrix_prints_what_it_has(finished: int, monkeypatch: py
     assert "Interrupted" in result.stderr and len(json.loads(result.stdout or "[]")) == finished
 
 
+def test_an_interrupted_demo_shows_what_it_kept_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdit.measure import demo
+
+    results = make_results()
+    cut = dataclasses.replace(results, settings={**results.settings, "interrupted": "after 12 of 18 rounds"})
+    monkeypatch.setattr(demo, "run_demo", lambda directory, **options: cut)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "new" / "folder")])
+    assert result.exit_code == 130 and (tmp_path / "new" / "folder").is_dir()
+    assert "Interrupted after 12 of 18 rounds; what was measured until then is kept in" in result.stderr
+    assert "RALU 4x" in result.stdout and "could not" in result.stdout
+
+
 def test_progress_without_a_terminal_is_said_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     from fastdit.cli import _progress
 
     with _progress(Console(stderr=True)) as progress:
-        for done in range(4):
-            progress("measuring", done + 1, 4)
+        for done in (1, 2, 3, 4, 4):
+            progress("measuring", done, 4)
     assert capsys.readouterr().err.splitlines() == ["measuring 1/4", "measuring 4/4"]
 
 
