@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pieces
 import pytest
 import torch
 from pieces import Written
+from test_interrupts import Lines
 from test_registry import KEY, contents, kept, made
 
 from fastdit import (
@@ -31,6 +33,7 @@ from fastdit import (
     EngineWarning,
     accelerate,
 )
+from fastdit.engine import engine_pass, places, sealed, workshop
 from fastdit.engine import registry as registry_module
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.registry import Registry
@@ -107,6 +110,17 @@ def test_a_process_that_is_killed_in_the_compiler_leaves_nothing_and_the_next_on
     assert building.returncode == -signal.SIGKILL, said
     assert Registry(tmp_path / "engines").entries() == []
     healed(engine(directory=str(tmp_path / "engines")), tmp_path / "engines")
+
+
+@pytest.mark.exhaustive
+@COMPILERS
+def test_a_compiler_leaves_nothing_in_the_folder_that_processes_share_and_so_takes_nothing_from_it(
+    engine: Any, tmp_path: Path
+) -> None:
+    building = process(RUN + "run()", engine, tmp_path)
+    _, said = building.communicate()
+    assert building.returncode == 0, said
+    assert [*filter(Path.is_file, (tmp_path / "temporary").rglob("*"))] == []
 
 
 def _working(here: Path, seconds: float) -> None:
@@ -277,6 +291,33 @@ def test_a_process_that_is_killed_while_it_keeps_an_engine_leaves_it_whole_or_no
         assert contents(tmp_path / "out") == contents(made(tmp_path / "again"))
     assert len(kept(directory).entries()) == 1
     assert [path.name for path in directory.glob(".*.partial")] == []
+
+
+def test_after_an_interrupt_at_any_line_of_a_build_the_next_call_builds_and_keeps_it_whole(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    watched = (workshop, registry_module, sealed, places, engine_pass)
+    expected = pieces.model()(pieces.inputs()).detach()
+
+    def twin_in(directory: Path) -> Any:
+        return accelerate(pieces.model(), [Written(directory=str(directory))])
+
+    def interrupted(at: int | None, directory: Path) -> tuple[Lines, Any]:
+        gc.collect()  # else an engine of a twin before is still there
+        lines, twin = Lines(watched, at), twin_in(directory)
+        with suppress(KeyboardInterrupt):
+            lines.run(lambda: pieces.run(twin, pieces.inputs()))
+        return lines, twin
+
+    count = interrupted(None, tmp_path / "whole")[0].count
+    assert count > 100
+    for at in range(0, count, 1 if pytestconfig.getoption("--exhaustive") else count // 20):
+        directory = tmp_path / str(at)
+        lines, twin = interrupted(at, directory)
+        assert lines.place
+        assert torch.equal(pieces.run(twin, pieces.inputs()), expected), lines.place
+        assert [*directory.glob(".*.partial")] == [] and len(Registry(directory).entries()) == 1, lines.place
+        assert torch.equal(pieces.run(twin_in(directory), pieces.inputs()), expected), lines.place
 
 
 def _limited(act: Callable[[], None], largest: int) -> None:

@@ -215,6 +215,9 @@ def broken_state(state: Path, how: str) -> None:
     elif how == "its parent is everybody's":
         state.mkdir()
         state.parent.chmod(0o777)
+    elif how == "its parent is another user's":
+        state.mkdir()
+        os.chown(state.parent, 12345, -1)
     elif how == "it is a file":
         state.write_text("")
     else:
@@ -229,6 +232,7 @@ def broken_state(state: Path, how: str) -> None:
         "its parent is everybody's",
         "it is a file",
         pytest.param("it is another user's", marks=AS_ROOT),
+        pytest.param("its parent is another user's", marks=AS_ROOT),
     ],
 )
 def test_a_user_without_a_secret_takes_nothing_keeps_nothing_and_removes_nothing_of_others(

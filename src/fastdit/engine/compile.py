@@ -38,6 +38,9 @@ _NUMBERS = itertools.count()
 #: Whether torch.compile can itself bound a function to one graph; older ones are told not to compile again.
 _BOUNDED = {"isolate_recompiles", "recompile_limit"} <= set(inspect.signature(torch.compile).parameters)
 
+#: Inductor's switches for headers that are compiled once for all processes, by their names in different versions.
+_SHARED_HEADERS = ("cpp_cache_precompile_headers", "aot_inductor.precompile_headers")
+
 #: What Dynamo raises where a call needs a second graph, by its names in different versions.
 _SECOND_GRAPH = ("FailOnRecompileLimitHit", "RecompileError")
 
@@ -158,8 +161,11 @@ def _no_second_graph() -> Iterator[None]:
 def inductor_in(folder: Path) -> Iterator[None]:
     """Let Inductor keep what it makes in a folder, and take from there what it has made before.
 
-    Inductor is told of the folder by the process's environment, so one thread at a time is here.
+    Inductor is told of the folder by the process's environment, so one thread at a time is here. Headers that it has
+    compiled before it takes from a folder of all processes, whoever has made that; so it compiles none.
     """
+    config: Any = torch._inductor.config
     folders = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
-    with environment(folders), unheard_warnings():  # the compiler's remarks on itself
+    shared = {name: False for name in _SHARED_HEADERS if name in config._config}
+    with environment(folders), unheard_warnings(), config.patch(shared):  # the compiler's remarks on itself
         yield

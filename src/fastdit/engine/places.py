@@ -15,8 +15,11 @@ from pathlib import Path
 
 from fastdit.errors import InvalidConfig
 
-#: What no other user may do in a folder of the user's own.
+#: The mode of a folder of the user's own.
 _PRIVATE = stat.S_IRWXU
+
+#: Whom root's folders belong to, seen from a container that has no root of the machine's.
+_UNMAPPED = 65534
 
 
 def cache_home() -> Path:
@@ -68,12 +71,10 @@ def others_write(folder: Path) -> str | None:
     """Say how another user could put something into a folder, or another one in its place; None where none can."""
     if not hasattr(os, "getuid"):  # no such system of users and modes
         return None
-    for path in dict.fromkeys((folder, *folder.parents, *folder.resolve().parents, folder.resolve())):
-        if not path.exists():
-            continue
-        found = path.stat()
-        within = path in (folder, folder.resolve())
-        if within and found.st_uid not in (os.getuid(), 0):
+    own = folder, folder.resolve()  # what it is called, and where a link on the way leads
+    for path in dict.fromkeys(each for one in own for each in (one, *one.parents) if each.exists()):
+        found, within = path.stat(), path in own
+        if found.st_uid not in (os.getuid(), 0) and (within or found.st_uid != _UNMAPPED):
             return f"{path} belongs to another user"
         if found.st_mode & stat.S_IWOTH and (within or not found.st_mode & stat.S_ISVTX):
             return f"everybody can write to {path}"
