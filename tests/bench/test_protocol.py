@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastdit import InvalidConfig, Stack
 from fastdit.bench.experiment import Experiment
 from fastdit.bench.grammar import parse_stack
 from fastdit.bench.outcome import outcomes, results
+from fastdit.bench.peers import PEERS
 from fastdit.bench.protocol import measure
 from fastdit.bench.source import Source
 from fastdit.bench.store import BenchError, Store
@@ -111,6 +116,43 @@ def test_a_row_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     found = {one.row.name: one for one in outcomes(made, group, store)}
     assert found["refused"].status() == "failed" and "InvalidConfig" in (found["refused"].error or "")
     assert found["half"].rounds >= 3
+
+
+@pytest.mark.exhaustive
+def test_peers_run_in_processes_of_their_own_and_leave_the_others_alone(tmp_path: Path) -> None:
+    made, store = experiment(stacks={"half": parse_stack("Interval 2")}, peers=True), Store(tmp_path)
+    store.begin(made, [])
+    measure(made, store)
+    (group,) = made.groups()
+    found = {one.row.name: one for one in outcomes(made, group, store)}
+    assert set(PEERS) <= set(found)
+    for name in ("diffusers FirstBlockCache", "diffusers TaylorSeer"):
+        assert found[name].error is None and found[name].rounds >= 3 and found[name].metrics["psnr"].interval.low > 5
+
+
+@pytest.mark.exhaustive
+def test_every_resume_after_a_kill_ends_with_the_same_cells(tmp_path: Path) -> None:
+    made = experiment(stacks={"half": parse_stack("Interval 2")})
+    program = (
+        "import json, sys; from pathlib import Path; from fastdit.bench.experiment import Experiment; "
+        "from fastdit.bench.protocol import measure; from fastdit.bench.store import Store; "
+        "made = Experiment.from_json(json.loads(sys.argv[1])); store = Store(Path(sys.argv[2])); "
+        "store.begin(made, []); print('begun', flush=True); measure(made, store)"
+    )
+    random = np.random.default_rng(0)
+    folder = tmp_path / "kept"
+    for _ in range(20):
+        command = [sys.executable, "-c", program, json.dumps(made.to_json()), str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "begun\n"
+            time.sleep(random.uniform(0.0, 6.0))
+            process.kill()
+    store = Store(folder)
+    measure(made, store)
+    (group,) = made.groups()
+    rows = made.rows(group) + (store.added(group) or [])
+    assert all([cell.number for cell in store.cells(group, row)] == [0, 1, 2] for row in rows)
+    assert not [path for path in folder.rglob("*.jsonl") if not json.loads(path.read_text())["seconds"] > 0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Annotated, Any
 
 from fastdit.bench.attribution import subset_name, subsets
+from fastdit.bench.peers import PEERS
 from fastdit.bench.source import Source
 from fastdit.config import Config, Count, Positive, Range, Whole
 from fastdit.errors import InvalidConfig
@@ -25,18 +26,25 @@ Size = Annotated[tuple[Count, ...], Range(at_least=2, at_most=2)]
 
 @dataclass(frozen=True)
 class Row:
-    """One way of making a group's pictures: a stack, None for the untouched pipeline, and its steps if it sets them."""
+    """One way of making a group's pictures: a stack, a peer of `PEERS`, or the untouched pipeline; with its steps."""
 
     name: str
     stack: Stack | None
     steps: int | None
+    peer: str | None = None
 
     @property
     def plain(self) -> bool:
-        return self.stack is None
+        """Whether it is the untouched pipeline."""
+        return self.stack is None and self.peer is None
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "stack": None if self.stack is None else self.stack.to_json(), "steps": self.steps}
+        return {
+            "name": self.name,
+            "stack": None if self.stack is None else self.stack.to_json(),
+            "steps": self.steps,
+            "peer": self.peer,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Experiment(Config):
         minutes: how long rounds may go on for every group; what was prepared and begun is ended.
         rounds: how many there are at least; all prompts with all seeds if left out. Prompts are used again after that.
         isolate: give every row processes of its own.
+        peers: run diffusers' own caches and compilation and cache-dit, too, each in processes of its own.
         attribute: run every subset of each stack, too, which tells what each part is worth.
         ssim_floor: a likeness to the plain pipeline's full run, 0 to 1, below which a row is rejected.
 
@@ -105,6 +114,7 @@ class Experiment(Config):
     minutes: Positive = 10.0
     rounds: Annotated[int, Range(at_least=FEWEST_ROUNDS)] | None = None
     isolate: bool = False
+    peers: bool = False
     attribute: bool = False
     ssim_floor: Annotated[float, Range(at_least=0, at_most=1)] | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -151,8 +161,10 @@ class Experiment(Config):
     def rows(self, group: Group) -> list[Row]:
         """Give a group's rows: the plain pipeline first, then the stacks."""
         made = {name: stack for own in self.stacks for name, stack in self._with_subsets(own).items()}
-        return [Row("plain", None, group.steps)] + [
-            Row(name, stack, group.steps if stack.schedule is None else None) for name, stack in made.items()
+        return [
+            Row("plain", None, group.steps),
+            *(Row(name, stack, group.steps if stack.schedule is None else None) for name, stack in made.items()),
+            *(Row(name, None, group.steps, name) for name in (PEERS if self.peers else ())),
         ]
 
     def _with_subsets(self, name: str) -> dict[str, Stack]:

@@ -12,7 +12,7 @@ from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
 from fastdit.bench.quality import fidelity, quality
 from fastdit.bench.store import Cell, Store
 from fastdit.measure.experiment import SHOWN
-from fastdit.measure.results import ConfigurationResult, Metric, Results
+from fastdit.measure.results import ConfigurationResult, JsonObject, Metric, Results
 from fastdit.measure.statistics import Interval, ratio_of_medians
 
 #: How far a rival's time may be from a stack's, as a part of it, for the two to be compared.
@@ -113,7 +113,7 @@ def results(experiment: Experiment, group: Group, store: Store, found: Sequence[
 
     A row that failed, or is named after a part of a stack, is not among them.
     """
-    shown = [one for one in found if one.error is None and (one.row.plain or one.row.name in experiment.stacks)]
+    shown = [one for one in found if one.error is None and (one.row.stack is None or one.row.name in experiment.stacks)]
     cells = {one.row.name: store.cells(group, one.row) for one in shown}
     rounds = min(map(len, cells.values()))
     first = cells[shown[0].row.name]
@@ -133,7 +133,7 @@ def _configuration(store: Store, group: Group, one: RowOutcome, cells: list[Cell
     pictures = [store.picture(group, one.row, name) for cell in cells for name in cell.pictures][:SHOWN]
     return ConfigurationResult(
         name=one.row.name,
-        stack=None if one.row.stack is None else one.row.stack.to_json(),
+        stack=_method(one.row),
         call={} if one.row.steps is None else {"num_inference_steps": one.row.steps},
         seconds=tuple(cell.seconds for cell in cells),
         flops=tuple(cell.flops for cell in cells if cell.flops is not None),
@@ -141,6 +141,11 @@ def _configuration(store: Store, group: Group, one: RowOutcome, cells: list[Cell
         records=tuple(cell.record for cell in cells[:SHOWN] if cell.record is not None),
         images=tuple(str(path.relative_to(store.directory)) for path in pictures),
     )
+
+
+def _method(row: Row) -> JsonObject | None:
+    """Give what makes a row faster; None where nothing does."""
+    return {"peer": row.peer} if row.peer is not None else None if row.stack is None else row.stack.to_json()
 
 
 def attribution(experiment: Experiment, group: Group, store: Store, name: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdit.acceleration import accelerate
 from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
+from fastdit.bench.peers import PEERS
 from fastdit.bench.store import BenchError, Cell, Store, rival
 from fastdit.errors import FastditWarning
 from fastdit.measure.statistics import Interval, ratio_of_medians
@@ -71,7 +72,7 @@ class GroupRun:
     def _cell(self, row: Row, number: int) -> None:
         """Measure a cell. A row that fails says so from then on, and the others go on."""
         try:
-            if self.experiment.isolate:
+            if self.experiment.isolate or row.peer is not None:
                 run_apart(self.store, self.group, row, number)
             else:
                 self.bench.cell(row, number)
@@ -163,7 +164,7 @@ class Bench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastditWarning)  # they are among the row's notes
             seconds, images = timed(lambda number: self._call(prepared.pipeline, row, number), number, self.device)
-        record = None if row.plain else prepared.pipeline.fastdit.last_run.to_json()
+        record = None if row.stack is None else prepared.pipeline.fastdit.last_run.to_json()
         pictured = number < PICTURED_ROUNDS
         cell = Cell(
             number,
@@ -181,22 +182,37 @@ class Bench:
         if row.name in self._prepared:
             return self._prepared[row.name]
         start = time.perf_counter()
-        pipeline = self.pipeline if row.stack is None else accelerate(self.pipeline, row.stack)
-        if row.stack is not None and row.stack.engine is not None:
-            height, width = self.group.size or (None, None)
-            pipeline.fastdit.warmup(height, width, num_inference_steps=row.steps, progress=False)
+        pipeline = self._open(row)
         built = time.perf_counter()
         # The untouched pipeline tells nothing of itself: an empty stack over it runs the same steps.
         recorder = accelerate(self.pipeline, Stack()) if row.plain else pipeline
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             self._call(recorder, row, 0)
-        record = recorder.fastdit.last_run
-        took = {"load": self.load_seconds, "build": built - start, "first": time.perf_counter() - built}
-        notes = sorted({str(one.message) for one in said if isinstance(one.message, FastditWarning)})
-        self.store.keep_row(self.group, row, {"seconds": took, "steps": record.steps[-1].step + 1, "notes": notes})
-        self._prepared[row.name] = Prepared(pipeline, record.to_json()["flops"] if row.plain else None)
+        found: dict[str, Any] = {
+            "seconds": {"load": self.load_seconds, "build": built - start, "first": time.perf_counter() - built},
+            "notes": sorted({str(one.message) for one in said if isinstance(one.message, FastditWarning)}),
+        }
+        flops = None
+        if row.peer is None:
+            record = recorder.fastdit.last_run
+            found["steps"] = record.steps[-1].step + 1
+            flops = record.flops
+        self.store.keep_row(self.group, row, found)
+        self._prepared[row.name] = Prepared(pipeline, flops if row.plain else None)
         return self._prepared[row.name]
+
+    def _open(self, row: Row) -> Any:
+        """Give what makes a row's pictures, its engines built."""
+        if row.peer is not None:
+            PEERS[row.peer](self.pipeline)
+        if row.stack is None:
+            return self.pipeline
+        twin = accelerate(self.pipeline, row.stack)
+        if row.stack.engine is not None:
+            height, width = self.group.size or (None, None)
+            twin.fastdit.warmup(height, width, num_inference_steps=row.steps, progress=False)
+        return twin
 
     def _call(self, pipeline: Any, row: Row, number: int) -> list[Image]:
         import torch
