@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 from fastdit.errors import FastditError
@@ -30,11 +30,11 @@ def _compiled(pipeline: Any) -> None:
 
 
 def _cache_dit(pipeline: Any) -> None:
-    if find_spec("cache_dit") is None:
-        raise FastditError("cache-dit is not installed; run: pip install cache-dit")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")
-    import cache_dit
-
+    try:
+        cache_dit: Any = import_module("cache_dit")
+    except ImportError as error:
+        raise FastditError("cache-dit is not installed; run: pip install cache-dit") from error
     # It knows a pipeline by its class's name, and patches that class: a subclass gets the name of what it is one of.
     own = next(cls for cls in type(pipeline).__mro__ if cls.__module__.startswith("diffusers."))
     pipeline.__class__ = type(own.__name__, (type(pipeline),), {})

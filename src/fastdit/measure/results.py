@@ -40,9 +40,9 @@ class Metric:
 class ConfigurationResult:
     """All that was measured of one configuration; `seconds` and `flops` hold one value a round, in rounds' order.
 
-    Where FLOPs can't be counted there are none. Where the clock ran apart from the pictures, `seconds` are of its own rounds. `stack` is the accelerators' own JSON,
-    None for the untouched pipeline. `records` holds the run records of the first rounds, `images` the names of the
-    pictures saved beside the file.
+    Where FLOPs can't be counted there are none. Where the clock ran apart from the pictures, `seconds` are of its own
+    rounds. `stack` is the accelerators' own JSON, None for the untouched pipeline. `records` holds the run records of
+    the first rounds, `images` the names of the pictures saved beside the file.
     """
 
     name: str
