@@ -1,4 +1,4 @@
-"""Write docs/results.md from the committed results, and the tables of accelerators: nothing there is typed by hand."""
+"""Write docs/results.md from the committed results, and what other pages show of them: nothing is typed by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 import fastdit
-import tables
+import pages
 from fastdit.measure.environment import Environment
 from fastdit.measure.results import Results
 from fastdit.measure.table import header, rows
@@ -284,7 +284,7 @@ SECTIONS = (
 
 
 def main() -> None:
-    """Write the page from whatever results are there, and the tables of accelerators."""
+    """Write the page from whatever results are there, and what other pages show of them and of the classes."""
     parts = ["# Results", "Written by `benchmarks/report.py` from the JSON files in `benchmarks/results/`."]
     for name, section in SECTIONS:
         if (path := RESULTS / f"{name}.json").exists():
@@ -305,7 +305,7 @@ def main() -> None:
     for architecture, path in EVALUATIONS.items():
         if path.exists():
             parts += evaluation(json.loads(path.read_text(encoding="utf-8")), architecture)
-    tables.write()
+    pages.write()
     (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

@@ -1,77 +1,121 @@
-"""The documentation's tables of accelerators, written from the classes themselves: level, docstring, declared needs."""
+"""What accelerators and their parts say of themselves, as Markdown: level, docstring, parameters, declared effects."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
+import textwrap
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
 import fastdit
-from fastdit.accelerator import Accelerator, Level, Need
+from fastdit.accelerator import Accelerator, Effects, Level
 from fastdit.errors import InvalidConfig
 from fastdit.schedule.lifts.base import Lift
 from fastdit.schedule.selectors.base import Selector
 from fastdit.step_cache.forecasters.base import Forecaster
 
-ROOT = Path(__file__).parents[1]
-
-BEGIN, END = "<!-- accelerators: written by benchmarks/report.py -->", "<!-- accelerators: end -->"
-
 #: The parts that an accelerator takes as an argument, by what they are.
 PARTS: dict[str, type[object]] = {"forecaster": Forecaster, "lift": Lift, "selector": Selector}
 
+Kind = TypeVar("Kind")
 
-@dataclass(frozen=True)
-class Page:
-    """Where a table is and what it holds: every accelerator, the parts of these kinds, and what they need or not."""
-
-    path: str
-    parts: tuple[str, ...]
-    needs: bool
+_ENTRY = re.compile(r"^(\w+): ", re.MULTILINE)
 
 
-PAGES = (Page("README.md", ("forecaster",), needs=False), Page("docs/accelerators.md", tuple(PARTS), needs=True))
+def public(base: type[Kind]) -> list[type[Kind]]:
+    """Every public class of a kind."""
+    found = (getattr(fastdit, name) for name in dir(fastdit))
+    return [value for value in found if inspect.isclass(value) and issubclass(value, base)]
 
 
-def table(page: Page) -> str:
-    """Every public accelerator by its level, then the parts."""
-    public = [value for name in dir(fastdit) if inspect.isclass(value := getattr(fastdit, name))]
-    accelerators = [cls for cls in public if issubclass(cls, Accelerator)]
-    kinds = {level.value: [cls for cls in accelerators if cls.level is level] for level in Level}
-    kinds |= {part: [cls for cls in public if issubclass(cls, PARTS[part])] for part in page.parts}
-    lines = ["| name | level | what it does |", "|---|---|---|"]
-    lines += [f"| `{cls.__name__}` | {kind} | {_first_line(cls)} |" for kind, ones in kinds.items() for cls in ones]
-    if page.needs:
-        needs = (_needs(cls) for ones in kinds.values() for cls in ones)
-        lines = [line + cell for line, cell in zip(lines, (" needs |", "---|", *needs), strict=True)]
+def accelerators() -> dict[Level, list[type[Accelerator]]]:
+    """Every public accelerator by its level."""
+    return {level: [cls for cls in public(Accelerator) if cls.level is level] for level in Level}
+
+
+def levels() -> str:
+    """The levels of a stack, outermost first, and what there is at each."""
+    decides = {
+        Level.SCHEDULE: "how many steps, at which noise level, on which tokens",
+        Level.STEP_CACHE: "whether a step's blocks run, are reused or are forecast",
+        Level.TOKEN_CACHE: "which tokens are recomputed inside a step that runs",
+        Level.ATTENTION: "which kernel computes attention",
+        Level.ENGINE: "how the blocks that run are executed",
+    }
+    lines = ["| level | decides | here |", "|---|---|---|"]
+    for level, classes in accelerators().items():
+        lines.append(f"| {level.value} | {decides[level]} | {', '.join(f'`{cls.__name__}`' for cls in classes)} |")
     return "\n".join(lines)
 
 
+def table() -> str:
+    """Every public accelerator by its level, then the parts."""
+    rows = [(cls, level.value, f"{cls.__name__.lower()}.md") for level, ones in accelerators().items() for cls in ones]
+    rows += [(cls, kind, f"{kind}s.md#{cls.__name__.lower()}") for kind, base in PARTS.items() for cls in public(base)]
+    lines = ["| name | level | what it does |", "|---|---|---|"]
+    lines += [f"| [`{cls.__name__}`]({page}) | {kind} | {_cell(_first_line(cls))} |" for cls, kind, page in rows]
+    return "\n".join(lines)
+
+
+def parts(kind: str) -> str:
+    """The parts of a kind, each under its name."""
+    return "\n\n".join(f"## {cls.__name__}\n\n{_docstring(cls)}" for cls in public(PARTS[kind]))
+
+
+def described(name: str) -> str:
+    """An accelerator's docstring, and its effects as it is by default."""
+    cls = getattr(fastdit, name)
+    effects = Effects(*(frozenset[object](getattr(cls, field, ())) for field in ("changes", "needs", "breaks")))
+    with suppress(TypeError, InvalidConfig):
+        effects = cls().effects
+    lines = [f"| level | {cls.level.value} |", "|---|---|"]
+    for field in ("changes", "needs", "breaks"):
+        declared = sorted(effect.value for effect in getattr(effects, field))
+        lines.append(f"| {field} | {'; '.join(declared) or 'nothing'} |")
+    return f"{_docstring(cls)}\n\n" + "\n".join(lines)
+
+
 def _first_line(cls: type[object]) -> str:
-    return (inspect.getdoc(cls) or "").splitlines()[0].replace("|", "\\|")
+    return (inspect.getdoc(cls) or "").splitlines()[0]
 
 
-def _needs(cls: type[object]) -> str:
-    """What it needs of the model and the run: as it is by default where it has defaults, else what its class says."""
-    declared: frozenset[Need] = getattr(cls, "needs", frozenset())
-    if issubclass(cls, Accelerator):
-        with suppress(TypeError, InvalidConfig):
-            declared = cls().effects.needs
-    return f" {'; '.join(sorted(need.value for need in declared))} |"
+def _docstring(cls: type[object]) -> str:
+    """A docstring as Markdown: its sections as tables, its formulas and examples as code."""
+    found = []
+    for block in re.split(r"\n\n(?=\S)", inspect.getdoc(cls) or ""):
+        title, _, rest = block.partition("\n")
+        if block.startswith(">>> "):
+            found.append(f"```pycon\n{block}\n```")
+        elif title.endswith(":") and rest.startswith("    ") and _ENTRY.match(textwrap.dedent(rest)):
+            found.append(f"**{title}**\n\n{_section(cls, textwrap.dedent(rest))}")
+        else:
+            found.append(re.sub(r"(?m)(?:^    .*(?:\n|\Z)|^\n(?=    ))+", _formula, block).strip())
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", "\n\n".join(found))
 
 
-def with_table(text: str, page: Page) -> str:
-    """A page with its table written anew. Raises `ValueError` where the page has no place for one."""
-    between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if len(between.findall(text)) != 1:
-        raise ValueError(f"the page needs {BEGIN} and {END} around the place of its table, once")
-    return between.sub(lambda _: f"{BEGIN}\n\n{table(page)}\n\n{END}", text)
+def _formula(lines: re.Match[str]) -> str:
+    return f"\n```text\n{textwrap.dedent(lines[0]).strip()}\n```\n"
 
 
-def write() -> None:
-    """Write the tables into their pages."""
-    for page in PAGES:
-        path = ROOT / page.path
-        path.write_text(with_table(path.read_text(encoding="utf-8"), page), encoding="utf-8")
+def _section(cls: type[object], text: str) -> str:
+    """Entries `name: what`, each over several lines, as a table with the defaults of what are fields."""
+    _, *pairs = _ENTRY.split(text)
+    entries = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    defaults = {field.name: _default(field) for field in dataclasses.fields(cls) if field.name in entries}  # type: ignore[arg-type]
+    lines = ["| name | default | what |", "|---|---|---|"] if defaults else ["| error | when |", "|---|---|"]
+    for name, what in entries.items():
+        default = [defaults.get(name, "")] if defaults else []
+        lines.append(f"| {' | '.join((f'`{name}`', *default, _cell(' '.join(what.split()))))} |")
+    return "\n".join(lines)
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    if callable(field.default_factory):
+        return f"`{field.default_factory()!r}`"
+    return "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

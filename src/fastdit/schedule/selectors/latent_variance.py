@@ -18,6 +18,7 @@ class LatentVariance(Selector):
 
     Stays on the device and decodes nothing; the activation of JiT (arXiv 2603.10744) is guided by such a variance.
 
+    >>> from fastdit.schedule.selectors.base import Scene
     >>> clean = torch.tensor([0.0, 0.0, 0.0, 3.0])[None, :, None]  # four tokens in a row, one channel
     >>> LatentVariance().scores(Scene(None, None, 1, 4, clean)).tolist()
     [[0.0, 0.0, 2.0, 2.25]]

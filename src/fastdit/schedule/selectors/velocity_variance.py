@@ -25,6 +25,7 @@ class VelocityVariance(Selector):
     Raises:
         InvalidConfig: for another word.
 
+    >>> from fastdit.schedule.selectors.base import Scene
     >>> steps = [torch.zeros(1, 2, 1), torch.tensor([[[0.0], [2.0]]])]
     >>> VelocityVariance(first="turning").scores(Scene(None, None, 1, 2, steps[0], steps)).tolist()
     [[0.0, 2.0]]
