@@ -1,13 +1,11 @@
-"""What the scripts share: comparing configurations on the embedded pipeline, and writing a result with its machine."""
+"""What the scripts share: comparing configurations on the embedded pipeline."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,14 +38,6 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold, most = -1, -3, 32 * 2**20
         library.mallopt(trim_threshold, 2**31 - 1)
         library.mallopt(mmap_threshold, most)
-
-
-def save(path: Path, values: Mapping[str, Any], *, device: str = "cpu") -> None:
-    """Write values with the environment as JSON; dataclasses become dictionaries."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"environment": Environment.capture(device), **values}
-    path.write_text(json.dumps(data, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
-    print(f"written to {path}")
 
 
 def compare(

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from combinations import Combination, combinations, tried
-from common import save
+from saving import save
 
 _HEAD = """# What goes together
 

@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 import typer
 
-from common import save
 from fastdit.acceleration import accelerate
 from fastdit.engine.compile import Compile
 from fastdit.errors import NeverFired
@@ -26,6 +25,7 @@ from fastdit.measure.timing import medians, time_interleaved
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.step_cache.coefficients import Coefficients
 from fastdit.step_cache.gates.teacache import TeaCache
+from saving import save
 from synthetic import FluxSize, random_call, random_flux
 
 BAR = 0.9

@@ -8,13 +8,13 @@ from typing import Annotated
 import torch
 import typer
 
-from common import save
 from fastdit.acceleration import accelerate
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.stack import Stack
+from saving import save
 from synthetic import FluxSize, random_call, random_flux
 
 BAR = 0.9

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from common import save
 from fastdit.acceleration import accelerate
 from fastdit.engine.aot import AOT
 from fastdit.engine.base import Engine
@@ -32,6 +31,7 @@ from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import median_of_ratios
 from fastdit.measure.timing import medians, time_interleaved
 from fastdit.schedule.ralu import RALU
+from saving import save
 from synthetic import FluxSize, random_call, random_flux
 
 MODEL = FluxSize(double_blocks=4, single_blocks=8, heads=9, head_width=64)

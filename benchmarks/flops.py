@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common import save
 from counting import RunFlops, Stage, stages_of
 from fastdit.schedule.presets import RALU_PRESETS
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
+from saving import save
 
 TERA = 1e12
 RESULTS = Path("benchmarks/results")

@@ -2,8 +2,9 @@
 
 Every configuration is prepared once (its engines built), and then they take turns: a whole call each a round, from
 noise to decoded picture, by events on the device's stream. Weights are random (`published.py`), so pictures mean
-nothing and what a gate skips is not what it would skip of a real model: how many forwards it skipped stands beside its
-time. Whatever fails, or finds no time left, is a row that says so. The plain run is the untouched pipeline's.
+nothing, and a gate would skip all that it may: what is skipped is imposed, by a mask with the share of steps that
+TeaCache is published to compute. Rows that should give the plain run's picture are compared with it. Whatever fails,
+gives another picture or none, or finds no time left, is a row that says so. The plain run is the untouched pipeline's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common import save
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.engine.aot import AOT
@@ -37,15 +37,16 @@ from fastdit.engine.compile import Compile
 from fastdit.errors import NeverFired
 from fastdit.measure.statistics import Interval, ratio_of_medians
 from fastdit.record import Stopwatch
+from fastdit.schedule.presets import WHOLE_PRESETS
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
-from fastdit.step_cache.coefficients import Coefficients
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
+from fastdit.step_cache.gates.step_mask import StepMask
 from fastdit.step_cache.gates.taylorseer import TaylorSeer
-from fastdit.step_cache.gates.teacache import TeaCache
 from fastdit.token_cache.toca import ToCa
 from published import MODELS, Published
+from saving import save
 
 #: The parts of the time that the models share, and the part of a model's own that may go into preparing.
 SHARES = {"flux-dev": 3.0, "sd3-medium": 1.0}
@@ -57,6 +58,10 @@ NO_GPU = 3
 KERNELS = ("_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "sage", "xformers")
 
 
+#: How far from the plain run's latents a row may be that should give them, relative to their size.
+SAME = 0.05
+
+
 class TimeUp(BaseException):
     """The time for something is over. No `Exception`, which a compiler would take for a failure of its own."""
 
@@ -65,13 +70,17 @@ class TimeUp(BaseException):
 class Row:
     """What came of one configuration; `seconds` are those of its whole calls, one a round.
 
-    `make` gives its accelerators, None for the untouched pipeline. `step_seconds` are medians over the forwards that
-    ran in whole, one a stage; `equal_steps` is how many plain steps take as long as it; `error` says why it was left.
+    `make` gives its accelerators; it is None for the untouched pipeline, or the one that `rival` makes faster while it is
+    entered. A row that is the `same` must give the plain run's latents, and `error_to_plain` is how far off it was.
+    `step_seconds` are medians over the forwards that ran in whole, one a stage; `equal_steps` is how many plain steps
+    take as long as it; `error` says why it was left.
     """
 
     name: str
     make: Callable[[], list[Accelerator]] | None
     steps: int | None
+    rival: Rival | None = None
+    same: bool = False
     stack: Any = None
     prepared: float | None = None
     seconds: list[float] = field(default_factory=list)
@@ -81,42 +90,121 @@ class Row:
     speed_up: Interval | None = None
     equal_steps: float | None = None
     peak_bytes: int | None = None
+    error_to_plain: float | None = None
     error: str | None = None
     pipeline: Any = None
 
     def to_json(self) -> dict[str, Any]:
-        hidden = {"make", "pipeline"}
+        hidden = {"make", "pipeline", "rival"}
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in hidden}
 
 
 def rows(model: Published, directory: str) -> list[Row]:
-    """List the configurations, the most important first: what finds no time left is at the end."""
-    steps, preset = model.architecture.steps, model.architecture.presets[0]
-    engine, package = Compile(directory=directory), AOT(directory=directory)
-    # Random weights have no published coefficients: the change of the signal itself is what is accumulated.
-    cache = TeaCache(0.25, Coefficients((1.0, 0.0)))
-    whole: dict[str, Callable[[], list[Accelerator]]] = {
-        "empty stack": lambda: [],
-        "Compile": lambda: [engine],
-        f"ProgressiveResolution {preset}": lambda: [ProgressiveResolution(preset)],
-        f"ProgressiveResolution {preset}, TeaCache, Compile": lambda: [ProgressiveResolution(preset), cache, engine],
-        "TeaCache": lambda: [cache],
-        f"ProgressiveResolution {preset}, TeaCache": lambda: [ProgressiveResolution(preset), cache],
-        f"ProgressiveResolution {preset}, Compile": lambda: [ProgressiveResolution(preset), engine],
-        "TeaCache, Compile": lambda: [cache, engine],
-        "AOT": lambda: [package],
-        "Compile, CUDA graphs": lambda: [Compile(cuda_graphs=True, directory=directory)],
-        f"RALU {preset}": lambda: [RALU(preset)],
-        f"RALU {preset}, Compile": lambda: [RALU(preset), engine],
-        "TaylorSeer": lambda: [TaylorSeer()],
-        "FirstBlockCache": lambda: [FirstBlockCache(0.1)],
-        "ToCa": lambda: [ToCa()],
-        **{f"attention {name}": lambda name=name: [attention(name)] for name in KERNELS},
-        "XFormers (adapter)": xformers,
-        "TensorRT (adapter)": lambda: tensorrt(directory),
-    }
+    """List the configurations, the most telling first: what finds no time left is at the end."""
+    architecture, engine = model.architecture, Compile(directory=directory)
+    steps, preset, share = architecture.steps, architecture.presets[0], model.computed
+    fast = next(name for name in ("7x", "6x") if name in architecture.presets)
+
+    def own(name: str, make: Callable[[], list[Accelerator]], *, staged: bool = False, same: bool = False) -> Row:
+        return Row(name, make, None if staged else steps, same=same)
+
+    def whole(preset: str) -> ProgressiveResolution:
+        return ProgressiveResolution(preset)
+
+    def masked(preset: str | None = None) -> StepMask:
+        return imposed(steps if preset is None else sum(WHOLE_PRESETS[preset].steps), share)
+
     plain = [Row(f"plain, {count} steps", None, count) for count in (steps, steps // 2, steps // 4)]
-    return plain + [Row(name, make, None if preset in name else steps) for name, make in whole.items()]
+    return [
+        *plain,
+        own("Compile", lambda: [engine], same=True),
+        Row("compile_repeated_blocks", None, steps, CompiledBlocks(), same=True),
+        own(f"ProgressiveResolution {fast}, mask, Compile", lambda: [whole(fast), masked(fast), engine], staged=True),
+        own(f"ProgressiveResolution {preset}", lambda: [whole(preset)], staged=True),
+        own("mask", lambda: [masked()]),
+        own(f"ProgressiveResolution {preset}, mask", lambda: [whole(preset), masked(preset)], staged=True),
+        own(f"ProgressiveResolution {preset}, Compile", lambda: [whole(preset), engine], staged=True),
+        own("mask, Compile", lambda: [masked(), engine]),
+        own("AOT", lambda: [AOT(directory=directory)], same=True),
+        own("Compile, CUDA graphs", lambda: [Compile(cuda_graphs=True, directory=directory)], same=True),
+        own(f"RALU {preset}", lambda: [RALU(preset)], staged=True),
+        own(f"RALU {preset}, Compile", lambda: [RALU(preset), engine], staged=True),
+        own("empty stack", lambda: [], same=True),
+        Row("max-autotune, CUDA graphs", None, steps, Autotuned(), same=True),
+        Row("diffusers FirstBlockCache", None, steps, hooked("FirstBlockCacheConfig")),
+        Row("diffusers TaylorSeer", None, steps, hooked("TaylorSeerCacheConfig")),
+        own("TaylorSeer", lambda: [TaylorSeer()]),
+        own("FirstBlockCache", lambda: [FirstBlockCache(0.1)]),
+        own("ToCa", lambda: [ToCa()]),
+        *(own(f"attention {name}", lambda name=name: [attention(name)], same=True) for name in KERNELS),
+        own("XFormers (adapter)", xformers, same=True),
+        own("TensorRT (adapter)", lambda: tensorrt(directory), same=True),
+    ]
+
+
+def imposed(steps: int, share: float) -> StepMask:
+    """Give a mask that computes the first step and, spread evenly, so large a share of all."""
+    computed = {round(index * steps / round(share * steps)) for index in range(round(share * steps))}
+    return StepMask(tuple(step in computed for step in range(steps)))
+
+
+Rival = Callable[[Any], AbstractContextManager[None]]
+"""What another library does to a pipeline, for as long as it is entered."""
+
+
+class CompiledBlocks:
+    """The blocks that diffusers' `compile_repeated_blocks` compiled, in use while entered; kept between."""
+
+    def __init__(self) -> None:
+        self._calls: dict[torch.nn.Module, Any] = {}
+
+    @contextmanager
+    def __call__(self, pipeline: Any) -> Iterator[None]:
+        if not self._calls:
+            pipeline.transformer.compile_repeated_blocks()
+            modules = pipeline.transformer.modules()
+            self._calls = {part: call for part in modules if (call := part._compiled_call_impl) is not None}
+        for part, call in self._calls.items():
+            part._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            for part in self._calls:
+                del part._compiled_call_impl  # the class has None
+
+
+class Autotuned:
+    """The whole transformer compiled, its kernels chosen by trial and captured as CUDA graphs, while entered."""
+
+    def __init__(self) -> None:
+        self._compiled: Any = None
+
+    @contextmanager
+    def __call__(self, pipeline: Any) -> Iterator[None]:
+        transformer = pipeline.transformer
+        if self._compiled is None:
+            self._compiled = torch.compile(transformer, mode="max-autotune")
+        pipeline.transformer = self._compiled
+        try:
+            yield
+        finally:
+            pipeline.transformer = transformer
+
+
+def hooked(config: str) -> Rival:
+    """Give a rival of diffusers' own caches, at its defaults."""
+
+    @contextmanager
+    def entered(pipeline: Any) -> Iterator[None]:
+        import diffusers
+
+        pipeline.transformer.enable_cache(getattr(diffusers, config)())
+        try:
+            yield
+        finally:
+            pipeline.transformer.disable_cache()
+
+    return entered
 
 
 def attention(name: str) -> Accelerator:
@@ -145,6 +233,7 @@ class Bench:
         self._preparing_ends = time.monotonic() + PREPARING * (deadline - time.monotonic())
         self.pipeline = model.build(device, dtype)
         self._call = model.call(self.pipeline)
+        self._plain: torch.Tensor | None = None
 
     def prepare(self, row: Row) -> None:
         """Make a row's twin, build its engines, and run it so far that nothing is new to the first round.
@@ -160,7 +249,7 @@ class Bench:
                 row.stack, row.pipeline = stack.to_json(), accelerate(self.pipeline, stack)
                 if stack.engine is not None:
                     row.pipeline.fastdit.warmup(num_inference_steps=row.steps, progress=False, **self._call)
-            self._run(row, None if row.steps is None else 2)
+            self._check(row)
             row.prepared = time.monotonic() - start
 
         left = self._preparing_ends - start
@@ -184,9 +273,27 @@ class Bench:
         if row.make is not None:
             read_record(row, row.pipeline.fastdit.last_run)
 
-    def _run(self, row: Row, steps: int | None) -> None:
+    def _run(self, row: Row, steps: int | None, output: str = "pt") -> torch.Tensor:
         count = {} if steps is None else {"num_inference_steps": steps}
-        row.pipeline(**self._call, **count, output_type="pt", generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        with nullcontext() if row.rival is None else row.rival(self.pipeline):
+            made: torch.Tensor = row.pipeline(**self._call, **count, output_type=output, generator=generator).images
+        return made
+
+    def _check(self, row: Row) -> None:
+        """Compare the latents of two steps with the plain run's where they should be the same. Raises if they are not.
+
+        Two steps, since what an engine rounds otherwise grows from step to step as any other rounding does.
+        """
+        latents = self._run(row, None if row.steps is None else 2, "latent").float()
+        if not latents.isfinite().all():
+            raise ArithmeticError("its latents are not finite")
+        if row.same:
+            if self._plain is None:
+                self._plain = self._run(Row("plain", None, 2, pipeline=self.pipeline), 2, "latent").float()
+            row.error_to_plain = float((latents - self._plain).norm() / self._plain.norm())
+            if row.error_to_plain > SAME:
+                raise ArithmeticError(f"its latents are {row.error_to_plain:.3f} of their size from the plain run's")
 
     def _attempt(self, row: Row, act: Callable[[], None], seconds: float) -> None:
         """Do something for a row. What goes wrong is written into the row, which is then left; the others go on."""
@@ -255,7 +362,7 @@ def measure(bench: Bench, rows: list[Row], *, rounds: int, say: Callable[[str], 
 
 def compare(rows: list[Row]) -> None:
     """Set the rows beside the plain runs: speed-ups to the first, and the number of plain steps that take as long."""
-    plain = [row for row in rows if row.make is None and row.seconds and row.error is None]
+    plain = [row for row in rows if row.make is None and row.rival is None and row.seconds and row.error is None]
     baseline = rows[0]
     if baseline not in plain:
         return
@@ -312,7 +419,7 @@ def main(
     failed = False
     for index, name in enumerate(names):
         model = MODELS[name].smallest() if try_on_cpu else MODELS[name]
-        chosen = [row for row in rows(model, kept) if row.make is None or only in row.name]
+        chosen = [row for row in rows(model, kept) if row.name.startswith("plain") or only in row.name]
         left = sum(SHARES[later] for later in names[index:])
         now = time.monotonic()
         bench = Bench(model, device, torch.bfloat16, now + (end - now) * SHARES[name] / left)

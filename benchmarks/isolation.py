@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common import save
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.measure.statistics import mean, mean_difference
@@ -23,6 +22,7 @@ from fastdit.record import RunRecord
 from fastdit.schedule.ralu import RALU
 from fastdit.step_cache.forecasters.taylor import Taylor
 from fastdit.step_cache.gates.teacache import TeaCache
+from saving import save
 
 BASELINE = "12 steps"
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from common import keep_freed_memory, save
+from common import keep_freed_memory
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator
 from fastdit.errors import NeverFired
@@ -28,6 +28,7 @@ from fastdit.step_cache.gates.easycache import EasyCache
 from fastdit.step_cache.gates.first_block_cache import FirstBlockCache
 from fastdit.step_cache.gates.seacache import SeaCache
 from fastdit.step_cache.gates.teacache import TeaCache
+from saving import save
 from synthetic import FluxSize, random_call, random_flux
 
 BAR = 1.01

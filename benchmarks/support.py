@@ -7,8 +7,8 @@ from pathlib import Path
 import diffusers
 import typer
 
-from common import save
 from fastdit.measure.support import pipeline_classes, supported, table
+from saving import save
 
 _HEAD = """# What works with which pipeline
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 import gpu
-from fastdit import FORA, RALU, Attention
+from fastdit import FORA, RALU, Attention, ProgressiveResolution
 from published import MODELS
+
+#: A process that finds what this one does.
+PATHS = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def bench(name: str = "flux-dev", seconds: float = 60.0) -> gpu.Bench:
@@ -106,3 +112,56 @@ def test_a_round_that_does_not_fit_is_not_begun() -> None:
     rows = [plain(2), plain(3)]
     assert measured(made, rows, rounds=3)[-1] == "1 of 3 rounds: the time is up"
     assert [len(row.seconds) for row in rows] == [1, 1]
+
+
+def test_what_is_skipped_is_imposed_in_the_published_share() -> None:
+    for steps, share in ((50, 0.58), (28, 0.69), (7, 0.58)):
+        mask = gpu.imposed(steps, share).mask
+        assert len(mask) == steps and mask[0] and sum(mask) == round(share * steps)
+
+
+def test_a_row_that_does_not_give_the_plain_picture_is_an_error_and_never_a_fast_row() -> None:
+    wrong = gpu.Row("wrong", lambda: [ProgressiveResolution(steps=(1, 1))], None, same=True)
+    right = gpu.Row("right", lambda: [], 6, same=True)
+    measured(bench(), [plain(6), wrong, right])
+    assert (wrong.error or "").startswith("ArithmeticError") and not wrong.seconds
+    assert right.error is None and right.error_to_plain == 0.0
+
+
+def test_a_rival_changes_the_pipeline_only_while_its_row_runs() -> None:
+    made = bench()
+    rival = gpu.Row("diffusers TaylorSeer", None, 4, gpu.hooked("TaylorSeerCacheConfig"))
+    rows = [plain(4), rival, gpu.Row("empty", lambda: [], 4, same=True)]
+    measured(made, rows)
+    assert [row.error for row in rows] == [None] * 3 and not made.pipeline.transformer.is_cache_enabled
+
+
+def test_it_imports_nothing_but_what_a_borrowed_machine_has() -> None:
+    has = (
+        "torch triton transformers opencv-python-headless typer rich scipy torchmetrics pytest peft diffusers "
+        "fastdit safetensors numpy pillow filelock"
+    )
+    program = f"""
+import importlib.metadata as metadata, re, sys
+allowed, waiting = set(), {has.split()!r}
+while waiting:
+    name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+    if name not in allowed:
+        allowed.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        if name != "fastdit":
+            waiting += [re.match(r"[A-Za-z0-9._-]+", need)[0] for need in needs if "extra ==" not in need]
+class Missing:
+    homes = metadata.packages_distributions()
+    def find_spec(self, name, path=None, target=None):
+        owners = {{re.sub(r"[-_.]+", "-", one).lower() for one in self.homes.get(name, ())}}
+        if owners and not owners & allowed:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import gpu
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=PATHS)
+    assert done.returncode == 0, done.stderr
