@@ -70,8 +70,8 @@ class TimeUp(BaseException):
 class Row:
     """What came of one configuration; `seconds` are those of its whole calls, one a round.
 
-    `make` gives its accelerators; it is None for the untouched pipeline, or the one that `rival` makes faster while it is
-    entered. A row that is the `same` must give the plain run's latents, and `error_to_plain` is how far off it was.
+    `make` gives its accelerators; it is None for the untouched pipeline, or the one that `rival` makes faster while
+    it is entered. A row that is the `same` must give the plain run's latents, and `error_to_plain` is how far it was.
     `step_seconds` are medians over the forwards that ran in whole, one a stage; `equal_steps` is how many plain steps
     take as long as it; `error` says why it was left.
     """
