@@ -150,8 +150,12 @@ class Experiment(Config):
     @property
     def least_rounds(self) -> int:
         """How many rounds there are in any case: enough for every picture, and for an interval."""
-        every = len(self.prompts) * len(self.seeds) // self.batch
-        return max(FEWEST_ROUNDS, every if self.rounds is None else self.rounds)
+        return max(FEWEST_ROUNDS, self.rounds_of_pictures if self.rounds is None else self.rounds)
+
+    @property
+    def rounds_of_pictures(self) -> int:
+        """How many rounds make every prompt's picture with every seed once."""
+        return len(self.prompts) * len(self.seeds) // self.batch
 
     def groups(self) -> Iterator[Group]:
         """Give the groups, one after another."""

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-#: Rounds whose pictures are kept.
-PICTURED_ROUNDS = 64
-
 #: Steps of the plain run that, beside the full one, tells a step's time from what every run costs.
 _PROBE_STEPS = 2
 
@@ -165,7 +162,8 @@ class Bench:
             warnings.simplefilter("ignore", FastditWarning)  # they are among the row's notes
             seconds, images = timed(lambda number: self._call(prepared.pipeline, row, number), number, self.device)
         record = None if row.stack is None else prepared.pipeline.fastdit.last_run.to_json()
-        pictured = number < PICTURED_ROUNDS
+        # A picture that comes again is the same one, and would only seem to be a further sample.
+        pictured = number < self.experiment.rounds_of_pictures
         cell = Cell(
             number,
             *self.experiment.inputs(number),
