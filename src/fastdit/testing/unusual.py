@@ -23,7 +23,8 @@ def _sound_and_picture(batch: int) -> Call:
     )
     scales = {"guidance_scale": 2.0, "audio_guidance_scale": 2.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
     off = {"stg_scale": 0.0, "audio_stg_scale": 0.0}
-    return _texts(batch, 8, 32, **masks, **scales, **off, num_frames=5, frame_rate=25.0)
+    sizes = {"num_frames": 5, "frame_rate": 25.0, "output_type": "latent"}  # there is no vocoder
+    return _texts(batch, 8, 32, **masks, **scales, **off, **sizes)
 
 
 def _sound_parts() -> Call:
