@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -61,23 +63,22 @@ def accelerate(
     if hasattr(type(pipeline), "fastdit"):
         raise InvalidConfig("this is a twin already; accelerate the pipeline it was made of, twin.fastdit.base")
     controller = Acceleration(pipeline, stack, strict=strict)
-    if isinstance(pipeline, nn.Module):
-        return cast(_Base, controller.component(BARE))
-    return cast(_Base, pipeline_twin(pipeline, controller, _lifted(pipeline, stack)))
+    if not isinstance(pipeline, nn.Module):
+        controller.twin = pipeline_twin(pipeline, controller, _lifted(pipeline, stack))
+    return cast(_Base, controller.twin)
 
 
 class Acceleration:
     """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
 
     def __init__(self, base: Any, stack: Stack, *, strict: bool, workshop: Workshop | None = None) -> None:
-        self.base = base
+        self.base = self.twin = base  # what a run reads is read off a pipeline's twin, once that is made
         self.stack = stack
         self.strict = strict
         self.last_run: RunRecord | None = None
         self._lasting = [(one, one.lasting()) for one in stack if one.level is not Level.SCHEDULE]
         if workshop is not None:
             self._lasting = [(one, workshop if one.level is Level.ENGINE else kept) for one, kept in self._lasting]
-        self._family = family_of(base) if isinstance(base, pipeline_type()) else None
         self._turn: dict[int, object] = {}  # of each process: a forked child's parent does not run its calls
         self.open_run: OpenRun | None = None
         self.idle_is_plain = len(stack) == 0
@@ -85,6 +86,8 @@ class Acceleration:
         self._twins: dict[str, tuple[TransformerTwin, nn.Module]] = {}
         for name, module in transformers_of(base).items():
             self._twin_of(name, module)
+        if isinstance(base, nn.Module):
+            self.twin = self.component(BARE)
         stack.check(base)
 
     @property
@@ -104,10 +107,10 @@ class Acceleration:
 
     def plan(self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None) -> Plan:
         """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
-        plan = make_plan(self.stack, self.base, height, width, num_inference_steps)
+        plan = make_plan(self.stack, self.twin, height, width, num_inference_steps)
         if self.workshop is None:
             return plan
-        counts = [self.workshop.expected(module) for module in transformers_of(self.base).values()]
+        counts = [self.workshop.expected(module) for module in self._transformers.values()]
         need = f"{len(plan.stages) * sum(counts)} engines are needed, {sum(counts)} for each stage"
         return replace(plan, notes=(*plan.notes, need, *self.workshop.remarks))
 
@@ -132,9 +135,24 @@ class Acceleration:
             return
         if is_transformer(self.base, name, value):
             for accelerator in self.stack:
-                accelerator.check(self.base, value)
+                accelerator.check(self.twin, value)
             self.stack.check_state(name, value)
         self._replaced[name] = value
+
+    def plain(self, twin: Any) -> Value:
+        """Give a pipeline of the class itself with what the twin shows."""
+        plain: Any = object.__new__(type(self.base))
+        vars(plain).update({**vars(self.base), **vars(twin)})
+        for name, value in self._replaced.items():
+            setattr(plain, name, value)
+        return plain
+
+    def pickled(self, twin: Any) -> tuple[Any, ...] | None:
+        """Say how a copied or pickled twin is made anew; None for a pipeline's transformer, which is a plain module."""
+        made = partial(accelerate, strict=self.strict), (self.base, self.stack)
+        if isinstance(twin, nn.Module):
+            return made if twin is self.twin else None
+        return *made, (vars(twin), self._replaced)  # attributes, and what is set by name
 
     def call(self, twin: Any, args: Args, kwargs: Kwargs) -> Value:
         """Run one call of the pipeline's class in a run of its own."""
@@ -208,20 +226,20 @@ class Acceleration:
             own["prompt"] = ""
         given = {name: value for name, value in own.items() if name in parameters and value is not None} | call
         with self._exclusive():
-            plan = make_plan(self.stack, self.base, height, width, num_inference_steps)
+            plan = make_plan(self.stack, self.twin, height, width, num_inference_steps)
             if self.workshop is None:
                 return WarmUp((), 0.0)
             bare = Stack(one for one in self.stack if one.level not in (Level.STEP_CACHE, Level.TOKEN_CACHE))
             controller = Acceleration(self.base, bare, strict=False, workshop=self.workshop)
             controller._replaced = self._replaced
-            twin = pipeline_twin(self.base, controller, _lifted(self.base, bare))
+            controller.twin = twin = pipeline_twin(self.plain(self.twin), controller, _lifted(self.twin, bare))
             twin.set_progress_bar_config(disable=True)
-            expected = len(plan.stages) * sum(map(self.workshop.expected, transformers_of(self.base).values()))
+            expected = len(plan.stages) * sum(map(self.workshop.expected, self._transformers.values()))
             known, start = len(self.workshop.builds), time.perf_counter()
             with progress_bar(expected, shown=progress) as show:
                 try:
                     self.workshop.listener = show
-                    twin(**given, num_inference_steps=fewest_steps(bare, self.base, plan, height, width))
+                    twin(**given, num_inference_steps=fewest_steps(bare, self.twin, plan, height, width))
                 finally:
                     self.workshop.listener = None
         return WarmUp(tuple(self.workshop.builds[known:]), time.perf_counter() - start)
@@ -229,30 +247,31 @@ class Acceleration:
     def _twin_of(self, name: str, module: nn.Module) -> nn.Module:
         known = self._twins.get(name)
         if known is None or known[0].module is not module:
-            twin = TransformerTwin(module, name, self)
-            known = self._twins[name] = twin, transformer_twin(twin, self)
+            owner: Any = (lambda: self) if module is self.base else weakref.ref(self)
+            twin = TransformerTwin(module, name, owner)
+            known = self._twins[name] = twin, transformer_twin(twin)
         return known[1]
 
     def _begun(self, given: Mapping[str, Value], arguments: Mapping[str, Value]) -> tuple[Run, StagePass | None]:
         """Check a call's arguments and make its run; nothing has happened yet if this raises."""
-        plan, schedule, family = None, self.stack.schedule, self._family
+        plan, schedule, family = None, self.stack.schedule, family_of(self.twin)
         if schedule is not None:
             if given.get("sigmas") is not None or given.get("timesteps") is not None:
                 raise InvalidConfig(
                     f"sigmas= was given, and {schedule.describe()} owns the timesteps of the run; leave sigmas out, or "
                     "leave the schedule out"
                 )
-            family = require_family(self.base, schedule)
-            if refusal := family.refusal(self.base, arguments):
+            family = require_family(self.twin, schedule)
+            if refusal := family.refusal(self.twin, arguments):
                 raise InvalidConfig(f"{schedule.describe()}: {refusal}")
-            plan = schedule_plan(self.stack, self.base, arguments, given.get("num_inference_steps"))
+            plan = schedule_plan(self.stack, self.twin, arguments, given.get("num_inference_steps"))
         grid = None
         if family is not None:
-            grid = FineLayout(*grid_of(family, self.base, arguments))
+            grid = FineLayout(*grid_of(family, self.twin, arguments))
         run = Run(plan=plan, grid=grid, checks=self._checks())
         if schedule is None or plan is None or family is None:
             return run, None
-        own = schedule.begin(plan, family, self.base, arguments.get("generator"))
+        own = schedule.begin(plan, family, self.twin, arguments.get("generator"))
         return run, StagePass(run, plan, own, family)
 
     def _chain(self, run: Run, stages: StagePass | None) -> Chain:
@@ -266,17 +285,20 @@ class Acceleration:
     def _stand_ins(self, run: Run, stages: StagePass | None) -> Kwargs:
         """Make what stands in for components in a run: the scheduler, and those that get latents of an early stage."""
         made: Kwargs = {name: scheduler_twin(self.component(name), run, stages) for name in schedulers_of(self.base)}
-        if stages is not None and self._family is not None:
-            for name in self._family.pipeline_overrides():
-                if "." in name:
-                    component, method = name.split(".")
-                    made[component] = lifting_component(self.component(component), method, self)
+        for name in () if stages is None else _lifted(self.twin, self.stack):
+            if "." in name:
+                component, method = name.split(".")
+                made[component] = lifting_component(self.component(component), method, self)
         return made
 
     def _check_states(self) -> None:
         """Check the transformers as they are now: one may have been quantised, or shared out, since the last run."""
-        for name, module in transformers_of(self.base, self._replaced).items():
+        for name, module in self._transformers.items():
             self.stack.check_state(name, module)
+
+    @property
+    def _transformers(self) -> dict[str, nn.Module]:
+        return transformers_of(self.base, self._replaced)
 
     def _checks(self) -> list[Callable[[int], None]]:
         """List what is checked once a run's number of steps is known, before its first step."""

@@ -60,3 +60,23 @@ def outline_of(module: nn.Module) -> Hashable:
             for path, part in module.named_modules()
         ),
     )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape and dtype of a tensor that is not kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Shape:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def meta(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def outline_of_value(value: Value) -> Hashable:
+    """Tell values apart that make a forward cost differently."""
+    return float if isinstance(value, float) else repr(map_tensors(value, Shape.of))

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import NoneType
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from fastdit.flops import FlopCount, count, outline_of
+from fastdit.flops import FlopCount, Shape, count, outline_of, outline_of_value
 from fastdit.nested import Value, map_tensors
 from fastdit.structure import meta_twin, structural_twin, twin_with
 
 #: What was counted in this process, or why it can't be, by what a module is made of and the shapes of a call.
 _COUNTED: dict[Hashable, FlopCount | str] = {}
 _MOST_COUNTED = 1024
+_PLAIN = (NoneType, bool, int, str)
 
 
 class FlopMeter:
-    """Tells the forwards of one module, as it is now, apart by their shapes; it keeps no weights.
-
-    A kind of forward is known for as long as a record of one is kept.
-    """
+    """Tells forwards of a module, as it is now, apart by shapes; forgets these with the records that have them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._kinds: WeakValueDictionary[Hashable, ForwardKind] = WeakValueDictionary()
@@ -41,16 +40,15 @@ class FlopMeter:
 
         `children` stand in for some of the module's own in this call, and cost the same for all of its shapes.
         """
-        key = tuple(
-            [
-                (name, (value.shape, value.dtype) if isinstance(value, torch.Tensor) else _kind(value))
-                for name, value in kwargs.items()
-            ]
-        )
+        key = tuple([
+            (name, (value.shape, value.dtype) if isinstance(value, torch.Tensor)
+             else value if isinstance(value, _PLAIN) else outline_of_value(value))
+            for name, value in kwargs.items()
+        ])  # fmt: skip
         found = self._kinds.get(key)
         if found is None:
-            outlines = {name: twin_with(child, _Shape.of) for name, child in (children or {}).items()}
-            found = self._kinds[key] = ForwardKind(self, key, map_tensors(dict(kwargs), _Shape.of), outlines)
+            outlines = {name: twin_with(child, Shape.of) for name, child in (children or {}).items()}
+            found = self._kinds[key] = ForwardKind(self, key, map_tensors(dict(kwargs), Shape.of), outlines)
         return found
 
     def count(self, kind: ForwardKind) -> FlopCount | str:
@@ -62,8 +60,8 @@ class FlopMeter:
             if len(_COUNTED) >= _MOST_COUNTED:
                 _COUNTED.clear()
             try:
-                kwargs = map_tensors(kind.arguments, _Shape.meta, kind=_Shape)
-                children = {name: twin_with(child, _Shape.meta, kind=_Shape) for name, child in kind.children.items()}
+                kwargs = map_tensors(kind.arguments, Shape.meta, kind=Shape)
+                children = {name: twin_with(child, Shape.meta, kind=Shape) for name, child in kind.children.items()}
                 _COUNTED[same] = count(structural_twin(self._module, children), **kwargs)
             except Exception as error:  # whatever a forward raises that asks for values where there are shapes alone
                 _COUNTED[same] = _because(self._module, error)
@@ -102,27 +100,3 @@ class ForwardKind:
 
 def _because(module: nn.Module, error: Exception) -> str:
     return f"the FLOPs of {type(module).__name__} can't be counted on shapes alone: {type(error).__name__}: {error}"
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The shape and dtype of a tensor that is not kept."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Shape:
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    def meta(self) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-
-def _kind(value: Value) -> Hashable:
-    """Tell values apart that make a forward cost differently; this runs at every step."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return float
-    return repr(map_tensors(value, _Shape.of))

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fastdit.errors import UnsupportedModel
+
 #: What modules take and give: tensors, alone or nested in tuples, lists and dictionaries, beside plain values.
 Value: TypeAlias = Any
 
@@ -103,9 +105,18 @@ class ArgumentNames:
         named = [p for p in own if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)]
         self._given = {p.name: p.default for p in named}
         self._required = {p.name for p in named if p.default is inspect.Parameter.empty}
+        self._takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in self._signature.parameters.values())
+        self._places = sum(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in named)
 
     def __call__(self, args: Args, kwargs: Mapping[str, Value]) -> Kwargs:
-        """Give a call's arguments by name. Raises `TypeError` where the forward itself would."""
+        """Give a call's arguments by name. Raises `TypeError` where the forward itself would.
+
+        Raises `UnsupportedModel` for arguments by place that the forward has no names for.
+        """
+        if self._takes_any and len(args) > self._places:
+            raise UnsupportedModel(
+                f"a forward{self._signature} has no names for {len(args)} arguments by place; give them by name"
+            )
         if not args and self._required <= kwargs.keys() <= self._given.keys():
             if self._defaults:
                 return {**self._given, **kwargs}
@@ -141,7 +152,8 @@ def call_signature(cls: type) -> inspect.Signature:
     A class that hands arguments on is taken to give them to the next one in its line, in the order of their places. A
     parameter that both name is the first one's.
     """
-    return _whole(*(vars(one)["__call__"] for one in cls.__mro__ if "__call__" in vars(one)))
+    # What is kept of a twin's class would keep the twin.
+    return _whole(*(inspect.unwrap(vars(one)["__call__"]) for one in cls.__mro__ if "__call__" in vars(one)))
 
 
 @lru_cache(maxsize=64)

@@ -41,10 +41,7 @@ class StepRecord:
 
     @property
     def blocks(self) -> int | None:
-        """How many blocks the model calls in a forward of this kind.
-
-        None where nothing in the run acts on blocks, so that they were not seen, and the FLOPs are unknown.
-        """
+        """How many blocks the model calls in a forward of this kind; None where they were neither seen nor counted."""
         called = self._called or self._kind.blocks
         return None if called is None else len(called)
 
@@ -58,10 +55,7 @@ class StepRecord:
 
     @property
     def flops(self) -> int | None:
-        """FLOPs that this forward cost, what it saved left out (counted on first use; a gate's own are not in it).
-
-        None where they can't be counted, for the reason that `flops_unknown` gives.
-        """
+        """FLOPs that this forward cost (a gate's own are not in it); None where `flops_unknown` says why."""
         return self._kind.flops(self.saved)
 
     @property

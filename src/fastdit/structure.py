@@ -58,6 +58,20 @@ def behaves_otherwise(module: nn.Module) -> bool:
     return any(map(own.get, _HOOKS))
 
 
+def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
+    """Raise `IncompatibleStack` where something else already changes how the module runs as a whole."""
+    if getattr(module, "is_cache_enabled", False):
+        raise IncompatibleStack(
+            f"{name} already has a cache of diffusers enabled, and two caches would feed on each other; call "
+            f"{name}.disable_cache() first"
+        )
+    if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
+        raise IncompatibleStack(
+            f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
+            "blocks with compile_repeated_blocks() if you wish"
+        )
+
+
 def refuse_replaced_forward(module: nn.Module, where: str) -> None:
     """Raise `IncompatibleStack` where a module object has a forward of its own, which a structural twin leaves out."""
     if _forward_replaced(module):
@@ -65,6 +79,16 @@ def refuse_replaced_forward(module: nn.Module, where: str) -> None:
             f"{where} ({type(module).__name__}) has a forward of its own on the object, by which it was patched or "
             "compiled, and what acts inside of it would leave that out; write a subclass with that forward, or take it "
             "off (del module.forward)"
+        )
+
+
+def refuse_checkpointing(module: nn.Module, where: str) -> None:
+    """Raise `IncompatibleStack` where blocks run again in the backward pass, where no run is there to answer them."""
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        raise IncompatibleStack(
+            f"{where} ({type(module).__name__}) has gradient checkpointing on, by which its blocks run again in the "
+            "backward pass, after the run that skipped or replaced them; call disable_gradient_checkpointing() first, "
+            "or run under torch.no_grad()"
         )
 
 

@@ -13,9 +13,11 @@ from fastdit import (
     RALU,
     FirstBlockCache,
     InvalidConfig,
+    JustInTime,
     accelerate,
 )
 from fastdit.layout import CoarseLayout, FineLayout, MixedLayout
+from fastdit.models import family_of
 from fastdit.models.flux import FLUX
 from fastdit.models.following import followed
 from fastdit.testing import PIPELINES
@@ -146,3 +148,38 @@ def test_a_mask_is_averaged_under_coarse_tokens_and_itself_under_fine_ones() -> 
     assert torch.equal(found, torch.cat([FLUX.pack(half)[:, kept[0]], FLUX.pack(mask)[:, cells]], dim=1))
     assert torch.equal(followed(FLUX, FLUX.pack(mask), FineLayout(4, 6)), FLUX.pack(mask))
     assert torch.equal(followed(FLUX, FLUX.pack(mask), CoarseLayout(4, 6), noise=True), 2 * FLUX.pack(half))
+
+
+@pytest.mark.parametrize("schedule", [SHORT, JustInTime((3, 3), shares=(0.4,))], ids=["coarse", "anchors"])
+@pytest.mark.parametrize("picture", [(64, 96), (96, 64), (70, 100)])
+def test_kontext_s_inpainting_has_the_size_of_its_picture(schedule: Any, picture: tuple[int, int]) -> None:
+    pipe, call = tiny.described("FluxKontextInpaintPipeline")
+    height, width = picture
+    call |= {"image": torch.rand(2, 3, height, width), "mask_image": torch.ones(2, 1, height, width), "strength": 1.0}
+    plain = tiny.run(pipe, call, output_type="latent")
+    fast = accelerate(pipe, [schedule])
+    assert tiny.run(fast, call, output_type="latent").shape == plain.shape
+    assert fast.fastdit.last_run.steps[-1].tokens == (height // 16) * (width // 16)
+
+
+def test_kontext_s_inpainting_takes_the_trained_size_of_the_nearest_shape() -> None:
+    pipe, call = tiny.described("FluxKontextInpaintPipeline")
+    family = family_of(pipe)
+    for picture, size in ((torch.rand(1, 3, 64, 64), (1024, 1024)), ([torch.rand(1, 3, 32, 80)], (672, 1568))):
+        assert family.size(pipe, {**call, "image": picture, "_auto_resize": True}) == size
+
+
+@pytest.mark.parametrize("schedule", [SHORT, JustInTime((3, 3), shares=(0.4,))], ids=["coarse", "anchors"])
+def test_fill_takes_an_autoencoder_of_another_factor(schedule: Any) -> None:
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (4,) * 3,
+    }
+    pipe, call = tiny.described(
+        "FluxFillPipeline", 8, 12, vae=levels, transformer={"in_channels": 96, "out_channels": 16}
+    )
+    assert pipe.vae_scale_factor == 4
+    plain = tiny.run(pipe, call, output_type="latent")
+    found = tiny.run(accelerate(pipe, [schedule]), call, output_type="latent")
+    assert found.shape == plain.shape and torch.isfinite(found).all()

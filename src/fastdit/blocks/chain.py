@@ -129,7 +129,8 @@ class Chain:
         self.passes, self._outside = tuple(passes), outside
         self.acts_on_blocks = any(one.acts_on_blocks for one in passes)
         self._stacks: dict[tuple[int, str], tuple[list[nn.Module | None], BlockStack]] = {}
-        self._called: list[tuple[str, int]] = []
+        #: The blocks that the model called in the last forward, by path; none where nothing acts on blocks.
+        self.called: list[str] = []
         self._block: Block = run_block
         self._forward: Forward = self._execute
         for one in reversed(self.passes):
@@ -142,10 +143,10 @@ class Chain:
 
     def run(self, call: ForwardCall) -> tuple[Any, Outcome]:
         """Run a forward through all passes, and say what was done in it."""
-        self._called.clear()
+        self.called.clear()
         if call.step.step == OUTSIDE and self._outside is not None:
             done = self._outside.run(call)
-            self._called += self._outside._called
+            self.called += self._outside.called
             return done
         modes = torch._C._len_torch_function_stack()
         try:
@@ -162,11 +163,6 @@ class Chain:
         for one in self._settling:
             one.settled(call, outcome)
         return output, outcome
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """The blocks that the model called in the last forward; none where nothing acts on blocks."""
-        return tuple([f"{name}.{index}" for name, index in self._called])
 
     def close(self) -> None:
         """End the run: the passes let go in reverse, and nothing holds them in a circle."""
@@ -192,10 +188,6 @@ class Chain:
             return structural_twin(module, call.children)(**call.arguments)
         return structural_twin(module, {**self._block_stacks(module), **call.children})(**call.arguments)
 
-    def _answer(self, call: BlockCall) -> Value:
-        self._called.append((call.name, call.index))
-        return self._block(call)
-
     def _block_stacks(self, module: nn.Module) -> dict[str, BlockStack]:
         """Give the stand-ins of a module's block lists, made anew where the blocks are others than before."""
         stacks = {}
@@ -204,7 +196,7 @@ class Chain:
                 blocks: list[nn.Module | None] = list(child._modules.values())
                 known = self._stacks.get((id(module), name))
                 if known is None or known[0] != blocks:
-                    known = blocks, BlockStack(child, name, self._answer)
+                    known = blocks, BlockStack(child, name, self._block, self.called)
                     self._stacks[id(module), name] = known
                 stacks[name] = known[1]
         return stacks
@@ -224,13 +216,16 @@ def run_block(call: BlockCall) -> Value:
 
 
 class BlockStack(nn.ModuleList):
-    """A block list whose items are handed out as proxies; the children themselves are the model's own."""
+    """A block list whose items are handed out as proxies; the children themselves are the model's own.
 
-    def __init__(self, blocks: nn.ModuleList, name: str, answer: Block) -> None:
+    The path of every block that is called is added to `called`.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, name: str, answer: Block, called: list[str]) -> None:
         # The list's own attributes, its children among them; the constructor would make empty ones.
         self.__dict__.update(blocks.__dict__)
         self.__dict__["_proxies"] = [
-            _BlockProxy(answer, name, index, block) for index, block in enumerate(blocks._modules.values())
+            _BlockProxy(answer, called, name, index, block) for index, block in enumerate(blocks._modules.values())
         ]
 
     def __iter__(self) -> Iterator[Value]:
@@ -243,12 +238,14 @@ class BlockStack(nn.ModuleList):
 class _BlockProxy:
     """Hands a block's calls to the chain; whatever else is asked of it is the block's own."""
 
-    __slots__ = ("_answer", "_block", "_index", "_name")
+    __slots__ = ("_answer", "_block", "_called", "_index", "_name", "_path")
 
-    def __init__(self, answer: Block, name: str, index: int, block: Any) -> None:
-        self._answer, self._name, self._index, self._block = answer, name, index, block
+    def __init__(self, answer: Block, called: list[str], name: str, index: int, block: Any) -> None:
+        self._answer, self._called, self._block = answer, called, block
+        self._name, self._index, self._path = name, index, f"{name}.{index}"
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
+        self._called.append(self._path)
         return self._answer(BlockCall(self._name, self._index, self._block, args, kwargs))
 
     def __getattr__(self, name: str) -> Value:
@@ -258,7 +255,7 @@ class _BlockProxy:
 def with_answers(module: nn.Module, answer: Block, children: Mapping[str, Value]) -> nn.Module:
     """Give a structural twin of `module`, without hooks, whose direct block lists hand their calls to `answer`."""
     stacks = {
-        name: BlockStack(child, name, answer)
+        name: BlockStack(child, name, answer, [])
         for name, child in module._modules.items()
         if isinstance(child, nn.ModuleList) and len(child._modules)
     }

@@ -13,7 +13,6 @@ put on the model: it leaves no trace in a run.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -140,9 +139,13 @@ def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) ->
 
     The forward gets latents and containers of its own: what writes to them must not reach the caller's.
     """
-    first = next(name for name in inspect.signature(type(call.module).forward).parameters if name != "self")
+    first = next(iter(call.arguments))
     arguments = _own_containers(call.arguments)
-    arguments[first] = map_tensors(call.arguments[first], lambda tensor: tensor.nan_to_num() * factor)
+    # Numbers of tokens are no latents; such a model's wiring is refused where nothing is seen to follow the factor.
+    arguments[first] = map_tensors(
+        call.arguments[first],
+        lambda tensor: tensor.nan_to_num() * factor if tensor.is_floating_point() else tensor.clone(),
+    )
     return with_answers(call.module, blocks.answer, call.children)(**arguments)
 
 

@@ -77,6 +77,7 @@ class StagePass(Pass):
     def first_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Make the first step's latents of what the pipeline holds at full size, and stand on their layout."""
         run = self._run
+        self._shape = None  # what the schedule decodes is not for the loop
         if self._picture is not None:
             sigmas = self.plan.stages[run.stage].sigmas
             assert sigmas is not None
@@ -135,6 +136,7 @@ class StagePass(Pass):
         run.tick()
         if ends:
             denoised = (sample.float() - sigma * velocity.float()).to(sample.dtype)
+            self._shape = None  # what the schedule decodes is not for the loop
             latents, layout = self._own.transition(number, latents, denoised)
             self._shape = latents.shape[1:]
             self._children.clear()

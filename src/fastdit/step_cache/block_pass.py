@@ -12,7 +12,7 @@ from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.blocks.observation import observe, wiring_key
 from fastdit.blocks.parallel import rank_sum
 from fastdit.blocks.ports import BlockPort, outputs_of, returned, versions_of
-from fastdit.errors import IncompatibleStack
+from fastdit.errors import IncompatibleStack, UnsupportedModel
 from fastdit.nested import Value, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
@@ -103,7 +103,13 @@ class BlockCachePass(Pass):
         part = self._parts.get(segment.part)
         watched = None
         if part is None or not part.whole or place <= segment.first:  # else the streams are not looked at
-            values = [call.args[at] if isinstance(at, int) else call.kwargs[at] for at in port.inputs]
+            try:
+                values = [call.args[at] if isinstance(at, int) else call.kwargs[at] for at in port.inputs]
+            except (KeyError, IndexError) as error:
+                raise UnsupportedModel(
+                    f"{call.name}.{call.index} is called by other names or places of its arguments than when it was "
+                    "observed; call it alike in every forward, or leave out what skips blocks"
+                ) from error
             if place == segment.enters and segment.decides:
                 self._stream = self._watched(segment, values)
                 self._entered = values[self._stream]

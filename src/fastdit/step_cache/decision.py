@@ -146,7 +146,7 @@ class Decider:
     def _forced(self, group: GroupState, context: StepContext, shapes: Shapes, segment: int) -> str | None:
         """Say why a group must be computed. A group of other shapes is emptied."""
         known, group.shapes = group.shapes, shapes
-        if known is not None and not _agree(known, shapes):
+        if known is not None and known != shapes and not _agree(known, shapes):
             group.memory, group.histories = self.cache.memory(), {}
             group.consecutive = group.skipped = 0
             return "another shape"

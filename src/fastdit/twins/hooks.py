@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from fastdit.blocks.chain import Forward, ForwardCall, Pass
 from fastdit.errors import IncompatibleStack
 from fastdit.nested import Value
-from fastdit.structure import refuse_replaced_forward
+from fastdit.structure import refuse_checkpointing, refuse_replaced_forward
 
 
 class HookPass(Pass):
@@ -28,6 +29,8 @@ class HookPass(Pass):
         if not (self._acts_on_blocks or call.children):
             return next(call)
         refuse_replaced_forward(module, call.name)
+        if torch.is_grad_enabled():
+            refuse_checkpointing(module, call.name)
         hooks = _hooks(module)
         if not hooks:
             return next(call)

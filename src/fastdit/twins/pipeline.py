@@ -47,8 +47,9 @@ def pipeline_twin(pipeline: Any, session: PipelineSession, lifted: tuple[str, ..
     members: Kwargs = {
         "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: session.call(self, args, kwargs)),
         "save_pretrained": overriding(
-            cls.save_pretrained, lambda self, *args, **kwargs: session.base.save_pretrained(*args, **kwargs)
+            cls.save_pretrained, lambda self, *args, **kwargs: self.fastdit.plain(self).save_pretrained(*args, **kwargs)
         ),
+        "__reduce_ex__": lambda self, protocol: self.fastdit.pickled(self),
         "fastdit": property(lambda self: session),
     }
     for name in parts_of(pipeline):

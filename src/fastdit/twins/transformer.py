@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 
 from fastdit.blocks.chain import Chain, ForwardCall
-from fastdit.errors import IncompatibleStack, NoActiveRun
+from fastdit.errors import NoActiveRun
 from fastdit.meter import FlopMeter
 from fastdit.nested import ArgumentNames, Kwargs, Value
 from fastdit.record import Outcome, StepRecord, Stopwatch
 from fastdit.run import Run
 from fastdit.schedule.stage_pass import StagePass
-from fastdit.structure import identities, same_object_twin
+from fastdit.structure import identities, refuse_foreign_behaviour, same_object_twin
 from fastdit.twins.making import overriding, twin_class
 
 
@@ -47,27 +48,37 @@ class Session(Protocol):
 class TransformerTwin:
     """Everything a transformer's twin does beyond its class: kept outside the module, which stays untouched.
 
-    `name` is the component's name in its pipeline ("transformer").
+    `name` is the component's name in its pipeline ("transformer"). `session` gives the twin's owner, None once that is
+    gone: other libraries may keep a pipeline's transformer, and must not keep its twin by that.
     """
 
-    def __init__(self, module: nn.Module, name: str, session: Session) -> None:
+    def __init__(self, module: nn.Module, name: str, session: Callable[[], Session | None]) -> None:
         refuse_foreign_behaviour(module, name)
-        self.module, self.name, self.session = module, name, session
+        self.module, self.name, self._session = module, name, session
         self._names = ArgumentNames(type(module).forward)
         self._meter: tuple[list[int], FlopMeter] | None = None
         self._metered: weakref.ref[Run] | None = None  # a run's layout holds tensors
 
+    @property
+    def session(self) -> Session:
+        """The owner. Raises `NoActiveRun` once it is gone."""
+        session = self._session()
+        if session is None:
+            raise NoActiveRun(f"{self.name} is of a pipeline's twin that is gone; keep what `accelerate` gave")
+        return session
+
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """Run one forward through the open run's chain and record it."""
-        opened = self.session.open_run
+        session = self._session() or self.session
+        opened = session.open_run
         if opened is None:
-            if self.session.idle_is_plain:
+            if session.idle_is_plain:
                 return self.module(*args, **kwargs)
             raise NoActiveRun(
                 f"{self.name} is accelerated and was called outside a run, where its caches have no clock; call the "
                 "pipeline, or wrap your loop in `with twin.fastdit.run(num_inference_steps=...)`"
             )
-        if not self.session.idle_is_plain:
+        if not session.idle_is_plain:
             refuse_foreign_behaviour(self.module, self.name)
         arguments = self._names(args, kwargs)
         call = ForwardCall(self.module, self.name, opened.run.enter(arguments.get("timestep")), arguments)
@@ -92,7 +103,7 @@ class TransformerTwin:
         assert self._meter is not None
         meter, sigma, batch = self._meter[1], run.sigma(step.step), len(latents)
         kind = meter.kind(call.arguments, call.children)
-        called = kind.called = chain.called or kind.called
+        called = kind.called = tuple(chain.called) or kind.called
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(
@@ -103,8 +114,11 @@ class TransformerTwin:
         return make
 
 
-def transformer_twin(twin: TransformerTwin, controller: object) -> nn.Module:
-    """Make the module that stands in for `twin.module`: same class name, same weights, same attributes."""
+def transformer_twin(twin: TransformerTwin) -> nn.Module:
+    """Make the module that stands in for `twin.module`: same class name, same weights, same attributes.
+
+    What other libraries put on it is put on the user's module, and refers to that.
+    """
     module = twin.module
     cls: Any = type(module)
 
@@ -123,25 +137,22 @@ def transformer_twin(twin: TransformerTwin, controller: object) -> nn.Module:
         if module.is_cache_enabled:
             cls._reset_stateful_cache(self, recurse)
 
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if getattr(value, "_module_ref", None) is self:  # a registry of hooks of diffusers
+            value._module_ref = module
+        setattr(module, name, value)
+
     members: Kwargs = {
         "__call__": overriding(cls.__call__, lambda self, *args, **kwargs: twin(*args, **kwargs)),
-        "fastdit": property(lambda self: controller),
+        "__setattr__": __setattr__,
+        "__eq__": lambda self, other: other is self or other is module,
+        "__hash__": lambda self: hash(module),
+        "__reduce_ex__": lambda self, protocol: self.fastdit.pickled(self) or (copy.copy, (module,)),
+        "fastdit": property(lambda self: twin.session),
     }
+    if hasattr(cls, "enable_group_offload"):
+        members["enable_group_offload"] = property(lambda self: module.enable_group_offload)
     if hasattr(cls, "cache_context"):
         members["cache_context"] = cache_context
         members["_reset_stateful_cache"] = _reset_stateful_cache
     return same_object_twin(module, twin_class(cls, members))
-
-
-def refuse_foreign_behaviour(module: nn.Module, name: str) -> None:
-    """Raise `IncompatibleStack` where something else already changes how the module runs as a whole."""
-    if getattr(module, "is_cache_enabled", False):
-        raise IncompatibleStack(
-            f"{name} already has a cache of diffusers enabled, and two caches would feed on each other; call "
-            f"{name}.disable_cache() first"
-        )
-    if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
-        raise IncompatibleStack(
-            f"{name} is compiled as a whole, which hides its blocks; accelerate the uncompiled module, and compile its "
-            "blocks with compile_repeated_blocks() if you wish"
-        )
