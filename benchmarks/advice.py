@@ -171,9 +171,8 @@ def pictures(folder: str, prompts: str, runs: str) -> str:
     shown = RUNS[: int(runs)]
     width = 640 // len(shown)
     heads = [
-        run.name
-        if run.name == results(run.source).baseline
-        else f"{run.name}<br>{_faster(results(run.source), run.name)} times"
+        run.name.replace("Resolution", "<br>Resolution")
+        + ("" if run.name == results(run.source).baseline else f"<br>{_faster(results(run.source), run.name)} times")
         for run in shown
     ]
     rows = [
