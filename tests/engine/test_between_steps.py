@@ -314,6 +314,15 @@ def test_a_compiler_s_settings_are_part_of_what_compiled_engines_are_built_for(c
         assert engine.environment(CPU) == before
 
 
+def test_a_compiler_that_is_switched_off_is_a_build_that_failed_and_not_an_engine(tmp_path: Path) -> None:
+    twin = accelerate(pieces.model(), [Compile(directory=str(tmp_path))])
+    before = twin.fastdit.stack.engine.environment(CPU)
+    with torch.compiler.set_stance("force_eager"):
+        assert twin.fastdit.stack.engine.environment(CPU) != before
+        with pytest.raises(EngineBuildFailed, match=r"torch\.compile is switched off"):
+            pieces.run(twin, pieces.inputs())
+
+
 def test_a_counter_of_operators_is_refused_by_name_and_the_next_call_is_as_ever(tmp_path: Path) -> None:
     module, hidden_states = pieces.model(), pieces.inputs()
     twin = accelerate(module, [Written(directory=str(tmp_path))])

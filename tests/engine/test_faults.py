@@ -46,7 +46,7 @@ import resource, signal, sys
 import torch
 torch.set_num_threads(1)
 import fastdit, pieces
-from fastdit.errors import EngineBuildFailed, EngineMismatch
+from fastdit.errors import EngineBuildFailed
 
 module, hidden_states = pieces.model(), pieces.inputs()
 twin = fastdit.accelerate(module, [getattr(fastdit, sys.argv[1])(directory=sys.argv[2])])
@@ -77,12 +77,6 @@ def refused_where_the_disk_is_full(error):
 refused_where_the_disk_is_full(EngineBuildFailed)
 run()
 assert [build.kept for build in twin.fastdit.workshop.builds] == [False]
-if sys.argv[1] == "AOT":  # which unpacks its package for each block
-    module = pieces.model(1)
-    twin = fastdit.accelerate(module, [fastdit.AOT(directory=sys.argv[2])])
-    plain = module(hidden_states).detach()
-    refused_where_the_disk_is_full(EngineMismatch)
-    run()
 """
 )
 

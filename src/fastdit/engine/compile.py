@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -35,6 +36,9 @@ from fastdit.process import environment, switching, unheard_warnings
 
 _NUMBERS = itertools.count()
 
+#: When the graph was compiled. Where that has to be done again, what is kept is of no use.
+_COMPILED = "compiled.txt"
+
 #: Whether torch.compile can itself bound a function to one graph; older ones are told not to compile again.
 _BOUNDED = {"isolate_recompiles", "recompile_limit"} <= set(inspect.signature(torch.compile).parameters)
 
@@ -51,7 +55,8 @@ class Compile(StagedEngine, ProcessorEngine):
     """Run blocks as compiled by Inductor, each kind of block in one graph or not at all.
 
     The arithmetic is the model's, in another order: outputs agree to rounding and are not bit-equal. `warmup` builds
-    all that a call needs, seconds to minutes for each kind of block and stage, and a later process finds it on disk.
+    all that a call needs, seconds to minutes for each kind of block and stage, and a later process finds it on disk. A
+    model that takes prompts at their own length (Qwen-Image) needs engines for each length.
 
     Args:
         tokens: the numbers of image tokens of the run's stages, such as (1024, 4096): one graph for all of them, in
@@ -117,7 +122,14 @@ class Compile(StagedEngine, ProcessorEngine):
         compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
         with inductor_in(folder), following_tokens(call, shapes) as first:
             # Dynamo traces at the first call, so that is where building happens.
+            if not (folder / _COMPILED).exists():
+                _forget_other_builds()
+            traced, found = _graphs()
             compiled(first.module, first.args, first.kwargs)
+            if _graphs()[0] == traced:
+                raise UnsupportedModel("torch.compile is switched off in this process (a stance, or its configuration)")
+            if _graphs()[1] == found:
+                (folder / _COMPILED).write_text(f"{time.time_ns()}\n", encoding="utf-8")
 
         def execute(call: PieceCall) -> object:
             if len(shapes) > 1:
@@ -132,6 +144,21 @@ class Compile(StagedEngine, ProcessorEngine):
                 ) from error
 
         return Captures(execute) if self.cuda_graphs else execute
+
+
+def _forget_other_builds() -> None:
+    """Let Inductor write all that an engine needs: what it holds in memory of another one it would not write again."""
+    from torch._inductor.utils import clear_inductor_caches
+
+    clear_inductor_caches()
+
+
+def _graphs() -> tuple[int, int]:
+    """Count the graphs of this process that were traced, and those found among what was compiled before."""
+    from torch._dynamo.utils import counters
+
+    found = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    return counters["stats"]["unique_graphs"], found
 
 
 _Piece = Callable[[nn.Module, tuple[object, ...], Mapping[str, object]], object]

@@ -61,7 +61,8 @@ class ProcessorEngine(Engine):
         import torch._inductor.config
 
         compilers: tuple[Any, ...] = torch._dynamo.config, torch._functorch.config, torch._inductor.config
-        return *super().environment(device), ("compilers", tuple(one.get_hash().hex() for one in compilers))
+        settings = tuple(one.get_hash().hex() for one in compilers)
+        return *super().environment(device), ("compilers", (torch._dynamo.eval_frame._stance.stance, *settings))
 
     def tracing(
         self, call: PieceCall, folder: Path, *, shapes: int = 1, packed: bool = False
