@@ -53,7 +53,9 @@ def _efficient(call: AttentionCall) -> torch.Tensor:
 
 
 def _cudnn(call: AttentionCall) -> torch.Tensor:
-    return _of_cuda(torch.ops.aten._scaled_dot_product_cudnn_attention, call)
+    # Called by itself it gives other numbers where memory is not in the order of the dimensions.
+    whole = call._replace(query=call.query.contiguous(), key=call.key.contiguous(), value=call.value.contiguous())
+    return _of_cuda(torch.ops.aten._scaled_dot_product_cudnn_attention, whole)
 
 
 def _of_cuda(kernel: torch._ops.OpOverloadPacket, call: AttentionCall) -> torch.Tensor:
