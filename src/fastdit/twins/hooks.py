@@ -28,7 +28,8 @@ class HookPass(Pass):
         module = call.module
         if not (self._acts_on_blocks or call.children):
             return next(call)
-        refuse_replaced_forward(module, call.name)
+        if "forward" in module.__dict__:
+            refuse_replaced_forward(module, call.name)
         if torch.is_grad_enabled():
             refuse_checkpointing(module, call.name)
         hooks = _hooks(module)
