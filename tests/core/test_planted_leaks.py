@@ -11,7 +11,7 @@ import torch
 from fastdit import FirstBlockCache
 from fastdit.step_cache.forecasters.base import History
 from fastdit.step_cache.forecasters.reuse import Reuse
-from fastdit.testing import AcceleratorContract, tiny_flux
+from fastdit.testing import PROMISES, AcceleratorContract, tiny_flux
 
 KEPT: list[Any] = []
 
@@ -47,7 +47,7 @@ def keep_a_view(_: Any, __: Any, output: Any) -> None:
 
 
 def test_without_a_leak_it_passes() -> None:
-    Keeping().test_after_an_error_at_any_step_the_next_call_is_a_fresh_one_s_and_nothing_is_held()
+    PROMISES["any exit is clean"].check(Keeping().subject())
 
 
 @pytest.mark.parametrize("leak", ["a history that is kept", "a view of a block's output"])
@@ -58,7 +58,7 @@ def test_a_planted_leak_is_found(leak: str) -> None:
     else:
         contract.plant = lambda pipeline: pipeline.transformer.transformer_blocks[1].register_forward_hook(keep_a_view)
     with pytest.raises(AssertionError):
-        contract.test_after_an_error_at_any_step_the_next_call_is_a_fresh_one_s_and_nothing_is_held()
+        PROMISES["any exit is clean"].check(contract.subject())
 
 
 def test_a_feature_that_was_there_before_is_no_leak() -> None:

@@ -27,7 +27,7 @@ from fastdit import (
 )
 from fastdit.layout import CoarseLayout
 from fastdit.models.sd3 import SD3
-from fastdit.testing.accelerator_contract import Made
+from fastdit.testing.promises import Made
 
 SHORT = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
 LONG = RALU(steps=(5, 6, 7), ends=(0.3, 0.45), ratio=0.3)

@@ -208,13 +208,12 @@ def sides(size: Size) -> tuple[int, int]:
 def generate(
     pipeline: DiffusionPipeline, call: Call, *, seeds: tuple[int, ...] | int = 0, **changes: object
 ) -> torch.Tensor:
-    """Call a pipeline from seeds, one for the batch or one an image; give its latents."""
+    """Call a pipeline from seeds, one for the batch or one an image; give what it made, such as latents."""
     each = [seeds] if isinstance(seeds, int) else seeds
     generators = [torch.Generator().manual_seed(seed) for seed in each]
-    images: torch.Tensor = pipeline(
-        **{**call, **changes}, generator=generators[0] if isinstance(seeds, int) else generators
-    ).images
-    return images
+    generator = generators[0] if isinstance(seeds, int) else generators
+    made: torch.Tensor = pipeline(**{**call, **changes}, generator=generator, return_dict=False)[0]
+    return made
 
 
 @contextmanager
