@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import advice
+import promises
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ WRITERS: dict[str, Callable[..., str]] = {
     "caches": advice.caches,
     "engines": advice.engines,
     "pictures": advice.pictures,
+    "kept": promises.kept,
 }
 
 _PLACE = re.compile(r"(<!-- (\w+(?: [\w/]+)*): written by benchmarks/report\.py -->\n).*?(<!-- end -->)", re.DOTALL)
