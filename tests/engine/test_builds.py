@@ -18,11 +18,10 @@ import torch
 from pieces import Written
 from torch import nn
 
-from fastdit import AOT, Compile, EngineWarning, NeverFired, accelerate
+from fastdit import Compile, EngineWarning, NeverFired, accelerate
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.scratch import scratch
 from fastdit.engine.sealed import manifest_of, seal
-from fastdit.testing import flux_transformer, generate, tiny_flux
 
 
 class Counting(pieces.Block):
@@ -182,16 +181,3 @@ def test_a_build_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.warns(EngineWarning), pytest.warns(NeverFired):
         pieces.run(twin, pieces.inputs())
     assert {*scratch().iterdir()} == before
-
-
-@pytest.mark.exhaustive
-def test_the_plain_pipeline_runs_in_another_thread_while_packages_are_built(tmp_path: Path) -> None:
-    pipeline, call = tiny_flux(steps=2)
-    pipeline.transformer = flux_transformer(layers=0, single_layers=1)
-    expected = generate(pipeline, call)
-    fast = accelerate(pipeline, [AOT(directory=str(tmp_path))])
-    building = threading.Thread(target=lambda: generate(fast, call))
-    building.start()
-    while building.is_alive():
-        torch.testing.assert_close(generate(pipeline, call), expected, rtol=1e-5, atol=1e-5)
-    assert [build.failure for build in fast.fastdit.workshop.builds] == [None]
