@@ -95,7 +95,8 @@ def refilled(value: Value, fillings: Iterator[Value]) -> Value:
 class ArgumentNames:
     """Names the arguments of a forward's calls, without its `self` and in its own order.
 
-    `defaults` adds what a call leaves out. Calls that give everything by keyword, as pipelines do, are not bound.
+    `defaults` adds what a call leaves out, for whoever only reads the arguments. Calls that give everything by keyword,
+    as pipelines do, are not bound.
     """
 
     def __init__(self, forward: Callable[..., Any], *, defaults: bool = False) -> None:
@@ -111,9 +112,10 @@ class ArgumentNames:
     def __call__(self, args: Args, kwargs: Mapping[str, Value]) -> Kwargs:
         """Give a call's arguments by name. Raises `TypeError` where the forward itself would.
 
-        Raises `UnsupportedModel` for arguments by place that the forward has no names for.
+        Raises `UnsupportedModel` for arguments by place that the forward has no names for, and could not be called with
+        again.
         """
-        if self._takes_any and len(args) > self._places:
+        if self._takes_any and not self._defaults and len(args) > self._places:
             raise UnsupportedModel(
                 f"a forward{self._signature} has no names for {len(args)} arguments by place; give them by name"
             )

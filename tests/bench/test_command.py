@@ -34,6 +34,7 @@ def test_everything_is_kept_and_shown(folder: Path) -> None:
     assert "ProgressiveResolution 4x" in page.read_text()
 
 
+@pytest.mark.exhaustive
 def test_an_experiment_is_repeated_from_its_folder(folder: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     done = CliRunner().invoke(app, ["bench", "--rerun", str(folder), "--out", str(again), "--json"])

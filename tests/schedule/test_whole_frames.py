@@ -180,7 +180,7 @@ def test_what_a_video_can_t_honour_is_refused_by_name() -> None:
     fast = accelerate(pipe, [TWO])
     with pytest.raises(InvalidConfig, match="videos"):
         tiny.run(fast, call, latents=torch.zeros(2, 4, 16, 24))
-    pipe.register_to_config(expand_timesteps=True)
+    fast.register_to_config(expand_timesteps=True)
     with pytest.raises(InvalidConfig, match="timestep of its own"):
         tiny.run(fast, call)
 
