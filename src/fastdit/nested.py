@@ -63,13 +63,13 @@ class PerImage:
         raise NotImplementedError
 
 
-def select_rows(value: Value, index: torch.Tensor, batch: int) -> Value:
-    """Pick the images at `index` [K] in every tensor whose first dimension is the batch; the rest is shared by all."""
+def select_rows(value: Value, index: torch.Tensor, batch: int, axis: int = 0) -> Value:
+    """Pick the images at `index` [K] in every tensor whose dimension `axis` is the batch; the rest is shared by all."""
 
     def pick(item: Value) -> Value:
         if isinstance(item, PerImage):
             return item.rows(index)
-        return item.index_select(0, index) if item.dim() > 0 and item.shape[0] == batch else item
+        return item.index_select(axis, index) if item.dim() > axis and item.shape[axis] == batch else item
 
     return map_tensors(value, pick, kind=(torch.Tensor, PerImage))
 

@@ -22,6 +22,10 @@ from fastdit.step import OUTSIDE, StepContext
 from fastdit.structure import refuse_replaced_forward, structural_twin
 
 
+#: Arguments of forwards that hold one text a layer of its encoder, [layers, B, ...].
+_BY_LAYER = frozenset({"encoder_hidden_states_llama3"})
+
+
 @dataclass(slots=True)
 class BlockCall:
     """A block of a forward is called: block `index` of the list `name`, with these arguments.
@@ -71,7 +75,9 @@ class ForwardCall:
 
     def of_samples(self, index: torch.Tensor, batch: int) -> ForwardCall:
         """Give the call for the samples at `index` [K] of a batch."""
-        chosen = self.with_arguments(select_rows(self.arguments, index, batch))
+        chosen = self.with_arguments(
+            {name: select_rows(value, index, batch, int(name in _BY_LAYER)) for name, value in self.arguments.items()}
+        )
         return chosen if self.select is None else self.select(chosen, index)
 
 
