@@ -21,7 +21,6 @@ from fastdit.record import Outcome
 from fastdit.step import OUTSIDE, StepContext
 from fastdit.structure import refuse_replaced_forward, structural_twin
 
-
 #: Arguments of forwards that hold one text a layer of its encoder, [layers, B, ...].
 _BY_LAYER = frozenset({"encoder_hidden_states_llama3"})
 
