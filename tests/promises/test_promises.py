@@ -134,6 +134,7 @@ def in_turns() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::fastdit.NeverFired")  # the rows' settings act on FLUX
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # by diffusers, in models of its own
 @pytest.mark.parametrize(("pipeline", "row", "promise"), list(in_turns()))
 def test_every_accelerator_keeps_its_promises_on_every_pipeline(pipeline: str, row: str, promise: str) -> None:
     accelerator, neutral, _ = ROWS[row]
