@@ -1,6 +1,7 @@
-"""What is published of a training: the parts that there are, and the transformer's weights and average, in float16.
+"""What is published of a training: the parts that there are, the transformer's by its averaged weights, in float16.
 
-Optimisers stay behind. Their memory is some tens of steps long, and the learning rate warms up again without it.
+Optimisers and the weights that they step stay behind: their memory is some tens of steps long, the learning rate warms
+up again without it, and training goes on from the average.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights, their average, and how far training is."""
+    """The averaged weights, and how far training is."""
 
-    model: dict[str, Tensor]
     average: dict[str, Tensor]
     numbers: dict[str, float]
 
@@ -45,9 +45,7 @@ def publish(directory: Path, folder: Path | None = None) -> None:
         state = torch.load(path, weights_only=True, map_location="cpu")
         progress[path.stem] = {name: value for name, value in state.items() if isinstance(value, (int, float))}
         if path.stem == "transformer":
-            kinds = ("model", "average")
-            tensors = {f"{kind}.{name}": tensor for kind in kinds for name, tensor in state[kind].items()}
-            _halve(tensors, folder / _TRANSFORMER)
+            _halve(state["average"], folder / _TRANSFORMER)
     (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
 
 
@@ -84,13 +82,9 @@ def transformer(folder: Path | None = None) -> Weights | None:
     path = (folder or FOLDER) / _TRANSFORMER
     if not path.exists():
         return None
-    kinds: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
-    for key, tensor in load_file(path).items():
-        kind, name = key.split(".", 1)
-        kinds[kind][name] = tensor.float()
     numbers = numbers_of("transformer", folder)
     assert numbers is not None
-    return Weights(kinds["model"], kinds["average"], numbers)
+    return Weights({name: tensor.float() for name, tensor in load_file(path).items()}, numbers)
 
 
 def _halve(weights: dict[str, Tensor], path: Path) -> None:

@@ -117,7 +117,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
         elif (weights := checkpoint.transformer()) is not None:
-            self.model.load_state_dict(weights.model)
+            self.model.load_state_dict(weights.average)
             self.average.load_state_dict(weights.average)
             self.run.set_numbers(weights.numbers)
             self.run.warm_from = self.run.step
