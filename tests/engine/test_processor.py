@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,15 @@ def test_gelu_by_exp_is_gelu_by_tanh(values: list[float]) -> None:
     expected = torch.nn.functional.gelu(single.double(), approximate="tanh")
     torch.testing.assert_close(processor._gelu(single).double(), expected, rtol=1e-5, atol=1e-6)
     assert processor._gelu(single.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_kept_engine_is_found_from_another_folder_and_whatever_the_order_of_sets(tmp_path: Path) -> None:
+    program = "import torch; from fastdit import Compile; print(Compile().environment(torch.device('cpu')))"
+    found = set()
+    for seed in ("1", "2"):
+        (folder := tmp_path / seed).mkdir()
+        own = {**os.environ, "PYTHONHASHSEED": seed, "TMPDIR": str(folder)}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, env=own)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1

@@ -11,11 +11,14 @@ For linear layers with packed weights see `packed.py`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +64,7 @@ class ProcessorEngine(Engine):
         import torch._inductor.config
 
         compilers: tuple[Any, ...] = torch._dynamo.config, torch._functorch.config, torch._inductor.config
-        settings = tuple(one.get_hash().hex() for one in compilers)
+        settings = tuple(_portable(one, one.get_hash()) for one in compilers)
         return *super().environment(device), ("compilers", (torch._dynamo.eval_frame._stance.stance, *settings))
 
     def tracing(
@@ -104,6 +107,18 @@ class _OnProcessor(TorchFunctionMode):
             if call.query.dim() == 4 and takes(call) and _outline(call) in self._by_heads:
                 return attend_by_heads(call)
         return func(*args, **kwargs)
+
+
+@lru_cache(maxsize=64)
+def _portable(config: Any, _now: bytes) -> str:
+    """Digest a compiler's settings as they are now, but for folders, which differ by where a process was started."""
+    kept = []
+    for name, value in sorted(config.get_config_copy().items()):
+        if isinstance(value, (set, frozenset)):
+            value = sorted(map(repr, value))  # their own order is another one in every process
+        if not (isinstance(value, str) and os.path.isabs(value)):
+            kept.append((name, value))
+    return hashlib.sha256(repr(kept).encode()).hexdigest()
 
 
 def _answers(weight: torch.Tensor) -> bool:
