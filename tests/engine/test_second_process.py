@@ -34,8 +34,7 @@ print(json.dumps([[build.kept, build.seconds] for build in fast.fastdit.workshop
     [
         Compile(),
         Compile(packed=True),
-        # Known and open: of four lookups of two blocks' packages one builds again, [True, False, True, True].
-        pytest.param(AOT(), marks=pytest.mark.xfail(reason="AOT builds one of its kept packages again")),
+        AOT(),
     ],
     ids=lambda engine: engine.describe(),
 )

@@ -35,6 +35,9 @@ from fastdit.engine.piece import PieceCall
 
 _FILE = "attention.json"
 
+#: What is among Inductor's settings and is none: it writes there what it has found out about the last build's machine.
+_WRITTEN = ("aot_inductor.metadata",)
+
 #: By this factor heads must be faster, so that a tie is torch's.
 _GAIN = 1.1
 _REPEATS = 5
@@ -116,7 +119,7 @@ def _portable(config: Any, _now: bytes) -> str:
     for name, value in sorted(config.get_config_copy().items()):
         if isinstance(value, (set, frozenset)):
             value = sorted(map(repr, value))  # their own order is another one in every process
-        if not (isinstance(value, str) and os.path.isabs(value)):
+        if name not in _WRITTEN and not (isinstance(value, str) and os.path.isabs(value)):
             kept.append((name, value))
     return hashlib.sha256(repr(kept).encode()).hexdigest()
 

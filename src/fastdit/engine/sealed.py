@@ -60,8 +60,8 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def seal(folder: Path, key: dict[str, str]) -> None:
-    """Write the manifest of a folder, under a key."""
-    files = {name: _sha256(path.read_bytes()) for name, path in files_in(folder).items()}
+    """Write the manifest of a folder, under a key, in place of one that is there."""
+    files = {name: _sha256(path.read_bytes()) for name, path in files_in(folder).items() if name != MANIFEST}
     manifest: Manifest = {"fastdit_engine": _VERSION, "key": key, "files": files}
     data = {"manifest": manifest, "seal": _seal_of(manifest, _secret())}
     (folder / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
