@@ -17,7 +17,7 @@ import tiny
 from fastdit import RALU, Attention, FirstBlockCache, NeverFired, Taylor, accelerate, acceleration, process, run
 from fastdit.attention import base as attention
 from fastdit.blocks import chain
-from fastdit.engine.compile import inductor_in
+from fastdit.engine.inductor import inductor_in
 from fastdit.testing import flux_transformer
 from fastdit.twins import scheduler, transformer
 

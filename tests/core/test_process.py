@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_s
 
 import tiny
 from fastdit import accelerate
-from fastdit.engine.compile import inductor_in
+from fastdit.engine.inductor import inductor_in
 from fastdit.meter import count
 from fastdit.mini import parts
 from fastdit.process import environment, unheard_warnings

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from fastdit.config import register
-from fastdit.engine.compile import inductor_in
 from fastdit.engine.flat import Flat, Output
+from fastdit.engine.inductor import inductor_in
 from fastdit.engine.packaged import CONSTANTS, PACKAGE, PREFIX, Packaged, tensors_of_module
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.processor import ProcessorEngine

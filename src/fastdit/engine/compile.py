@@ -27,12 +27,13 @@ from torch import nn
 
 from fastdit.config import register
 from fastdit.engine.captured import Captures
+from fastdit.engine.inductor import forget_other_builds, inductor_in
 from fastdit.engine.packed import refuse_unpackable
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.processor import ProcessorEngine
 from fastdit.engine.staged import StagedEngine, following_tokens, stage_of
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
-from fastdit.process import environment, switching, unheard_warnings
+from fastdit.process import switching
 
 _NUMBERS = itertools.count()
 
@@ -41,9 +42,6 @@ _COMPILED = "compiled.txt"
 
 #: Whether torch.compile can itself bound a function to one graph; older ones are told not to compile again.
 _BOUNDED = {"isolate_recompiles", "recompile_limit"} <= set(inspect.signature(torch.compile).parameters)
-
-#: Inductor's switches for headers that are compiled once for all processes, by their names in different versions.
-_SHARED_HEADERS = ("cpp_cache_precompile_headers", "aot_inductor.precompile_headers")
 
 #: What Dynamo raises where a call needs a second graph, by its names in different versions.
 _SECOND_GRAPH = ("FailOnRecompileLimitHit", "RecompileError")
@@ -123,7 +121,7 @@ class Compile(StagedEngine, ProcessorEngine):
         with inductor_in(folder), following_tokens(call, shapes) as first:
             # Dynamo traces at the first call, so that is where building happens.
             if not (folder / _COMPILED).exists():
-                _forget_other_builds()
+                forget_other_builds()
             traced, found = _graphs()
             compiled(first.module, first.args, first.kwargs)
             if _graphs()[0] == traced:
@@ -144,13 +142,6 @@ class Compile(StagedEngine, ProcessorEngine):
                 ) from error
 
         return Captures(execute) if self.cuda_graphs else execute
-
-
-def _forget_other_builds() -> None:
-    """Let Inductor write all that an engine needs: what it holds in memory of another one it would not write again."""
-    from torch._inductor.utils import clear_inductor_caches
-
-    clear_inductor_caches()
 
 
 def _graphs() -> tuple[int, int]:
@@ -181,18 +172,4 @@ def isolated(function: _Piece, *, mode: str, dynamic: bool | None) -> _Piece:
 def _no_second_graph() -> Iterator[None]:
     """Let Dynamo refuse to compile again, which older versions are told by a switch of the process."""
     with switching(), torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-
-
-@contextmanager
-def inductor_in(folder: Path) -> Iterator[None]:
-    """Let Inductor keep what it makes in a folder, and take from there what it has made before.
-
-    Inductor is told of the folder by the process's environment, so one thread at a time is here. Headers that it has
-    compiled before it takes from a folder of all processes, whoever has made that; so it compiles none.
-    """
-    config: Any = torch._inductor.config
-    folders = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
-    shared = {name: False for name in _SHARED_HEADERS if name in config._config}
-    with environment(folders), unheard_warnings(), config.patch(shared):  # the compiler's remarks on itself
         yield
