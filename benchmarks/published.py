@@ -7,6 +7,7 @@ twelve billion parameters takes its 24 GB once and passes through no other memor
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,8 @@ from architectures import ARCHITECTURES, CLIP_TOKENS, Architecture
 class Published:
     """A model's pipeline without its text encoders: the call takes `text_tokens` embeddings in their place.
 
-    `computed` is the share of steps that TeaCache computes of it, by its published times.
+    `computed` is the share of steps that TeaCache computes of it, by its published times. `step_seconds` are those of
+    a plain step that others published, by where they were measured.
     """
 
     pipeline: str
@@ -32,6 +34,7 @@ class Published:
     preset: str
     computed: float
     pixels: int = 1024
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
     tiny: dict[str, Any] = field(default_factory=dict)
 
     def smallest(self) -> Published:
@@ -66,12 +69,12 @@ class Published:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 
-    def call(self, pipeline: Any, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments of one call, without its steps: random embeddings of a prompt, and of an empty one."""
+    def call(self, pipeline: Any, seed: int = 0, batch: int = 1) -> dict[str, Any]:
+        """Keyword arguments of one call, without its steps: random embeddings of prompts, and of empty ones."""
         config, generator = pipeline.transformer.config, torch.Generator().manual_seed(seed)
         shapes = {
-            "prompt_embeds": (1, self.text_tokens, config.joint_attention_dim),
-            "pooled_prompt_embeds": (1, config.pooled_projection_dim),
+            "prompt_embeds": (batch, self.text_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (batch, config.pooled_projection_dim),
         }
         if self.architecture.guided:
             shapes |= {f"negative_{name}": shape for name, shape in shapes.items()}
@@ -93,6 +96,7 @@ MODELS = {
         guidance=3.5,
         preset="4x",
         computed=0.58,
+        step_seconds={"SGLang, H100": 0.12885},
         tiny={
             **_TINY_HEADS,
             "num_layers": 1,

@@ -13,7 +13,13 @@ from fastdit.measure.environment import Environment
 
 def save(path: Path, values: Mapping[str, Any], *, device: str = "cpu") -> None:
     """Write values with the environment as JSON; dataclasses become dictionaries."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"environment": Environment.capture(device), **values}
-    path.write_text(json.dumps(data, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
+    write(path, {"environment": Environment.capture(device), **values})
     print(f"written to {path}")
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values as JSON, whole or not at all: what was there before stays until the new file is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
+    partial.replace(path)
