@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import doctest
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,6 +93,29 @@ def test_most_blocks_run() -> None:
 
 def test_a_name_that_nothing_binds_is_found() -> None:
     assert unknown_names("fast = accelerate(pipe)\nprint(fast)", {"accelerate"}) == {"pipe"}
+
+
+def cells(kind: str) -> list[str]:
+    notebook = json.loads((ROOT / "docs" / "examples" / "first-steps.ipynb").read_text(encoding="utf-8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_names_what_is_there_and_keeps_no_outputs() -> None:
+    space: dict[str, object] = {}
+    code = "\n".join(cells("code"))
+    exec(imports(code), space)
+    assert unknown_names(code, set(space) | {"picture", "pipeline", "steps"}) == set()  # a function and its own
+    notebook = json.loads((ROOT / "docs" / "examples" / "first-steps.ipynb").read_text(encoding="utf-8"))
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+@pytest.mark.exhaustive
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    for cell in cells("code"):
+        exec(compile(cell, "first-steps.ipynb", "exec"), space)
+    assert (tmp_path / "stack" / "stack.json").exists()
 
 
 def test_what_the_readme_links_to_is_there() -> None:
