@@ -18,7 +18,7 @@ caches (FirstBlockCache for the step caches, ToCa for the token caches), which s
 bit-equal to the plain pipeline where neutral. "No" with an error is what that pipeline refused, or its transformer by
 itself where there is no tiny pipeline of the class here; what such a transformer takes is a remark to "not run".
 
-Mixed-resolution stages work with {mixed} of these pipelines, stages of whole frames (two, as RALU's presets have them)
+Mixed-resolution stages work with {mixed} of these pipelines, stages of whole frames (those of ProgressiveResolution)
 with {whole}; a video's frames are made smaller plane by plane. Image-to-image starts at the stage that the strength
 reaches, masks follow the stages, and the tokens of pictures that an editing pipeline appends stay in place. Where a
 reason ends in "undescribed", nothing is known to be in the way but the description. `EasyCache` and the like, which
