@@ -26,6 +26,7 @@ ORDER = (
     ("bench",),
     ("measure", "testing", "mini", "citation"),
     ("acceleration",),
+    ("predict",),
     ("stack", "plan"),
     ("twins",),
     LEVELS,

@@ -33,6 +33,7 @@ from fastdit.models.components import (
 from fastdit.models.family import family_of
 from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments, replaced
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
+from fastdit.predict.estimate import remarks
 from fastdit.process import undoing
 from fastdit.record import RunRecord
 from fastdit.run import Run
@@ -108,11 +109,12 @@ class Acceleration:
     def plan(self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None) -> Plan:
         """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
         plan = make_plan(self.stack, self.twin, height, width, num_inference_steps)
-        if self.workshop is None:
-            return plan
-        counts = [self.workshop.expected(module) for module in self._transformers.values()]
-        need = f"{len(plan.stages) * sum(counts)} engines are needed, {sum(counts)} for each stage"
-        return replace(plan, notes=(*plan.notes, need, *self.workshop.remarks))
+        notes = remarks(self.base, plan)
+        if self.workshop is not None:
+            each = sum(map(self.workshop.expected, self._transformers.values()))
+            need = f"{len(plan.stages) * each} engines are needed, {each} for each stage"
+            notes = need, *self.workshop.remarks, *notes
+        return replace(plan, notes=(*plan.notes, *notes))
 
     def explain(
         self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None

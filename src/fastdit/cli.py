@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 import fastdit
 from fastdit.bench.command import bench, compare, doctor
+from fastdit.bench.plan_command import plan
 from fastdit.errors import FastditError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ app.add_typer(engines, name="engines")
 app.command()(bench)
 app.command()(compare)
 app.command()(doctor)
+app.command()(plan)
 Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 
@@ -147,25 +149,6 @@ def demo(
     if interrupted:
         typer.echo(f"Interrupted {interrupted}; what was measured until then is kept in {out}.", err=True)
         raise typer.Exit(130)
-
-
-@app.command()
-def plan(
-    stack: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A saved stack's directory; without it, ProgressiveResolution 4x and TeaCache are planned."
-        ),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help=PIXELS)] = None,
-    width: Annotated[int | None, typer.Option(help=PIXELS)] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps; the schedule's own if left out.")] = None,
-) -> None:
-    """Print what a stack would do in a call of the embedded pipeline, without running it."""
-    from fastdit import ProgressiveResolution, Stack, TeaCache, load_mini
-
-    chosen = Stack([ProgressiveResolution("4x"), TeaCache()]) if stack is None else Stack.from_pretrained(stack)
-    typer.echo(chosen.explain(load_mini(), height, width, steps))
 
 
 @app.command()

@@ -46,8 +46,7 @@ class Plan:
             )
         if not self.stack:
             lines.append("  no accelerator: the plain pipeline, bit for bit")
-        lines.extend(f"  note: {note}" for note in self.notes)
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def make_plan(

@@ -77,7 +77,7 @@ def bench(
             stacks={text: parse_stack(text) for text in stack or ()},
             prompts=tuple(_prompts(prompt, prompts, source)),
             seeds=tuple(seed or (0,)),
-            sizes=None if size is None else tuple(map(_pixels, size)),
+            sizes=None if size is None else tuple(map(pixels, size)),
             steps=None if steps is None else tuple(steps),
             batch=batch,
             rounds=rounds,
@@ -170,7 +170,8 @@ def _prompts(given: Sequence[str] | None, file: Path | None, source: Any) -> lis
     return list(held_out(MINI_PROMPTS, 0))
 
 
-def _pixels(text: str) -> tuple[int, int]:
+def pixels(text: str) -> tuple[int, int]:
+    """Read a size: a number of pixels, or height x width."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found:
         raise InvalidConfig(f"a size is 512, or 512x768 for height x width, got {text!r}")

@@ -1,0 +1,138 @@
+"""The costs of one pipeline on one machine, as data, and where they are kept: $FASTDIT_CACHE/costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdit.engine.key import environment_of
+from fastdit.engine.places import cache_home, made
+from fastdit.errors import InvalidConfig
+from fastdit.models.components import transformers_of
+from fastdit.predict.curve import Curve
+
+#: Raised whenever what is kept changes its meaning.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block of a list, of which the model calls `count`: seconds and FLOPs."""
+
+    count: int
+    seconds: Curve
+    flops: Curve
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a stack did in short runs at the smallest size.
+
+    `shares` is the mean share of the blocks' FLOPs that each step spent, `outer` that of what is outside the blocks;
+    `low` and `high` are the least and the most that one run spent over the mean; `factor` is what the run's forwards
+    took over what the model says of them, which is the gates' and token caches' own work.
+    """
+
+    shares: tuple[float, ...]
+    outer: tuple[float, ...]
+    low: float
+    high: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds, FLOPs and bytes of a pipeline's parts as functions of rows and image tokens.
+
+    `rows` is how many rows a forward has for each image (2 with both branches in one batch), `forwards` how many there
+    are a step. `rest` is a forward without its blocks; `call` and `step` are seconds outside of the forwards, once and
+    each step; `decode` and `encode` are the autoencoder's. `weights` are bytes, and so are `forward_bytes` and
+    `decode_bytes`, the most that is alive beside them. `engines` holds a block's seconds under an engine, `probes` what
+    stacks did, by their texts and steps. `error` is the mean relative error of the fit at its own points.
+    """
+
+    pipeline: str
+    machine: str
+    rows: int
+    forwards: int
+    sizes: tuple[int, ...]
+    blocks: Mapping[str, BlockCost]
+    rest: BlockCost
+    call: float
+    step: float
+    decode: Curve
+    encode: Curve
+    weights: int
+    forward_bytes: Curve
+    decode_bytes: Curve
+    error: float
+    engines: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the model as plain data."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CostModel:
+        """Make a model of what `to_json` gave. Raises `InvalidConfig` for another version, or what is none."""
+        try:
+            if data["format"] != FORMAT:
+                raise InvalidConfig(f"these costs have version {data['format']}, and this reads {FORMAT}; measure anew")
+            values = {**data}
+            del values["format"]
+            for name in ("decode", "encode", "forward_bytes", "decode_bytes"):
+                values[name] = Curve(**data[name])
+            values["rest"] = _block(data["rest"])
+            values["blocks"] = {name: _block(one) for name, one in data["blocks"].items()}
+            values["engines"] = {
+                engine: {name: Curve(**one) for name, one in own.items()} for engine, own in data["engines"].items()
+            }
+            values["probes"] = {
+                name: Probe(**{**one, "shares": tuple(one["shares"]), "outer": tuple(one["outer"])})
+                for name, one in data["probes"].items()
+            }
+            return cls(**{**values, "sizes": tuple(data["sizes"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidConfig(f"these are no costs of a pipeline: {error!r}; measure them anew") from error
+
+
+def _block(data: Mapping[str, Any]) -> BlockCost:
+    return BlockCost(data["count"], Curve(**data["seconds"]), Curve(**data["flops"]))
+
+
+def place_of(pipeline: Any) -> Path:
+    """Give the file of a pipeline's costs on this machine: another one for every model, precision, device, version."""
+    device = pipeline._execution_device
+    parts = [type(pipeline).__name__, repr(environment_of(device))]
+    for name, module in sorted(transformers_of(pipeline).items()):
+        parts.append(f"{name} {type(module).__name__} {module.dtype} {dict(getattr(module, 'config', {}))!r}")
+    vae = getattr(pipeline, "vae", None)
+    parts.append(f"{type(vae).__name__} {dict(getattr(vae, 'config', {}))!r}")
+    return cache_home() / "costs" / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:32]}.json"
+
+
+def kept_model(pipeline: Any) -> CostModel | None:
+    """Read the costs that were measured of a pipeline on this machine; None where none are kept."""
+    path = place_of(pipeline)
+    if not path.is_file():
+        return None
+    try:
+        return CostModel.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InvalidConfig(f"{path} can't be read: {error}; remove it, and measure anew") from error
+
+
+def keep_model(pipeline: Any, model: CostModel) -> Path:
+    """Keep a pipeline's costs; give the file."""
+    path = place_of(pipeline)
+    made(path.parent)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(model.to_json()) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
