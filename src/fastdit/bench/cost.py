@@ -135,7 +135,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Give the most memory that a call had allocated beside what was there: a GPU's allocator's, or live tensors'."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before: int = torch.cuda.memory_allocated(device)
         call()
         most: int = torch.cuda.max_memory_allocated(device)
         return most - before

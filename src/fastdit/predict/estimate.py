@@ -208,8 +208,8 @@ def shares_of(plan: Plan, transformer: nn.Module, probe: Probe | None, depth: in
     for most, fewest in zip(seldom, often, strict=True):
         low, high = (least if fewest else left), (1.0 if most else left)
         least_outer, most_outer = (1.0 if computed else skipped for computed in (fewest, most))
-        outer = Expected((least_outer + most_outer) / 2, least_outer, most_outer)
-        yield Share(Expected((low + high) / 2, low, high), outer)
+        beside = Expected((least_outer + most_outer) / 2, least_outer, most_outer)
+        yield Share(Expected((low + high) / 2, low, high), beside)
 
 
 def _watches(cache: StepCache) -> bool:
