@@ -94,8 +94,8 @@ LONG = [name for name in ROWS if " " in name and name != "FirstBlockCache, per i
 #: What takes two pipelines, or processes of its own: in the fast part for these alone.
 WIDE = ("pipelines apart", "threads apart", "branches apart", "gradients are whole", "pickles or says so")
 FEW = ("FirstBlockCache", "ToCa", "RALU")
-#: How many of the promises each pair of a method and another pipeline is asked.
-TURNS = 1
+#: On how many of the other pipelines each method is tried, with one promise each: so that it is asked for all of them.
+TRIED = 20
 
 
 def check(promise: str, subject: Subject) -> None:
@@ -124,12 +124,20 @@ def test_every_accelerator_keeps_every_promise_on_flux(row: str, promise: str) -
 
 
 def in_turns() -> Iterator[tuple[str, str, str]]:
-    """Give every pair of a method and a pipeline `TURNS` promises, so that each of both meets all of them."""
+    """Give every method `TRIED` pipelines with a promise each, beginning with another pipeline and another promise."""
     asked = [promise for promise in PROMISES if promise != "acts"]  # the rows' settings act on FLUX
-    pairs = itertools.product(enumerate(PIPELINES), enumerate(ROWS))
-    for (number, pipeline), (place, row) in pairs:
-        for turn in range(TURNS):
-            yield pipeline, row, asked[(number + place + turn * len(asked) // TURNS) % len(asked)]
+    for place, row in enumerate(ROWS):
+        pipelines = itertools.islice(itertools.cycle(PIPELINES), place * len(PIPELINES) // len(ROWS), None)
+        for number, pipeline in enumerate(itertools.islice(pipelines, TRIED)):
+            yield pipeline, row, asked[(number + 5 * place) % len(asked)]
+
+
+def test_every_method_is_asked_for_every_promise_and_so_is_every_pipeline() -> None:
+    pairs = list(in_turns())
+    for row in ROWS:
+        assert {promise for _, of, promise in pairs if of == row} == {*PROMISES} - {"acts"}
+    for pipeline in PIPELINES:
+        assert len({promise for of, _, promise in pairs if of == pipeline}) > len(PROMISES) // 2
 
 
 @pytest.mark.exhaustive
