@@ -120,6 +120,7 @@ class Trial:
                     "error": abs(said.value / took - 1.0),
                 }
             )
+            print(f"{self.name}, {row.stack or 'plain'}, {row.pixels} px: {said:.3f} said, {took:.3f} s", flush=True)
         return {"pipeline": self.name, "fit_error": model.error, "measured_tokens": list(model.sizes), "rows": rows}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdit.acceleration import accelerate as accelerate
     from fastdit.attention.dispatcher import Attention as Attention
+    from fastdit.bench.budget import Budget as Budget
     from fastdit.bench.experiment import Experiment as Experiment
     from fastdit.bench.source import Source as Source
     from fastdit.citation import cite as cite
@@ -77,6 +78,7 @@ _PUBLIC = {
     "acceleration": ("accelerate",),
     "attention.dispatcher": ("Attention",),
     "citation": ("cite",),
+    "bench.budget": ("Budget",),
     "bench.experiment": ("Experiment",),
     "bench.source": ("Source",),
     "engine.aot": ("AOT",),

@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 import fastdit
 from fastdit.bench.command import bench, compare, doctor
 from fastdit.bench.plan_command import plan
+from fastdit.bench.tune_command import tune
 from fastdit.errors import FastditError, InvalidConfig
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ app.command()(bench)
 app.command()(compare)
 app.command()(doctor)
 app.command()(plan)
+app.command()(tune)
 Kept = Annotated[Path | None, typer.Option("--directory", help="Where they are kept; fastdit's own cache if left out.")]
 
 

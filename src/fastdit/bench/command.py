@@ -88,10 +88,10 @@ def bench(
             isolate=isolate,
             ssim_floor=None if floor is None else _floor(floor),
         )
-    _run(experiment, Store(out), as_json)
+    run_experiment(experiment, Store(out), as_json)
 
 
-def _run(experiment: Experiment, store: Store, as_json: bool) -> None:
+def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:
     """Measure, print, and write the results; what is finished when interrupted is shown."""
     from rich.console import Console
 

@@ -141,7 +141,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return most - before
     with LiveBytes() as live:
         call()
-    return live.most
+    return int(live.most)
 
 
 class CostMeter:
