@@ -153,11 +153,7 @@ def demo(
         raise typer.Exit(130)
 
 
-@app.command()
-def matrix(
-    only: Annotated[str, typer.Argument(help="A part of the pipelines' names; all if left out.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
-) -> None:
+def support(only: str, as_json: bool) -> None:
     """Run tiny models of the installed diffusers' pipelines, and print what works with which."""
     from rich.console import Console
 
@@ -179,6 +175,41 @@ def matrix(
     typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if as_json else table(rows))
     if len(rows) < len(asked):
         raise typer.Exit(130)
+
+
+@app.command()
+def matrix(
+    pipe: Annotated[
+        str,
+        typer.Argument(
+            help="mini, mini:sd3, a folder, a hub's name: what goes together on it. Else a part of the names of "
+            "diffusers' pipelines, of which tiny models are run; all if left out."
+        ),
+    ] = "",
+    part: Annotated[
+        list[str] | None, typer.Option(help="An accelerator as text, as often as you like; all that work if left out.")
+    ] = None,
+    level: Annotated[list[str] | None, typer.Option(help="Only those of a level, such as attention.")] = None,
+    triples: Annotated[bool, typer.Option("--triples", help="Three at a time, too.")] = False,
+    size: Annotated[str | None, typer.Option(help="Pixels: 512, or 512x768 for height x width.")] = None,
+    steps: Annotated[int, typer.Option(help="Of stacks whose schedule takes as many.")] = 8,
+    rounds: Annotated[int, typer.Option(min=3, help="In turns with the plain pipeline.")] = 3,
+    prompt: Annotated[str, typer.Option(help="What every cell makes.")] = "a cat",
+    out: Annotated[Path, typer.Option(help="Cells and tables; the same again goes on.")] = Path("fastdit-matrix"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON, and nothing else.")] = False,
+) -> None:
+    """Run accelerators together on a pipeline, and say of each cell what came of it and what it gains."""
+    from fastdit.bench.matrix_command import compatibility, is_pipeline
+
+    if not is_pipeline(pipe):
+        support(pipe, as_json)
+        return
+    from rich.console import Console
+
+    with _progress(Console(stderr=True)) as progress:
+        made = compatibility(pipe, part or (), level or (), (triples, size, steps, rounds, prompt, out), progress)
+    typer.echo(json.dumps(made.to_json()) if as_json else made.markdown())
+    raise typer.Exit(int(not all(cell.sound for cell in made.cells.values())))
 
 
 @dataclasses.dataclass(frozen=True)

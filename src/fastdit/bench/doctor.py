@@ -93,7 +93,7 @@ def _requirements() -> Iterator[Finding]:
 
 def accelerators(pipeline: Any) -> Iterator[Finding]:
     """Ask every accelerator whether it can act on a pipeline, adapters' and attention kernels among them."""
-    for made in _every():
+    for made in every_accelerator():
         if isinstance(made, Finding):
             yield made
             continue
@@ -105,7 +105,8 @@ def accelerators(pipeline: Any) -> Iterator[Finding]:
             yield Finding(made.describe(), True, made.level.value)
 
 
-def _every() -> Iterator[Accelerator | Finding]:
+def every_accelerator() -> Iterator[Accelerator | Finding]:
+    """Make one of every accelerator that is installed, with what it can't do without; say of others why not."""
     find_type("")  # the library's own are registered with that
     names = dict.fromkeys([*known_types(), *(entry.name for entry in entry_points(group="fastdit.accelerators"))])
     for name in names:
