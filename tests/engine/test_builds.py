@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,7 @@ from pieces import Written
 from torch import nn
 
 from fastdit import Compile, EngineWarning, NeverFired, accelerate
+from fastdit.engine import packaged
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.scratch import scratch
 from fastdit.engine.sealed import manifest_of, seal
@@ -174,6 +176,17 @@ def test_what_a_twin_built_goes_with_the_last_twin_that_uses_it(tmp_path: Path) 
         del twin
         gc.collect()
     assert {*scratch().iterdir()} == before
+
+
+def test_weights_that_move_are_lent_by_the_tensor_that_lent_them_before_and_leave_no_gaps_among_them() -> None:
+    weights = [torch.randn(4, 3).t(), torch.randn(7)[1:].view(2, 3)]
+    with torch.inference_mode():
+        lent = packaged._borrowed(weights[0], None)
+    assert packaged._borrowed(weights[1], lent) is lent
+    assert (lent.data_ptr(), lent.stride()) == (weights[1].data_ptr(), weights[1].stride())
+    assert torch.equal(lent, weights[1])
+    kept = weakref.ref(weights.pop().untyped_storage())
+    assert kept() is None  # what was lent is not kept
 
 
 def test_a_build_that_fails_leaves_no_folder(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ class _Runner:
             raise UnsupportedModel(f"this torch runs no packages on {device.type}; take Compile()")
         self._model: Any = kind(str(code), 1, *(() if device.type == "cpu" else (str(device), str(code.parent))))
         self._names: dict[str, str] = self._model.get_constant_names_to_original_fqns()
+        self._constants: dict[str, torch.Tensor] = {}
         self._bound: list[tuple[Mapping[str, torch.Tensor | None], str, weakref.ref[torch.Tensor], int]] = []
 
     @property
@@ -106,9 +107,10 @@ class _Runner:
 
     def bind(self, module: nn.Module, constants: Mapping[str, torch.Tensor]) -> None:
         """Make the module's tensors the constants."""
-        needed = {name: _borrowed(constants[original]) for name, original in self._names.items()}
+        for name, original in self._names.items():
+            self._constants[name] = _borrowed(constants[original], self._constants.get(name))
         use_inactive, validate_full_updates, user_managed = False, True, True
-        self._model.update_constant_buffer(needed, use_inactive, validate_full_updates, user_managed)
+        self._model.update_constant_buffer(self._constants, use_inactive, validate_full_updates, user_managed)
         self._bound = [
             (place, name, weakref.ref(tensor), tensor.data_ptr())
             for part in module.modules()
@@ -123,11 +125,16 @@ class _Runner:
         return outputs
 
 
-def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """Give a tensor of the same memory that does not keep it: torch keeps all that was ever a constant."""
+def _borrowed(tensor: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """Give a tensor of the same memory that does not keep it: torch keeps all that was ever a constant.
+
+    The one `before` serves again. What is kept for every move, among weights that go, leaves gaps that none fit in.
+    """
     size = int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
     memory = torch._C._construct_storage_from_data_pointer(tensor.data_ptr(), tensor.device, size)
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, 0, tensor.shape, tensor.stride())
+    with torch.inference_mode(False):  # the next move may come outside of it
+        borrowed = torch.empty(0, dtype=tensor.dtype, device=tensor.device) if before is None else before
+        return borrowed.set_(memory, 0, tensor.shape, tensor.stride())
 
 
 def tensors_of_module(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
