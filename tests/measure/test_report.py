@@ -8,8 +8,13 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
-from fastdit.measure.charts import BOTTOM, LEFT, RIGHT, TOP, Point, speed_quality
+import pytest
+
+from fastdit.measure import report
+from fastdit.measure.charts import BOTTOM, LEFT, RIGHT, TOP, Point, Waterfall, speed_quality
 from fastdit.measure.report import (
+    DETAILED,
+    detailed,
     render_report,
     summary,
     timelines,
@@ -28,7 +33,7 @@ class References(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        self.found += [tag] * (tag in ("script", "link", "iframe", "object"))
+        self.found += [tag] * (tag in ("link", "iframe", "object"))
 
 
 def test_the_report_loads_nothing_from_outside(tmp_path: Path) -> None:
@@ -44,6 +49,38 @@ def test_the_report_shows_every_configuration_and_escapes_prompts(tmp_path: Path
     page = render_report(results, tmp_path)
     assert all(entry.name in page for entry in results.configurations)
     assert "a &lt;star&gt; &amp; a car" in page and "<star>" not in page
+
+
+def test_every_picture_can_be_laid_over_the_full_run_s(tmp_path: Path) -> None:
+    page = render_report(make_results(tmp_path), tmp_path)
+    assert "Against the full run" in page and page.count("<option>") == 4 and 'data-row="50 steps"' in page
+    assert 'const rows = ["50 steps"' in page
+
+
+def test_a_waterfall_goes_from_the_plain_run_to_the_stack(tmp_path: Path) -> None:
+    gains = [("Schedule", Interval(2.0, 1.9, 2.1), False), ("Cache", Interval(0.8, 0.7, 1.1), True)]
+    fall = Waterfall.of("both", 10.0, gains)
+    assert [bar.kind for bar in fall.bars] == ["plain", "gain", "dead", "stack"]
+    assert [(bar.start, bar.width) for bar in fall.bars] == [(0, 100), (50, 50), (50, 12.5), (0, 62.5)]
+    assert fall.bars[-1].told == "6.25 s" and "dead weight" in fall.bars[2].told
+    page = render_report(make_results(), tmp_path, [fall])
+    assert "What each part brought" in page and "left: 50.00%; width: 12.50%" in page
+
+
+def test_a_thousand_rows_are_all_in_the_table_and_few_in_pictures(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    *some, last = results.configurations
+    many = tuple(dataclasses.replace(last, name=f"stack {number}") for number in range(995))
+    results = dataclasses.replace(results, configurations=(*some, last, *many))
+    chosen = detailed(results)
+    assert len(chosen) == DETAILED and chosen[0].name == results.baseline
+
+
+def test_pictures_that_don_t_fit_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = make_results(tmp_path)
+    whole = render_report(results, tmp_path).count('src="data:')
+    monkeypatch.setattr(report, "EMBEDDED", 5 * 2 * 13_000)
+    assert 0 < render_report(results, tmp_path).count('src="data:') < whole
 
 
 def test_results_without_pictures_and_judge_still_make_a_report(tmp_path: Path) -> None:

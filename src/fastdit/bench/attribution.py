@@ -6,6 +6,7 @@ For parts N and a value v of every subset,
     shapley_i = sum over S without i of |S|! (|N| - |S| - 1)! / |N|! (v(S + i) - v(S))
 
 With v = -log(seconds) the differences are factors of speed-up, and the Shapley values multiply to the whole stack's.
+With v = quality they are differences, and add up to the whole stack's.
 """
 
 from __future__ import annotations
@@ -96,6 +97,21 @@ def gains(names: Sequence[str], seconds: Mapping[Parts, Sequence[float]]) -> lis
     return found
 
 
+def quality_gains(names: Sequence[str], scores: Mapping[Parts, Sequence[float]]) -> list[PartGain]:
+    """Give what each part is worth in quality, from the scores of every subset's pictures, as differences of means.
+
+    Every subset has as many pictures, of the same prompts and seeds; intervals are bootstrapped over pictures.
+    """
+    pictures = _rounds(names, scores)
+    every = frozenset(range(len(names)))
+    found = []
+    for part, name in enumerate(names):
+        one = frozenset([part])
+        designs = {one: 1.0, frozenset(): -1.0}, {every: 1.0, every - one: -1.0}, shapley(part, len(names))
+        found.append(PartGain(name, *(_difference(pictures, weights) for weights in designs)))
+    return found
+
+
 def interactions(names: Sequence[str], seconds: Mapping[Parts, Sequence[float]]) -> list[Interaction]:
     """Give what every pair of parts gains over the product of its own two gains, within the whole stack's other parts.
 
@@ -145,3 +161,15 @@ def _factor(rounds: Mapping[Parts, Array], weights: Mapping[Parts, float]) -> In
         return factor
 
     return bootstrap(statistic, next(iter(rounds.values())).size)
+
+
+def _difference(pictures: Mapping[Parts, Array], weights: Mapping[Parts, float]) -> Interval:
+    """Bootstrap a difference over pictures: the weighted sum of subsets' means."""
+
+    def statistic(rows: npt.NDArray[np.intp]) -> Array:
+        total: Array = np.sum(
+            [weight * pictures[parts][rows].mean(axis=-1) for parts, weight in weights.items()], axis=0
+        )
+        return total
+
+    return bootstrap(statistic, next(iter(pictures.values())).size)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastdit.bench.experiment import Experiment, Group
     from fastdit.bench.outcome import RowOutcome
     from fastdit.bench.store import Store
+    from fastdit.measure.charts import Waterfall
     from fastdit.measure.timing import Progress
 
 #: Characters that the table needs to hold every cell on one line.
@@ -118,7 +119,10 @@ def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:
         for group, rows in found.items()
         if any(row.rounds for row in rows if not row.row.plain)
     }
-    pages = [write_report(one, store.directory, f"{group.key}.html") for group, one in shown.items()]
+    pages = [
+        write_report(one, store.directory, f"{group.key}.html", _waterfalls(experiment, group, store))
+        for group, one in shown.items()
+    ]
     if as_json:
         typer.echo(json.dumps(data))
         return
@@ -131,6 +135,13 @@ def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:
             console.print(line, highlight=False)
     console.print(f"Measured on {store.environment()}; brackets hold {CONFIDENCE:.0%} intervals.", highlight=False)
     console.print(f"Report: {', '.join(map(str, pages)) or 'none yet'}   All of it: {store.directory}", highlight=False)
+
+
+def _waterfalls(experiment: Experiment, group: Group, store: Store) -> list[Waterfall]:
+    from fastdit.bench.outcome import waterfall
+
+    found = (waterfall(experiment, group, store, name) for name in experiment.stacks if experiment.attribute)
+    return [one for one in found if one is not None]
 
 
 def outcome_json(row: RowOutcome, experiment: Experiment) -> dict[str, Any]:

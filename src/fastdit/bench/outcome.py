@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from statistics import median
 
-from fastdit.bench.attribution import gains, interactions, subset_name, subsets
+from fastdit.bench.attribution import gains, interactions, quality_gains, subset_name, subsets
 from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
 from fastdit.bench.quality import fidelity, quality
 from fastdit.bench.store import Cell, Store
+from fastdit.measure.charts import Waterfall
 from fastdit.measure.experiment import SHOWN
 from fastdit.measure.results import ConfigurationResult, JsonObject, Metric, Results
 from fastdit.measure.statistics import Interval, ratio_of_medians
@@ -121,7 +122,12 @@ def results(experiment: Experiment, group: Group, store: Store, found: Sequence[
         title=group.title,
         baseline=shown[0].row.name,
         environment=store.environment(),
-        settings={"pipeline": group.source.name, "seeds": list(experiment.seeds), "call": dict(experiment.call)},
+        settings={
+            "command": store.command(),
+            "pipeline": group.source.name,
+            "seeds": list(experiment.seeds),
+            "call": dict(experiment.call),
+        },
         prompts=tuple(prompt for cell in first[:rounds] for prompt in cell.prompts),
         images_per_round=group.batch,
         configurations=tuple(_configuration(store, group, one, cells[one.row.name][:rounds]) for one in shown),
@@ -149,22 +155,69 @@ def _method(row: Row) -> JsonObject | None:
 
 
 def attribution(experiment: Experiment, group: Group, store: Store, name: str) -> list[str]:
-    """Say what each part of a stack is worth, from the rounds that every subset has had."""
-    stack = experiment.stacks[name]
-    rows = {row.name: row for row in experiment.rows(group)}
-    if len(stack) < 2:
+    """Say what each part of a stack is worth, in time and in quality, from the rounds that every subset has had."""
+    if len(experiment.stacks[name]) < 2:
         return []
-    every = frozenset(range(len(stack)))
-    named = {parts: subset_name(name, stack, parts) for parts in subsets(stack)} | {every: name, frozenset(): "plain"}
-    seconds = {parts: [cell.seconds for cell in store.cells(group, rows[own])] for parts, own in named.items()}
-    rounds = min(map(len, seconds.values()))
-    if rounds < FEWEST_ROUNDS:
+    seconds = _of_subsets(experiment, group, store, name)
+    if len(next(iter(seconds.values()))) < FEWEST_ROUNDS:
         return [f"{name}: too few rounds of its subsets to tell what its parts are worth"]
-    paired = {parts: values[:rounds] for parts, values in seconds.items()}
-    names = [type(part).__name__ for part in stack]
+    names = [type(part).__name__ for part in experiment.stacks[name]]
     lines = []
-    for gain in gains(names, paired):
+    for gain in gains(names, seconds):
         worth = "; no gain is shown beside the others: dead weight" if gain.dead_weight else ""
         own = f"{gain.alone:.2f} alone, {gain.last:.2f} added last, {gain.shapley:.2f} on average"
         lines.append(f"{name}: {gain.name} gains {own}{worth}")
-    return lines + [f"{name}: {one}" for one in interactions(names, paired)]
+    metric, scores = _scores_of_subsets(experiment, group, store, name)
+    for gain in quality_gains(names, scores) if scores else ():
+        own = f"{gain.alone:+.3f} alone, {gain.last:+.3f} added last, {gain.shapley:+.3f} on average"
+        lines.append(f"{name}: {gain.name} changes {metric} by {own}")
+    return lines + [f"{name}: {one}" for one in interactions(names, seconds)]
+
+
+def waterfall(experiment: Experiment, group: Group, store: Store, name: str) -> Waterfall | None:
+    """Give the way from the plain run's seconds to a stack's, by its parts' Shapley values; None for too few rounds."""
+    if len(experiment.stacks[name]) < 2:
+        return None
+    seconds = _of_subsets(experiment, group, store, name)
+    if len(next(iter(seconds.values()))) < FEWEST_ROUNDS:
+        return None
+    names = [type(part).__name__ for part in experiment.stacks[name]]
+    told = [(gain.name, gain.shapley, gain.dead_weight) for gain in gains(names, seconds)]
+    return Waterfall.of(name, median(seconds[frozenset()]), told)
+
+
+def _rows_of_subsets(experiment: Experiment, group: Group, name: str) -> dict[frozenset[int], Row]:
+    stack = experiment.stacks[name]
+    rows = {row.name: row for row in experiment.rows(group)}
+    every = frozenset(range(len(stack)))
+    named = {parts: subset_name(name, stack, parts) for parts in subsets(stack)} | {every: name, frozenset(): "plain"}
+    return {parts: rows[own] for parts, own in named.items()}
+
+
+def _of_subsets(experiment: Experiment, group: Group, store: Store, name: str) -> dict[frozenset[int], list[float]]:
+    """Give the seconds of every subset, as many rounds of each."""
+    rows = _rows_of_subsets(experiment, group, name)
+    seconds = {parts: [cell.seconds for cell in store.cells(group, row)] for parts, row in rows.items()}
+    rounds = min(map(len, seconds.values()))
+    return {parts: values[:rounds] for parts, values in seconds.items()}
+
+
+def _scores_of_subsets(
+    experiment: Experiment, group: Group, store: Store, name: str
+) -> tuple[str, dict[frozenset[int], list[float]]]:
+    """Give the judge's scores of every subset's pictures, or without a judge their SSIM; none for fewer than two."""
+    rows = _rows_of_subsets(experiment, group, name)
+    plain = rows[frozenset()], store.cells(group, rows[frozenset()])
+    for metric, measured in (("the judge's score", quality), ("SSIM", None)):
+        found = {}
+        for parts, row in rows.items():
+            own = row, store.cells(group, row)
+            scores = (
+                measured(store, group, own).get("judge") if measured else fidelity(store, group, plain, own)["ssim"]
+            )
+            if scores is not None:
+                found[parts] = list(scores.samples)
+        if len(found) == len(rows):
+            count = min(map(len, found.values()))
+            return metric, {parts: values[:count] for parts, values in found.items()} if count > 1 else {}
+    return "", {}

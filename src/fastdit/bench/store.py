@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -82,6 +83,10 @@ class Store:
     def environment(self) -> Environment:
         """Read what the experiment was begun on. Raises as `experiment` does."""
         return Environment(**self._manifest()["environment"])
+
+    def command(self) -> str:
+        """Read the command that the experiment was begun with, as a shell takes it. Raises as `experiment` does."""
+        return shlex.join(["fastdit", *self._manifest()["command"][1:]])
 
     def _manifest(self) -> dict[str, Any]:
         try:

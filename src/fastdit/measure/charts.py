@@ -97,6 +97,41 @@ class _Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A part of a waterfall: where it begins and how wide it is, in percent of the plain run, and what it says."""
+
+    name: str
+    start: float
+    width: float
+    told: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Waterfall:
+    """The way from the plain run's seconds to a stack's, a bar for each part."""
+
+    name: str
+    bars: tuple[Bar, ...]
+
+    @classmethod
+    def of(cls, name: str, seconds: float, gains: Sequence[tuple[str, Interval, bool]]) -> Waterfall:
+        """Lay out the parts' gains, each a factor with its interval and whether the part is dead weight."""
+        bars, left = [Bar("plain", 0.0, 100.0, f"{seconds:.2f} s", "plain")], 100.0
+        for part, gain, dead in gains:
+            after = left / gain.estimate
+            told = f"{gain:.2f} times{', dead weight beside the others' if dead else ''}"
+            kind = "dead" if dead else "gain" if after <= left else "loss"
+            bars.append(Bar(part, min(left, after), abs(left - after), told, kind))
+            left = after
+        widest = max(bar.start + bar.width for bar in bars)
+        every = [*bars, Bar(name, 0.0, left, f"{seconds * left / 100:.2f} s", "stack")]
+        return cls(
+            name, tuple(replace(bar, start=bar.start * 100 / widest, width=bar.width * 100 / widest) for bar in every)
+        )
+
+
 def speed_quality(points: Sequence[Point]) -> Plot:
     """Speed-up (logarithmic) against quality, with both intervals; plain runs are joined by a line."""
     fast = min(point.speed_up.low for point in points) / 1.15, max(point.speed_up.high for point in points) * 1.3

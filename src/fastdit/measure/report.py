@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fastdit.measure import charts
 from fastdit.measure.noise import remarks
 from fastdit.measure.results import ConfigurationResult, JsonObject, Results
-from fastdit.measure.statistics import CONFIDENCE
+from fastdit.measure.statistics import CONFIDENCE, Interval
 from fastdit.measure.table import header, rows, verdict
 
 #: What a step can be, in the legend's order.
@@ -47,14 +47,23 @@ class Timeline:
     bands: tuple[Band, ...]
 
 
-def write_report(results: Results, directory: Path, name: str = "report.html") -> Path:
+#: Rows that are shown with pictures, steps and a label; the table has all of them.
+DETAILED = 40
+
+#: Bytes of pictures that a page holds at most, before they become text.
+EMBEDDED = 18_000_000
+
+
+def write_report(
+    results: Results, directory: Path, name: str = "report.html", waterfalls: Sequence[charts.Waterfall] = ()
+) -> Path:
     """Write `directory`/`name` with the pictures that lie there embedded; give its path."""
     path = directory / name
-    path.write_text(render_report(results, directory), encoding="utf-8")
+    path.write_text(render_report(results, directory, waterfalls), encoding="utf-8")
     return path
 
 
-def render_report(results: Results, directory: Path) -> str:
+def render_report(results: Results, directory: Path, waterfalls: Sequence[charts.Waterfall] = ()) -> str:
     """The page as text; it refers to nothing outside itself."""
     environment = Environment(
         loader=PackageLoader("fastdit.measure"),
@@ -63,14 +72,16 @@ def render_report(results: Results, directory: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    lines = timelines(results.configurations)
+    chosen = detailed(results)
+    lines = timelines(chosen)
     done = {cell.action for line in lines for band in line.bands for cell in band.cells}
-    shown = min(len(entry.images) for entry in results.configurations)
-    pictures = {entry.name: [_data_uri(directory / name) for name in entry.images] for entry in results.configurations}
+    shown = _pictures_that_fit(chosen, directory)
+    pictures = {entry.name: [_data_uri(directory / name) for name in entry.images[:shown]] for entry in chosen}
+    metric = next((name for name in ("judge", "ssim") if any(name in entry.metrics for entry in chosen)), None)
     points = [
-        charts.Point(entry.name, results.speed_up(entry.name), entry.metrics["judge"].interval, entry.stack is None)
-        for entry in results.configurations
-        if "judge" in entry.metrics
+        charts.Point(entry.name, results.speed_up(entry.name), _quality(entry, metric), entry.stack is None)
+        for entry in chosen
+        if metric is not None and (metric in entry.metrics or entry.stack is None)
     ]
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -79,13 +90,47 @@ def render_report(results: Results, directory: Path) -> str:
         prompts=results.prompts[:shown],
         gallery=pictures.items() if shown else (),
         frame=charts,
-        plot=charts.speed_quality(points) if points else None,
+        plot=charts.speed_quality(points) if len(points) > 1 else None,
+        metric={"judge": "the judge", "ssim": "SSIM to the full run"}.get(metric or "", ""),
+        waterfalls=waterfalls,
+        left_out=len(results.configurations) - len(chosen),
         timelines=lines,
         actions=[action for action in ACTIONS if action in done],
         confidence=CONFIDENCE,
         header=header(results),
         rows=rows(results),
     )
+
+
+def detailed(results: Results) -> list[ConfigurationResult]:
+    """Choose the rows that are shown in detail: the baseline, then whatever no other beats, then the fastest."""
+    every = list(results.configurations)
+    if len(every) <= DETAILED:
+        return every
+    baseline, *others = sorted(every, key=lambda entry: (entry.name != results.baseline, entry.median_seconds))
+    best, front = float("-inf"), []
+    for entry in others:
+        value = max(
+            (entry.metrics[name].interval.estimate for name in ("judge", "ssim") if name in entry.metrics), default=0.0
+        )
+        if value > best:
+            best = value
+            front.append(entry)
+    rest = [entry for entry in others if entry not in front]
+    return [baseline, *front, *rest][:DETAILED]
+
+
+def _quality(entry: ConfigurationResult, metric: str | None) -> Interval:
+    """Give a row's quality; the full run is like itself."""
+    return entry.metrics[metric].interval if metric in entry.metrics else Interval(1.0, 1.0, 1.0)
+
+
+def _pictures_that_fit(entries: Sequence[ConfigurationResult], directory: Path) -> int:
+    """Count the pictures of each row that a page has room for."""
+    shown = min(len(entry.images) for entry in entries)
+    while shown and sum((directory / name).stat().st_size for one in entries for name in one.images[:shown]) > EMBEDDED:
+        shown -= 1
+    return shown
 
 
 def summary(results: Results) -> list[str]:
@@ -101,11 +146,15 @@ def summary(results: Results) -> list[str]:
         ours, theirs = (results[name].metrics["judge"].interval for name in (fastest.name, rival))
         outcome = {"wins": "better", "loses": "worse", "ties": "no measurable difference", "": ""}[verdict(advantage)]
         sentences.append(
-            f"The judge gives it {ours:.3f}, and {theirs:.3f} to plain {rival}, which take "
+            f"The judge gives it {ours:.3f}, and {theirs:.3f} to {_plain(rival)}, which takes "
             f"{results[rival].median_seconds:.2f} s against its {fastest.median_seconds:.2f} s: "
             f"{advantage:+.3f}, {outcome}."
         )
     return sentences
+
+
+def _plain(name: str) -> str:
+    return name if name.startswith("plain") else f"plain {name}"
 
 
 def timelines(configurations: Sequence[ConfigurationResult]) -> list[Timeline]:
