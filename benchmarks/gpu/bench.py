@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastdit.acceleration import accelerate
+from fastdit.measure.timing import wait_for
 from fastdit.record import RunRecord, Stopwatch
 from fastdit.stack import Stack
 from gpu.rows import Row, Stage, plain
@@ -84,7 +85,7 @@ class Bench:
         before = self._allocated()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        torch.get_device_module(self.device).synchronize(self.device)
+        wait_for(self.device)
         clock = Stopwatch(self.device)
         self._run(row, row.steps)
         clock.stop()
@@ -104,7 +105,7 @@ class Bench:
         def wait(pipeline: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             nonlocal begun
             launched = time.perf_counter()
-            torch.get_device_module(self.device).synchronize(self.device)
+            wait_for(self.device)
             now = time.perf_counter()
             found.append((launched - begun, now - begun))
             begun = time.perf_counter()
@@ -166,7 +167,7 @@ class Bench:
         row.pipeline = None
         try:
             release(self.device)
-            torch.get_device_module(self.device).synchronize(self.device)
+            wait_for(self.device)
         except Exception as error:
             raise DeviceLost(
                 f"after {row.name!r} the device fails: {error}; run again with --skip {row.name!r}"

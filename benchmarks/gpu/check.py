@@ -49,6 +49,7 @@ from fastdit.accelerator import Accelerator
 from fastdit.engine.base import Engine
 from fastdit.errors import FastditWarning
 from fastdit.measure.environment import Environment
+from fastdit.measure.timing import wait_for
 from fastdit.mini import load_mini
 from gpu.bench import SAME, SHARE, TimeUp, limited, release
 from gpu.rows import KERNELS, attention
@@ -177,13 +178,12 @@ class Check:
         self.tell(matmul_tflops=2 * size**3 / seconds / 1e12, copy_tb_per_second=2 * source.numel() / copied / 1e12)
 
     def _seconds(self, act: Callable[[], object], count: int) -> float:
-        module = torch.get_device_module(self.device)
         found = []
         for _ in range(count + 3):
-            module.synchronize(self.device)
+            wait_for(self.device)
             start = time.perf_counter()
             act()
-            module.synchronize(self.device)
+            wait_for(self.device)
             found.append(time.perf_counter() - start)
         return median(found[3:])
 
@@ -194,7 +194,7 @@ class Check:
         times: list[float] = []
 
         def note(pipeline: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            torch.get_device_module(self.device).synchronize(self.device)
+            wait_for(self.device)
             times.append(time.perf_counter())
             return kwargs
 

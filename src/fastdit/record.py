@@ -159,24 +159,22 @@ class Outcome:
 
 
 class Stopwatch:
-    """Measures one forward: by host time, or by events on a CUDA stream that are read only at the run's end."""
+    """Measures one forward: by host time, or by events on its device's stream, read only at the run's end."""
 
-    __slots__ = ("_end", "_seconds", "_start")
+    __slots__ = ("_device", "_end", "_seconds", "_start")
 
     def __init__(self, device: torch.device) -> None:
-        self._start: torch.cuda.Event | float
+        self._start: torch.cuda.Event | float = time.perf_counter()
         self._end: torch.cuda.Event | None = None
-        self._seconds = 0.0
+        self._device, self._seconds = device, 0.0
         if device.type == "cuda":
             self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._start.record()
-        else:
-            self._start = time.perf_counter()
+            self._start.record(torch.cuda.current_stream(device))
 
     def stop(self) -> None:
         """End the measurement, without waiting for the device."""
         if self._end is not None:
-            self._end.record()
+            self._end.record(torch.cuda.current_stream(self._device))
         elif isinstance(self._start, float):
             self._seconds = time.perf_counter() - self._start
 

@@ -186,6 +186,28 @@ def test_half_precision_runs_in_the_latents_own_type() -> None:
     assert torch.isfinite(found.float()).all()
 
 
+def test_under_model_offload_the_autoencoder_sends_the_transformer_away_only_for_the_picture() -> None:
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    calls: list[int | None] = []
+
+    class Heard(CpuOffload):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            run = fast.fastdit.active
+            calls.append(None if run is None else run.stage)
+            return super().pre_forward(module, *args, **kwargs)
+
+    pipe, call = tiny.sd3(size=128, steps=6)
+    expected = tiny.run(accelerate(pipe, [SHORT]), call)
+    pipe.enable_model_cpu_offload(device="cpu")
+    before = pipe.vae._hf_hook.prev_module_hook
+    assert before.model is pipe.transformer
+    add_hook_to_module(pipe.vae, Heard(torch.device("cpu"), before))
+    fast = accelerate(pipe, [SHORT])
+    assert torch.equal(tiny.run(fast, call), expected)
+    assert calls == [len(fast.fastdit.plan(128, 128).stages) - 1]
+
+
 @pytest.mark.parametrize("stop", [None, 2])
 def test_model_offload_works_and_leaves_the_decoder_as_it_was(stop: int | None) -> None:
     pipe, call = tiny.sd3(size=128, steps=6)

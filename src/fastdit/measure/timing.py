@@ -93,12 +93,18 @@ def medians(seconds: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
 
 def timed(task: Task[Output], number: int, device: torch.device | str = "cpu") -> tuple[float, Output]:
     """Seconds and output of one call, from an idle device to an idle device."""
-    module = torch.get_device_module(torch.device(device))
-    module.synchronize()
+    wait_for(device)
     start = time.perf_counter()
     output = task(number)
-    module.synchronize()
+    wait_for(device)
     return time.perf_counter() - start, output
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a device, which need not be the present one of its kind, has done all that it was given."""
+    place = torch.device(device)
+    if place.type != "cpu":
+        torch.accelerator.synchronize(place)
 
 
 def equal_time_steps(

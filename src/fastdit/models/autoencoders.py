@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 
 from fastdit.models.family import Autoencoder
+from fastdit.structure import structural_twin
+
+
+def at_hand(vae: Autoencoder) -> Autoencoder:
+    """Give an autoencoder to be called amid a run, on its weights.
+
+    Where whole models are offloaded, a call of it would send the transformer away and the next step bring it back. So
+    it comes beside the transformer, and stays there for the picture at the end, as after a call of its own.
+    """
+    hook = vae.__dict__.get("_hf_hook")
+    if not hasattr(hook, "prev_module_hook"):
+        return vae
+    vae.to(hook.execution_device)
+    return structural_twin(vae, {})
 
 
 def decoded(vae: Autoencoder, frames: torch.Tensor) -> torch.Tensor:

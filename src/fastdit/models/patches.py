@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastdit.layout import TokenLayout
-from fastdit.models.autoencoders import decoded, encoded
+from fastdit.models.autoencoders import at_hand, decoded, encoded
 from fastdit.models.family import Arguments, Autoencoder, Children, Pipeline, Transformer, refused_arguments
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ class PatchFamily:
         return nn.functional.avg_pool2d(frames, 2)
 
     def decode(self, pipeline: Pipeline, frames: torch.Tensor) -> torch.Tensor:
-        return self.decoding(pipeline.vae, frames)
+        return self.decoding(at_hand(pipeline.vae), frames)
 
     def encode(self, pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
-        return self.encoding(pipeline.vae, pixels)
+        return self.encoding(at_hand(pipeline.vae), pixels)
 
     def child_overrides(self, transformer: Transformer, layout: TokenLayout, latents: torch.Tensor) -> Children:
         return {}

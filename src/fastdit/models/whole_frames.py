@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from fastdit.layout import TokenLayout
-from fastdit.models.autoencoders import decoded_planes, encoded_planes
+from fastdit.models.autoencoders import at_hand, decoded_planes, encoded_planes
 from fastdit.models.family import Arguments, Pipeline, Transformer
 from fastdit.models.frames import FrameFamily
 
@@ -129,10 +129,10 @@ class VideoFamily(WholeFrameFamily):
         return self._planes(super().latents(tokens, layout))
 
     def decode(self, pipeline: Pipeline, frames: torch.Tensor) -> torch.Tensor:
-        return decoded_planes(pipeline.vae, self._planes(frames)).flatten(1, 2)
+        return decoded_planes(at_hand(pipeline.vae), self._planes(frames)).flatten(1, 2)
 
     def encode(self, pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
-        return encoded_planes(pipeline.vae, pixels.unflatten(1, (3, -1))).flatten(1, 2)
+        return encoded_planes(at_hand(pipeline.vae), pixels.unflatten(1, (3, -1))).flatten(1, 2)
 
     def _planes(self, frames: torch.Tensor) -> torch.Tensor:
         planes: torch.Tensor = frames.unflatten(1, (self.channels, -1))

@@ -166,7 +166,7 @@ class StagedRun(ScheduleRun):
         self._exchanges.clear()
         if not self._recipe.exact:
             # In float32 so little noise would vanish beside the scores, and break no tie.
-            scores = scores.double() + 1e-6 * self._noise(scores.shape, torch.device("cpu"))
+            scores = scores.double() + 1e-6 * self._noise(scores.shape, denoised.device).to(scores.device)
         return top_tokens(scores, self._recipe.refined(self._plan.rows, self._plan.columns)).to(denoised.device)
 
     def _noise(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:

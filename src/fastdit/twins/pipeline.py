@@ -17,7 +17,6 @@ from fastdit.twins.making import overriding, twin_class
 #: Attributes about the shared weights' placement and adapters: one truth for the pipeline and its twin.
 _SHARED = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "num_fused_loras", "_merged_adapters")
 
-
 #: The method by which pipelines make their mask, and the latents of the picture that it hides.
 _MASKS = "prepare_mask_latents"
 
@@ -124,11 +123,14 @@ def _following(session: PipelineSession, cls: type) -> Value:
 def lifting_component(component: Any, method: str, session: PipelineSession) -> Value:
     """Stand in for a component: latents of an interrupted run reach its `method` at full size."""
 
-    def lifted(latents: torch.Tensor, *args: Value, **kwargs: Value) -> Value:
-        return getattr(component, method)(lift(session.stages, latents), *args, **kwargs)
+    def lifted(self: Any, latents: torch.Tensor, *args: Value, **kwargs: Value) -> Value:
+        own = vars(self).get(method) or getattr(type(component), method).__get__(self)
+        return own(lift(session.stages, latents), *args, **kwargs)
 
     # A property, for a method that was replaced on the object itself (by a compiled one) comes before the class's.
-    return same_object_twin(component, twin_class(type(component), {method: property(lambda self: lifted)}))
+    return same_object_twin(
+        component, twin_class(type(component), {method: property(lambda self: partial(lifted, self))})
+    )
 
 
 def lift(stages: StagePass | None, latents: torch.Tensor) -> torch.Tensor:
