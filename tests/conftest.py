@@ -34,6 +34,7 @@ _LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="run the tests marked `exhaustive`, too")
+    parser.addoption("--pretend-cuda", action="store_true", help="run tests/cuda; for a CUDA build of torch, no driver")
 
 
 @pytest.hookimpl(trylast=True)

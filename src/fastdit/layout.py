@@ -144,8 +144,8 @@ class TokenLayout(ABC):
 
     def siblings(self, corners: torch.Tensor) -> torch.Tensor:
         """List the four cells (0,0), (0,1), (1,0), (1,1) of each first one, [B, 4 K] for [B, K]."""
-        offsets = corners.new_tensor([0, 1, self.columns, self.columns + 1])
-        return (corners[..., None] + offsets).flatten(1)
+        pair = torch.arange(2, dtype=corners.dtype, device=corners.device)  # numbers of the host would be waited for
+        return (corners[..., None] + (pair[:, None] * self.columns + pair).flatten()).flatten(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ class CoarseLayout(TokenLayout):
         """Give the mixed layout in which the coarse tokens `refined` [B, R] are split."""
         mask = torch.ones(refined.shape[0], self.tokens, dtype=torch.bool, device=refined.device)
         mask.scatter_(1, refined, False)
-        kept = mask.nonzero()[:, 1].view(refined.shape[0], self.tokens - refined.shape[1])
+        kept = mask.logical_not().byte().argsort(dim=1, stable=True)[:, : self.tokens - refined.shape[1]]
         return MixedLayout(self.rows, self.columns, kept, refined.sort(dim=1).values, self.frame)
 
 

@@ -53,7 +53,7 @@ class Run:
         self.total_steps, self.plan, self.grid = total_steps, plan, grid
         self.layout: TokenLayout | None = None
         self.step = self.stage = self.stage_step = 0
-        self._sigmas: tuple[torch.Tensor | float, ...] = ()
+        self._sigmas: tuple[float, ...] = ()
         self._checks = tuple(checks)
         self._announced: Callable[[], int | None] = lambda: None
         self._former: int | None = None
@@ -94,10 +94,10 @@ class Run:
         """Say how to ask the pipeline for the number of timesteps that it will walk along; None where it tells none."""
         self._announced = steps
 
-    def timetable(self, sigmas: Sequence[torch.Tensor | float], steps: int) -> None:
-        """Take in the noise levels of the scheduler's timesteps, and how many of these there are."""
+    def timetable(self, sigmas: torch.Tensor | Sequence[float], steps: int) -> None:
+        """Take in the noise levels of the scheduler's timesteps, read once, and how many of these there are."""
         self.begin(steps)
-        self._sigmas = tuple(sigmas)
+        self._sigmas = tuple(sigmas.tolist() if isinstance(sigmas, torch.Tensor) else map(float, sigmas))
 
     def begin(self, total_steps: int, first_index: int = 0) -> None:
         """Begin a loop of so many steps at one of the scheduler's timesteps; what a loop before it left is void."""
@@ -205,8 +205,8 @@ class Run:
                 self._carried.add(key)
         return cast(_State, found)
 
-    def sigma(self, step: int) -> torch.Tensor | float | None:
-        """Give the noise level of a step as the scheduler holds it (a 0-d tensor, not read here), or None."""
+    def sigma(self, step: int) -> float | None:
+        """Give the noise level of a step, or None where the scheduler has none."""
         index = step + self._first_index
         return self._sigmas[index] if step >= 0 and index < len(self._sigmas) else None
 

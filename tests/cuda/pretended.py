@@ -93,6 +93,10 @@ class PretendedTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def tolist(self) -> Any:
+        WAITS.add("tolist")
+        return self.held.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return answer(func, args, kwargs or {})
@@ -109,6 +113,23 @@ class PretendedGenerator(torch.Generator):
 
     def manual_seed(self, seed: int) -> torch.Generator:
         return super().manual_seed(_SEEDS + seed)
+
+
+class _Generators(type(torch.Generator)):  # type: ignore[misc]
+    """Makes a generator of the device where one is asked for, and knows every generator for one."""
+
+    def __call__(cls, device: object = "cpu") -> torch.Generator:
+        return PretendedGenerator() if torch.device(device).type == "cuda" else _GENERATOR(device)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _GENERATOR)
+
+
+_GENERATOR = torch.Generator
+
+
+class _Generator(metaclass=_Generators):
+    """What torch.Generator is while there is a device."""
 
 
 def answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -216,6 +237,7 @@ def pretending(patch: pytest.MonkeyPatch) -> Iterator[Waits]:
     patch.setattr(torch.accelerator, "synchronize", lambda device=None: WAITS.add(f"synchronize {device}"))
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    patch.setattr(torch, "Generator", _Generator)
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)

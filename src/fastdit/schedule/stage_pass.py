@@ -100,12 +100,13 @@ class StagePass(Pass):
     def publish(self, scheduler: Any, device: Any) -> None:
         """Publish the timesteps of every stage as one list, which is what the pipeline's loop walks along."""
         device = device or torch.device("cpu")
-        starts = [sigma for stage in self.plan.stages for sigma in (stage.sigmas or ())[:-1]]
-        sigmas = torch.tensor(starts, dtype=torch.float32, device=device)
+        own = [stage.sigmas or () for stage in self.plan.stages]
+        together = torch.tensor([sigma for stage in own for sigma in stage], dtype=torch.float32, device=device)
+        self._sigmas = list(together.split([*map(len, own)]))
+        sigmas = torch.cat([stage[:-1] for stage in self._sigmas])
         scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-        self._sigmas = [torch.tensor(stage.sigmas, dtype=torch.float32, device=device) for stage in self.plan.stages]
         scheduler.timesteps = sigmas * scheduler.config.num_train_timesteps
-        scheduler.num_inference_steps = len(starts)
+        scheduler.num_inference_steps = len(sigmas)
         scheduler._step_index = None
         scheduler._begin_index = None
 

@@ -17,7 +17,7 @@ from fastdit.nested import Value, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.step_cache.decision import BranchState, Decider, GroupState
-from fastdit.step_cache.rows import on_rows, prove_rows
+from fastdit.step_cache.rows import on_rows, places, prove_rows
 from fastdit.step_cache.segments import Cut, Segment
 from fastdit.step_cache.site import Site, Verdict
 from fastdit.step_cache.tally import Gains, Tally
@@ -178,7 +178,7 @@ class BlockCachePass(Pass):
         if proved not in self._learned.proved:
             prove_rows(port, batch, call, next)
             self._learned.proved.add(proved)
-        index = torch.tensor(part.computing, dtype=torch.long, device=self._start[0].device)
+        index = places(part.computing, self._start[0].device)
         carried = dict(zip(port.inputs, self._samples, strict=True)) if self._samples else {}
         outputs = outputs_of(port, next(on_rows(call, index, batch, carried)))
         self._samples = [outputs[out] for out in port.outputs if out is not None]

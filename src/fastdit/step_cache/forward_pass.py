@@ -14,6 +14,7 @@ from fastdit.nested import Hole, Value, refilled, tensors_of
 from fastdit.record import Outcome
 from fastdit.run import Run
 from fastdit.step_cache.decision import BranchState, Decider, GroupState
+from fastdit.step_cache.rows import places
 from fastdit.step_cache.site import Site, Verdict
 from fastdit.step_cache.tally import Gains, Tally
 
@@ -108,7 +109,7 @@ class ForwardCachePass(Pass):
         if not computing:
             return None
         if len(computing) < count:
-            call = call.of_samples(torch.tensor(computing, dtype=torch.long, device=latents.device), count)
+            call = call.of_samples(places(computing, latents.device), count)
         output = next(call)
         tensors = tensors_of(output)
         if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in tensors_of(call.latents)]:

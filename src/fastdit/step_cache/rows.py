@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,16 @@ def on_rows(call: BlockCall, index: torch.Tensor, batch: int, carried: Mapping[P
     return BlockCall(call.name, call.index, call.block, args, {key: chosen[key] for key in call.kwargs})
 
 
+def places(samples: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Give the places of samples in a batch, made on the device: a copy of the host's numbers would be waited for."""
+    every = torch.arange(max(samples) + 1, dtype=torch.long, device=device)
+    return torch.cat([every[place : place + 1] for place in samples])
+
+
 def prove_rows(port: BlockPort, batch: int, call: BlockCall, run: Block) -> None:
     """Show once that a block gives a sample by itself what it gives it in a batch. Raises `UnsupportedModel`."""
     whole = outputs_of(port, run(BlockCall(call.name, call.index, call.block, call.args, call.kwargs)))
-    first = torch.tensor([0], dtype=torch.long, device=next(iter(whole.values())).device)
+    first = places([0], next(iter(whole.values())).device)
     try:
         alone = outputs_of(port, run(on_rows(call, first, batch, {})))
     except (RuntimeError, ValueError, IndexError) as error:

@@ -29,7 +29,7 @@ class Site:
     kwargs: Kwargs
     context: StepContext
     layout: TokenLayout | None = None
-    sigma: torch.Tensor | float | None = None
+    sigma: float | None = None
 
 
 @dataclasses.dataclass

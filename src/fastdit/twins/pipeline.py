@@ -128,9 +128,8 @@ def lifting_component(component: Any, method: str, session: PipelineSession) -> 
         return own(lift(session.stages, latents), *args, **kwargs)
 
     # A property, for a method that was replaced on the object itself (by a compiled one) comes before the class's.
-    return same_object_twin(
-        component, twin_class(type(component), {method: property(lambda self: partial(lifted, self))})
-    )
+    shown = property(lambda self: lifted.__get__(self))
+    return same_object_twin(component, twin_class(type(component), {method: shown}))
 
 
 def lift(stages: StagePass | None, latents: torch.Tensor) -> torch.Tensor:

@@ -107,8 +107,8 @@ class TransformerTwin:
 
         def make(seconds: float) -> StepRecord:
             return StepRecord(
-                step.step, step.stage, step.branch, self.name, None if sigma is None else float(sigma), tokens,
-                batch, outcome.action, outcome.reason, seconds, outcome.engine or "eager", outcome.saved, kind, called,
+                step.step, step.stage, step.branch, self.name, sigma, tokens, batch,
+                outcome.action, outcome.reason, seconds, outcome.engine or "eager", outcome.saved, kind, called,
             )  # fmt: skip
 
         return make

@@ -14,7 +14,7 @@ from torch.nn import functional
 _TAN_22 = 13573  # tan(22.5 degrees) in steps of 2**-15, as OpenCV rounds it; tan(67.5 degrees) is this plus 2
 _SHIFT = 15
 
-_AT_ONCE = 8  # pixels that edges grow along between two looks at whether they still do, each of which waits
+_AT_ONCE = 32  # pixels that edges grow along before the first look at whether they still do, which waits
 
 
 def canny(shades: torch.Tensor, low: int, high: int) -> torch.Tensor:
@@ -57,12 +57,13 @@ def _peaks(dx: torch.Tensor, dy: torch.Tensor, magnitude: torch.Tensor) -> torch
 
 def _grown(edges: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
     """Grow edges along the peaks that touch them, until none is left."""
+    before, count = edges, _AT_ONCE
     while True:
-        before = edges
-        for _ in range(_AT_ONCE):
-            edges = _spread(_spread(edges, dim=1), dim=2) & peaks
+        for _ in range(count):
+            before, edges = edges, _spread(_spread(edges, dim=1), dim=2) & peaks
         if torch.equal(edges, before):
             return edges
+        count *= 2  # so that few looks see the longest edge
 
 
 def _spread(edges: torch.Tensor, dim: int) -> torch.Tensor:

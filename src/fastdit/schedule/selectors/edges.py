@@ -32,7 +32,7 @@ def edge_scores(pixels: torch.Tensor, rows: int, columns: int, *, paper: bool) -
 
 def grey(pixels: torch.Tensor) -> torch.Tensor:
     """Weigh the colours of pixels [B, 3, H, W] to shades of grey [B, H, W], float32, in the pixels' range."""
-    weights = torch.tensor(_LUMA, dtype=torch.float32, device=pixels.device)[:, None, None]
+    weights = torch.stack([torch.full((1, 1), weight, dtype=torch.float32, device=pixels.device) for weight in _LUMA])
     return (pixels.float() * weights).sum(dim=1)
 
 

@@ -65,7 +65,7 @@ class SeaCache(AccumulatingGate):
                 "SeaCache filters by the noise level on the tokens' grid, and this run has none; use it with a "
                 "pipeline that has a scheduler, or use FirstBlockCache"
             )
-        return filtered(on_grid(site.entered, site.layout), float(site.sigma), self.power)
+        return filtered(on_grid(site.entered, site.layout), site.sigma, self.power)
 
 
 def on_grid(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
