@@ -85,6 +85,11 @@ class Trial:
                     twin.fastdit.plan(pixels, pixels, steps)
                 except InvalidConfig:  # a size that does not halve, a model without coefficients
                     continue
+                # What a twin learns of the model at its first forward is done once, and no part of a call's cost.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FastditWarning)
+                    own = {} if steps is None else {"num_inference_steps": steps}
+                    twin(**{**self.calls[1], "height": pixels, "width": pixels, **own})
                 yield Row(text, pixels, steps, twin, [])
 
     def round(self, number: int) -> None:

@@ -74,6 +74,28 @@ def test_what_was_measured_is_a_page_with_its_rows_steps_and_pictures(measured: 
     assert page.count("data:image/png") >= 6 and "half" in page and "8 steps" in page
 
 
+def test_every_sample_is_a_row_of_a_parquet_file(
+    measured: tuple[Experiment, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow.parquet import read_table
+
+    _, store = measured
+    rows = read_table(store.write_samples()).to_pylist()
+    assert len(rows) == len(list(store.directory.rglob("*.jsonl"))) - _probes(store)
+    assert {"group", "row", "round", "seconds", "flops", "bytes", "prompts", "seeds"} == set(rows[0])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(BenchError, match="pip install 'fastdit"):
+        store.write_samples()
+
+
+def _probes(store: Store) -> int:
+    """Count the cells of the short run that rivals were chosen by, which is no row."""
+    experiment = store.experiment()
+    (group,) = experiment.groups()
+    named = {group.row_key(row) for row in [*experiment.rows(group), *(store.added(group) or [])]}
+    return sum(path.parent.name not in named for path in store.directory.rglob("*.jsonl"))
+
+
 def test_a_finished_experiment_is_not_run_again(measured: tuple[Experiment, Store]) -> None:
     made, store = measured
     before = {path: path.stat().st_mtime_ns for path in store.directory.rglob("*.jsonl")}

@@ -56,15 +56,18 @@ def bench(
     offload: str | None = None,
     out: Annotated[Path, typer.Option(help="Where all is kept; the same again goes on there.")] = Path("fastdit-bench"),
     rerun: Annotated[Path | None, typer.Option(help="Repeat the experiment of this folder, in --out.")] = None,
+    samples: Annotated[bool, typer.Option("--parquet", help="Write every sample to samples.parquet, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure stacks on a pipeline, beside its full run and the plain run that takes as long."""
     from fastdit.bench.experiment import Experiment
     from fastdit.bench.grammar import parse_stack
     from fastdit.bench.source import Source
-    from fastdit.bench.store import Store
+    from fastdit.bench.store import Store, parquet
     from fastdit.bench.toml import read_experiment
 
+    if samples:
+        parquet()
     if rerun is not None:
         experiment = Store(rerun).experiment()
     elif pipe is None:
@@ -90,6 +93,8 @@ def bench(
             ssim_floor=None if floor is None else _floor(floor),
         )
     run_experiment(experiment, Store(out), as_json)
+    if samples:
+        Store(out).write_samples()
 
 
 def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:

@@ -18,7 +18,9 @@ class Source(Config):
     """A pipeline by name, and what its users set up beside.
 
     Args:
-        name: "mini" or "mini:sd3" for an embedded pipeline, a folder that `save_pretrained` wrote, or a hub's name.
+        name: "mini" or "mini:sd3" for an embedded pipeline, "random:flux-dev@0.1" for a published one's architecture
+            with random weights, here at a tenth of its parameters, a folder that `save_pretrained` wrote, or a hub's
+            name.
         variant: the weights' variant, such as "fp16".
         dtype: "float32", "bfloat16" or "float16"; the pipeline's own if left out.
         device: "cuda", "cuda:1", "cpu"; a GPU if there is one.
@@ -44,6 +46,10 @@ class Source(Config):
         if self.name.startswith("mini"):
             if not self.embedded:
                 raise InvalidConfig(f"the embedded pipelines are {', '.join(_EMBEDDED)}, got {self.name!r}")
+        elif self.name.startswith("random:"):
+            from fastdit.bench.random_pipeline import parsed
+
+            parsed(self.name)
         elif folder.is_dir():
             if not (folder / "model_index.json").is_file():
                 raise InvalidConfig(f"{self.name} holds no pipeline: it has no model_index.json")
@@ -58,7 +64,7 @@ class Source(Config):
     @property
     def token_pixels(self) -> int | None:
         """Pixels along a token's side where that is known before anything is loaded."""
-        return _SIDE if self.embedded else None
+        return _SIDE if self.embedded or self.name.startswith("random:") else None
 
     def load(self) -> Any:
         """Load the pipeline and set it up, its progress bar off."""
@@ -70,6 +76,10 @@ class Source(Config):
             from fastdit.mini import load_mini
 
             pipeline = load_mini(_EMBEDDED[self.name], torch_dtype=dtype)  # type: ignore[call-overload]
+        elif self.name.startswith("random:"):
+            from fastdit.bench.random_pipeline import load_random
+
+            pipeline = load_random(self.name, dtype)
         else:
             from diffusers import DiffusionPipeline
 

@@ -14,6 +14,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,31 @@ class Store:
         """Give a kept picture's path."""
         return self._folder(group, row) / name
 
+    def write_samples(self, name: str = "samples.parquet") -> Path:
+        """Write every finished cell as a row of a Parquet file: group, row, round, seconds, FLOPs, bytes.
+
+        Raises `BenchError` without pyarrow, and as `experiment` does.
+        """
+        arrow, experiment = parquet(), self.experiment()
+        samples = [
+            {
+                "group": group.title,
+                "row": row.name,
+                "round": cell.number,
+                "seconds": cell.seconds,
+                "flops": cell.flops,
+                "bytes": cell.bytes,
+                "prompts": cell.prompts,
+                "seeds": cell.seeds,
+            }
+            for group in experiment.groups()
+            for row in experiment.rows(group) + (self.added(group) or [])
+            for cell in self.cells(group, row)
+        ]
+        path = self.directory / name
+        self._guarded(lambda temporary: arrow.parquet.write_table(arrow.Table.from_pylist(samples), temporary), path)
+        return path
+
     def _folder(self, group: Group, row: Row) -> Path:
         return self.directory / group.key / group.row_key(row)
 
@@ -171,3 +197,14 @@ class Store:
 def rival(steps: int) -> Row:
     """Give the plain pipeline of so many steps, as a rival of the same time."""
     return Row(f"plain, {steps} steps", None, steps)
+
+
+def parquet() -> Any:
+    """Import pyarrow. Raises `BenchError` with the command that installs it."""
+    try:
+        import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise BenchError(
+            "Parquet needs pyarrow, which is not installed; run: pip install 'fastdit[parquet]'"
+        ) from error
+    return import_module("pyarrow")
