@@ -10,11 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fastdit.bench.compare import changes, differs
-from fastdit.bench.experiment import Experiment
+from fastdit.bench.experiment import Experiment, Row
 from fastdit.bench.grammar import parse_stack
+from fastdit.bench.outcome import RowOutcome
 from fastdit.bench.source import Source
 from fastdit.bench.store import BenchError, Cell, Store
 from fastdit.cli import app
+from fastdit.measure.statistics import Interval
 
 
 def drawn(random: np.random.Generator, rounds: int, factor: float = 1.0) -> list[float]:
@@ -74,3 +76,17 @@ def test_two_experiments_are_refused(stores: tuple[Store, Store], tmp_path: Path
         changes(stores[0], other)
     shutil.rmtree(other.directory)
     assert CliRunner().invoke(app, ["compare", str(stores[0].directory), str(other.directory)]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("speed_up", "status"),
+    [
+        (Interval(1.5, 1.4, 1.6), "faster"),
+        (Interval(0.8, 0.75, 0.85), "slower"),
+        (Interval(1.1, 0.9, 1.3), "not shown"),
+        (Interval(1.12, 1.12, 1.73), "not shown"),  # too noisy, as the table has it
+    ],
+)
+def test_a_row_is_called_faster_only_where_the_table_prints_how_much(speed_up: Interval, status: str) -> None:
+    row = RowOutcome(Row("half", None, 4), 3, 1.0, speed_up, None, None, None, None, {}, {}, (), None)
+    assert row.status() == status

@@ -64,6 +64,13 @@ def test_what_can_t_be_in_time_is_thrown_out_before_it_runs(workbench: Workbench
         search.workbench.tried = before  # type: ignore[method-assign]
     assert not made and not search.finished()
     assert all("hopeless" in one.user_attrs for one in search.study.trials if one.state.is_finished())
+    assert search.counted().startswith("2 trials; 2 would take ")
+
+
+def test_a_prompt_that_the_judge_can_t_read_is_refused_before_anything_is_loaded() -> None:
+    prompts = ["a cat on a pink background"] * 3 + ["a fish on a yellow background"]
+    with pytest.raises(InvalidConfig, match=r"fish on a yellow.*none of"):
+        Workbench(Source("mini"), prompts, None, None)
 
 
 def test_the_winner_is_the_best_in_time_or_the_fastest_that_is_good() -> None:

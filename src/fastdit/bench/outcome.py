@@ -13,6 +13,7 @@ from fastdit.bench.quality import fidelity, quality
 from fastdit.bench.store import Cell, Store
 from fastdit.measure.charts import Waterfall
 from fastdit.measure.experiment import SHOWN
+from fastdit.measure.noise import too_noisy
 from fastdit.measure.results import ConfigurationResult, JsonObject, Metric, Results
 from fastdit.measure.statistics import Interval, ratio_of_medians
 
@@ -45,8 +46,9 @@ class RowOutcome:
 
     @property
     def shown(self) -> bool:
-        """Whether the speed-up's interval leaves 1 out."""
-        return self.speed_up is not None and not self.speed_up.low <= 1.0 <= self.speed_up.high
+        """Whether the speed-up's interval leaves 1 out, and is not too wide to say how much."""
+        found = self.speed_up
+        return found is not None and not found.low <= 1.0 <= found.high and not too_noisy(found)
 
     def rejected(self, floor: float | None) -> bool:
         """Whether the row is not like enough to the full run."""

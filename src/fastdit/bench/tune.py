@@ -123,6 +123,8 @@ class Workbench:
         self.source, self.prompts, self.size, self.steps = source, list(prompts), size, steps
         if len(self.prompts) < EARLY:
             raise InvalidConfig(f"a search compares at least {EARLY} prompts, got {len(self.prompts)}")
+        if source.embedded:
+            _check_readable(self.prompts)
         self.pipeline = source.load()
         self._references: list[Image] = []
 
@@ -246,7 +248,14 @@ class Search:
             best = self.goal.best(found)
             left = max(ends - time.monotonic(), 0.0) / 60
             told = "nothing reaches it yet" if best is None else f"{best.stack or 'plain'}: {_told(best)}"
-            say(f"{len(self.study.trials)} trials, {len(found)} on the front, {left:.0f} min left; {told}")
+            say(f"{self.counted()}, {len(found)} on the front, {left:.0f} min left; {told}")
+
+    def counted(self) -> str:
+        """Say how many trials ended, and how many of them were thrown out before they made a picture."""
+        ended = [one for one in self.study.trials if one.state.is_finished()]
+        hopeless = [one.user_attrs["hopeless"] for one in ended if "hopeless" in one.user_attrs]
+        told = f"; {len(hopeless)} would take {min(hopeless):.2f} s and more" if hopeless else ""
+        return f"{len(ended)} trials{told}"
 
     def _trial(self, trial: Any) -> tuple[float, float]:
         pruned = self._optuna.TrialPruned
@@ -340,6 +349,18 @@ class Search:
             (path / "tuning.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
             paths.append(path)
         return paths
+
+
+def _check_readable(prompts: Sequence[str]) -> None:
+    """Raise `InvalidConfig` for a prompt that the embedded pipelines' judge can't read."""
+    from fastdit.mini.prompts import parse
+
+    prompt = ""
+    try:
+        for prompt in prompts:
+            parse(prompt)
+    except ValueError as error:
+        raise InvalidConfig(f"the judge can't read the prompt {prompt!r}: {error}; take another") from error
 
 
 def neighbours(stack: Stack) -> Iterator[Stack]:

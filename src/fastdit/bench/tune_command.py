@@ -59,7 +59,7 @@ def tune(
         for cliff in cliffs:
             typer.echo(f"beside the winner: {cliff}")
         if winner is None:
-            typer.echo("nothing reaches the goal; search longer, or ask for less")
+            typer.echo(f"nothing reaches the goal ({search.counted()}); search longer, or ask for less")
         stacks = {one.stack: path for one, path in zip(search.front(), saved, strict=True) if one.stack}
     if stacks and reported:
         _report(source, stacks, reported, (shape, steps), out)
