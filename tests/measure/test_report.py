@@ -93,6 +93,19 @@ def test_the_summary_names_the_fastest_stack_and_its_rival() -> None:
     assert "RALU 4x" in text and "50 steps" in text and "11 steps" in text
 
 
+def test_the_summary_claims_nothing_that_is_too_noisy() -> None:
+    results = make_results()
+    accelerated = next(entry for entry in results.configurations if entry.stack is not None)
+    noisy = dataclasses.replace(accelerated, seconds=(0.01, 9.0) * (len(accelerated.seconds) // 2))
+    others = (entry for entry in results.configurations if entry.stack is None)
+    told = summary(dataclasses.replace(results, configurations=(*others, noisy)))
+    assert told[0] == f"How much faster {noisy.name} is than {results.baseline} was not shown: times are too noisy."
+
+
+def test_a_name_breaks_where_a_word_begins_and_is_escaped() -> None:
+    assert report._breakable("TaylorSeer <b>") == "Taylor<wbr>Seer &lt;b&gt;"
+
+
 def test_a_timeline_has_a_band_a_stage_and_a_cell_a_step() -> None:
     lines = {line.name: line for line in timelines(make_results().configurations)}
     assert [len(band.cells) for band in lines["RALU 4x"].bands] == [5, 6, 7]

@@ -48,7 +48,8 @@ class Environment:
         memory = "" if self.memory_gib is None else f", {self.memory_gib:.0f} GiB"
         device = "" if self.accelerator is None else f"{self.accelerator}, "
         software = f"Python {self.python}, torch {self.torch}, diffusers {self.diffusers}, fastdit {self.fastdit}"
-        return f"{device}{self.cpu}, {self.threads} threads{memory}, {self.system}; {software}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{device}{self.cpu}, {threads}{memory}, {self.system}; {software}"
 
 
 def _cpu_model() -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from fastdit.measure import charts
-from fastdit.measure.noise import remarks
+from fastdit.measure.noise import remarks, too_noisy
 from fastdit.measure.results import ConfigurationResult, JsonObject, Results
 from fastdit.measure.statistics import CONFIDENCE, Interval
 from fastdit.measure.table import header, rows, verdict
@@ -72,6 +74,7 @@ def render_report(results: Results, directory: Path, waterfalls: Sequence[charts
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     chosen = detailed(results)
     lines = timelines(chosen)
     done = {cell.action for line in lines for band in line.bands for cell in band.cells}
@@ -100,6 +103,11 @@ def render_report(results: Results, directory: Path, waterfalls: Sequence[charts
         header=header(results),
         rows=rows(results),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """Let a name be broken where a new word begins within it."""
+    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=\()", "<wbr>", str(escape(name))))
 
 
 def detailed(results: Results) -> list[ConfigurationResult]:
@@ -139,7 +147,10 @@ def summary(results: Results) -> list[str]:
     if not accelerated:
         return []
     fastest = min(accelerated, key=lambda entry: entry.median_seconds)
-    sentences = [f"{fastest.name} is {results.speed_up(fastest.name):.2f} times as fast as {results.baseline}."]
+    speed_up = results.speed_up(fastest.name)
+    sentences = [f"{fastest.name} is {speed_up:.2f} times as fast as {results.baseline}."]
+    if too_noisy(speed_up):
+        sentences = [f"How much faster {fastest.name} is than {results.baseline} was not shown: times are too noisy."]
     rival = results.rival(fastest.name)
     advantage = results.advantage(fastest.name, rival, "judge")
     if rival is not None and advantage is not None:
