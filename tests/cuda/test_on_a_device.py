@@ -87,7 +87,7 @@ STACKS: dict[str, tuple[Callable[[], list[Any]], int, int]] = {
     "ProgressiveResolution, spectral": (
         lambda: [ProgressiveResolution(steps=(4, 4), ends=(0.15,), starts=(0.08,), lift=SpectralLift())],
         0,
-        0,
+        2,  # the matrices that enlarge both sides
     ),
     "ProgressiveResolution, corrected": (lambda: [ProgressiveResolution(steps=(4, 4), lift=CorrectedLift())], 0, 0),
     "BottleneckSampling": (lambda: [BottleneckSampling((2, 4, 2))], 0, 0),
