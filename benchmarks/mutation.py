@@ -250,11 +250,11 @@ class Reached:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.now.clear()
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return (yield)
         finally:
-            self.tests[item.nodeid] = time.perf_counter() - start, sorted(self.now)
+            self.tests[item.nodeid] = time.process_time() - start, sorted(self.now)
 
 
 def instrumented(module: str, reach: str) -> ast.Module:
@@ -374,7 +374,7 @@ def main(
     seed: int = 1,
     each: Annotated[int, typer.Option(help="How many mutants of a module.")] = 20,
     only: Annotated[str, typer.Option(help="Modules to change, by a pattern.")] = "",
-    seconds: Annotated[float, typer.Option(help="How long the tests of a mutant take without a change.")] = 8.0,
+    seconds: Annotated[float, typer.Option(help="How long the tests of a mutant take the processor without a change.")] = 8.0,
     jobs: Annotated[int, typer.Option(help="How many mutants are tested at a time.")] = 2,
     kept: Annotated[Path | None, typer.Option(help="Where what tests reach is kept for the next time.")] = None,
     out: Path = RESULT,

@@ -15,6 +15,7 @@ from fastdit import (
     DBCache,
     EasyCache,
     FirstBlockCache,
+    IncompatibleStack,
     Interval,
     InvalidConfig,
     NeverFired,
@@ -198,6 +199,17 @@ def test_a_carried_history_lets_the_first_step_of_a_stage_be_skipped(forecast: A
     first = [step for step in lost.fastdit.last_run.steps if step.step in (5, 11)]
     assert [step.reason for step in first] == ["first step of a stage"] * 2
     assert not torch.equal(carried, reset)
+
+
+def test_whole_latents_that_change_their_shape_with_the_stage_are_not_carried_and_that_is_said() -> None:
+    pipe, call = tiny.sd3(size=128, steps=6)
+    stages = RALU(steps=(2, 2, 2), ends=(0.3, 0.45), ratio=0.3)
+    lost, kept = (
+        accelerate(pipe, [stages, Interval(2, scope="forward", stage_change=change)]) for change in ("reset", "carry")
+    )
+    assert torch.isfinite(tiny.run(lost, call)).all()
+    with pytest.raises(IncompatibleStack, match="keeps whole latents"):
+        tiny.run(kept, call)
 
 
 def test_a_residual_that_is_the_same_everywhere_is_carried_exactly() -> None:

@@ -155,3 +155,9 @@ def never_fired_allowed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def test_a_bare_module_s_run_of_another_length_than_the_mask_is_refused_at_its_first_forward() -> None:
+    twin = accelerate(Polynomial([1.0]), [StepMask(MASK)])
+    with pytest.raises(InvalidConfig, match="10 entries and the run has 4"), twin.fastdit.run(num_inference_steps=4):
+        twin(torch.zeros(1, 3, 4), 0)
