@@ -41,7 +41,7 @@ import typer
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mutation.json"
 
-_CALLS = ("core/test_clock", "core/test_idle", "step_cache/test_scopes")
+_CALLS = ("core/test_run", "core/test_clock", "core/test_idle", "step_cache/test_scopes")
 _CACHES = ("step_cache/test_gates", "step_cache/test_options_together", "step_cache/test_scopes")
 _STAGES = ("schedule/test_edges", "schedule/test_ralu", "schedule/test_progressive")
 #: The modules that are changed, each with the files of its own tests.
@@ -374,7 +374,9 @@ def main(
     seed: int = 1,
     each: Annotated[int, typer.Option(help="How many mutants of a module.")] = 20,
     only: Annotated[str, typer.Option(help="Modules to change, by a pattern.")] = "",
-    seconds: Annotated[float, typer.Option(help="How long the tests of a mutant take the processor without a change.")] = 8.0,
+    seconds: Annotated[
+        float, typer.Option(help="How long the tests of a mutant take the processor without a change.")
+    ] = 8.0,
     jobs: Annotated[int, typer.Option(help="How many mutants are tested at a time.")] = 2,
     kept: Annotated[Path | None, typer.Option(help="Where what tests reach is kept for the next time.")] = None,
     out: Path = RESULT,
