@@ -42,7 +42,12 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mutation.json"
 
 _CALLS = ("core/test_run", "core/test_clock", "core/test_idle", "step_cache/test_scopes")
-_CACHES = ("step_cache/test_gates", "step_cache/test_options_together", "step_cache/test_scopes")
+_CACHES = (
+    "step_cache/test_decision",
+    "step_cache/test_gates",
+    "step_cache/test_options_together",
+    "step_cache/test_scopes",
+)
 _STAGES = ("schedule/test_edges", "schedule/test_ralu", "schedule/test_progressive")
 #: The modules that are changed, each with the files of its own tests.
 TARGETS: dict[str, tuple[str, ...]] = {
