@@ -71,9 +71,17 @@ def endless() -> int:
         pass
 
 
-def test_only_a_changed_module_s_failing_tests_count_as_noticed() -> None:
-    mutant = ("step_cache.policy", "SkipPolicy.forced", 1, "a -> b")
-    mutants = [mutation.Mutant(*mutant, verdict) for verdict in ("killed", "timeout", "survived", "equivalent")]
-    assert mutation.killed(mutants) == pytest.approx(2 / 3)
+def test_what_is_found_of_a_module_takes_the_place_of_what_was_known_and_all_is_added_up() -> None:
+    known = {
+        "modules": {"a": {"verdicts": {"killed": 1}}, "b": {"verdicts": {"killed": 2, "equivalent": 1, "untested": 1}}},
+        "left": [{"module": "a", "line": 1}, {"module": "b", "line": 2}],
+    }
+    found = {"modules": {"a": {"verdicts": {"timeout": 1, "survived": 1}}}, "left": [{"module": "a", "line": 3}]}
+    result = mutation.joined(known, found)
+    assert (result["mutants"], result["killed"]) == (6, 3 / 5)
+    assert [mutant["line"] for mutant in result["left"]] == [2, 3]
+
+
+def test_a_process_that_does_not_come_to_an_end_is_ended() -> None:
     assert mutation.in_a_fork(lambda: 1, 60.0) == 1
     assert mutation.in_a_fork(endless, 0.2) is None
