@@ -81,9 +81,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
 #: The seconds after which tests of a mutant do not come to an end.
 LIMIT = 300.0
 
-#: Mutants of which no test can tell, by module and what was changed, with the reason.
-EQUIVALENT: dict[tuple[str, str], str] = {}
-
 _COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -418,8 +415,6 @@ def main(
     mutants: list[Mutant] = []
     with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
         for (module, _, change), found in zip(drawn, pool.map(verdict, *zip(*asked, strict=True)), strict=True):
-            if found in ("survived", "untested") and (module, change.what) in EQUIVALENT:
-                found = "equivalent"
             mutants.append(Mutant(module, change.function, change.line, change.what, found))
             print(f"{found}: {module}:{change.line} {change.function}: {change.what}", flush=True)
     rows = {
@@ -444,12 +439,12 @@ def main(
 def joined(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Put what was found of some modules in the place of what was known of them, and add all up.
 
-    `killed` is the share of mutants that are killed, of those that can be told from the original.
+    `killed` is the share of all mutants, those among them that no test could tell from the original, too.
     """
     modules = {**known["modules"], **found["modules"]}
     left = [mutant for mutant in known["left"] if mutant["module"] not in found["modules"]] + found["left"]
     counts = sum((Counter(row["verdicts"]) for row in modules.values()), Counter[str]())
-    share = (counts["killed"] + counts["timeout"]) / (counts.total() - counts["equivalent"])
+    share = (counts["killed"] + counts["timeout"]) / counts.total()
     return {"mutants": counts.total(), "killed": share, "modules": modules, "left": left}
 
 

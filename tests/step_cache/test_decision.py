@@ -212,6 +212,7 @@ def test_what_may_be_skipped_begins_after_the_warm_up_and_little_room_is_said() 
     assert "can skip at most 2 of 3 steps" in (Moved().outlook(3) or "")
     assert "can skip none of 1 steps" in (Moved().outlook(1) or "")
     assert FirstBlockCache(0.0, policy=FREE).outlook(1) is None
+    assert (Interval().interval, Interval(1).neutral, Interval(2).neutral) == (3, True, False)
     assert (Moved().leading_blocks, Moved().trailing_blocks) == (0, 0)
     with pytest.raises(InvalidConfig, match="scope is one of stack, where"):
         Late(scope="list")
