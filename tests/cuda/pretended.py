@@ -238,6 +238,10 @@ def pretending(patch: pytest.MonkeyPatch) -> Iterator[Waits]:
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     patch.setattr(torch, "Generator", _Generator)
+    # Engines refuse what sees operators, which here is the device itself.
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
+    others = lambda: [mode for mode in modes() if not isinstance(mode, _Device)]  # noqa: E731
+    patch.setattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", others)
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
