@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -59,6 +60,12 @@ class ConfigurationResult:
         return median(self.seconds)
 
 
+@lru_cache(maxsize=4096)
+def _ratio(numerator: tuple[float, ...], denominator: tuple[float, ...]) -> Interval:
+    """A page asks for each row's several times, and every answer is made of thousands of samples."""
+    return ratio_of_medians(numerator, denominator)
+
+
 @dataclass(frozen=True)
 class Results:
     """One measurement: where it ran, how, and what came out; speed-ups are against the configuration `baseline`."""
@@ -88,7 +95,7 @@ class Results:
 
     def speed_up(self, name: str) -> Interval:
         """How many times faster than the baseline: ratio of median seconds, rounds paired."""
-        return ratio_of_medians(self[self.baseline].seconds, self[name].seconds)
+        return _ratio(tuple(self[self.baseline].seconds), tuple(self[name].seconds))
 
     def rival(self, name: str) -> str | None:
         """The fastest plain configuration that takes as long as an accelerated one, or at most a tenth longer."""
