@@ -228,7 +228,7 @@ def noticed() -> str:
     data = json.loads(MUTATION.read_text(encoding="utf-8"))
     return (
         f"What keeps it so: of {data['mutants']} small changes to the {len(data['modules'])} modules that decide what "
-        f"a run does, drawn by seeds that no test was written for, {data['killed']:.1%} are noticed by the modules' "
+        f"a run does, drawn at random, {data['killed']:.1%} are noticed by the modules' "
         "own fast tests (`benchmarks/mutation.py`)."
     )
 
