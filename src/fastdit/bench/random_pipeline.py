@@ -68,11 +68,15 @@ class RandomFluxPipeline(FluxPipeline):  # type: ignore[misc]
             pooled_prompt_embeds = _drawn(seeds, (config.pooled_projection_dim,))
         embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0).to(**place)
         pooled = pooled_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0).to(**place)
-        return embeds, pooled, torch.zeros(embeds.shape[1], 3, **place)
+        return embeds, pooled, torch.zeros(embeds.shape[1], 3, dtype=embeds.dtype, device=embeds.device)
 
 
 def _drawn(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([_noise(shape, seed) for seed in seeds])
+
+
+def _noise(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
 def load_random(name: str, dtype: torch.dtype | None = None) -> Any:

@@ -119,28 +119,31 @@ def _work(name: str, tokens: int) -> Work:
 def _counted(module: Any, tokens: int, text: int) -> tuple[int, int, int]:
     """Count a forward's FLOPs, the weights, and the numbers that the blocks read and write of their streams."""
     config = module.config
-    with torch.device("meta"):
-        arguments = _INPUTS[type(module).__name__](config, tokens, text)
+    arguments = _INPUTS[type(module).__name__](config, tokens, text)
     counted = flops.count(module, **arguments)
     width = config["dim"] if "dim" in config else config["num_attention_heads"] * config["attention_head_dim"]
     streams = (tokens + text) * width * len(counted.blocks) * _TRAFFIC
     return counted.total, sum(one.numel() for one in module.parameters()), streams
 
 
+def _shaped(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
 def _tokens(config: Mapping[str, Any], tokens: int, text: int) -> dict[str, Any]:
     return {
-        "hidden_states": torch.empty(1, tokens, config["in_channels"]),
-        "encoder_hidden_states": torch.empty(1, text, config["joint_attention_dim"]),
-        "timestep": torch.empty(1),
+        "hidden_states": _shaped(1, tokens, config["in_channels"]),
+        "encoder_hidden_states": _shaped(1, text, config["joint_attention_dim"]),
+        "timestep": _shaped(1),
     }
 
 
 def _flux(config: Mapping[str, Any], tokens: int, text: int) -> dict[str, Any]:
     axes = len(config["axes_dims_rope"])
-    ids = {"img_ids": torch.empty(tokens, axes), "txt_ids": torch.empty(text, axes)}
+    ids = {"img_ids": _shaped(tokens, axes), "txt_ids": _shaped(text, axes)}
     pooled = config.get("pooled_projection_dim")
-    more = {} if pooled is None else {"pooled_projections": torch.empty(1, pooled)}
-    guidance = {"guidance": torch.empty(1)} if config["guidance_embeds"] else {}
+    more = {} if pooled is None else {"pooled_projections": _shaped(1, pooled)}
+    guidance = {"guidance": _shaped(1)} if config["guidance_embeds"] else {}
     return {**_tokens(config, tokens, text), **ids, **more, **guidance}
 
 
@@ -151,14 +154,14 @@ def _qwen(config: Mapping[str, Any], tokens: int, text: int) -> dict[str, Any]:
 
 def _z_image(config: Mapping[str, Any], tokens: int, text: int) -> dict[str, Any]:
     side = math.isqrt(tokens)
-    frame = torch.empty(config["in_channels"], 1, 2 * side, 2 * (tokens // side))
-    return {"x": [frame], "t": torch.empty(1), "cap_feats": [torch.empty(text, config["cap_feat_dim"])]}
+    frame = _shaped(config["in_channels"], 1, 2 * side, 2 * (tokens // side))
+    return {"x": [frame], "t": _shaped(1), "cap_feats": [_shaped(text, config["cap_feat_dim"])]}
 
 
 def _sd3(config: Mapping[str, Any], tokens: int, text: int) -> dict[str, Any]:
     side, patch = math.isqrt(tokens), config["patch_size"]
-    frame = torch.empty(1, config["in_channels"], patch * side, patch * (tokens // side))
-    pooled = torch.empty(1, config["pooled_projection_dim"])
+    frame = _shaped(1, config["in_channels"], patch * side, patch * (tokens // side))
+    pooled = _shaped(1, config["pooled_projection_dim"])
     return {**_tokens(config, tokens, text), "hidden_states": frame, "pooled_projections": pooled}
 
 
