@@ -54,6 +54,7 @@ def test_a_search_goes_on_and_keeps_stacks_that_can_be_loaded(workbench: Workben
         Search(workbench, Goal(seconds=1.0), tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_what_can_t_be_in_time_is_thrown_out_before_it_runs(workbench: Workbench, tmp_path: Path) -> None:
     search = Search(workbench, Goal(seconds=1e-6), tmp_path)
     made: list[object] = []

@@ -250,6 +250,7 @@ def test_importing_fastdit_is_fast_and_leaves_torch_alone() -> None:
     assert float(done.stdout) < 0.3
 
 
+@pytest.mark.exhaustive
 def test_neither_scipy_nor_opencv_is_needed() -> None:
     import subprocess
     import sys

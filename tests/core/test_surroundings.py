@@ -80,6 +80,7 @@ def test_layerwise_casting_changes_nothing() -> None:
     assert actions(cached) == SKIPPING
 
 
+@pytest.mark.exhaustive
 def test_compiled_blocks_are_used_and_skipped() -> None:
     pipe, call = build()
     expected = tiny.run(accelerate(pipe, [CACHE]), call)

@@ -129,6 +129,7 @@ def test_gelu_by_exp_is_gelu_by_tanh(values: list[float]) -> None:
     assert processor._gelu(single.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.exhaustive
 def test_a_kept_engine_is_found_from_another_folder_and_whatever_the_order_of_sets(tmp_path: Path) -> None:
     program = "import torch; from fastdit import Compile; print(Compile().environment(torch.device('cpu')))"
     found = set()

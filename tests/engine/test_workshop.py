@@ -78,6 +78,7 @@ def test_a_kept_engine_of_no_use_is_built_again_and_that_is_said(tmp_path: Path)
         gc.collect()
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=4)
 @given(data=st.data())
 def test_a_kept_file_that_was_changed_never_makes_a_wrong_picture(

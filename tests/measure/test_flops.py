@@ -33,6 +33,7 @@ def test_a_linear_layer_and_an_attention_are_told_apart() -> None:
     assert (attention.linear, attention.attention) == (0, 2 * 2 * 2 * 6 * 6 * 4)
 
 
+@pytest.mark.exhaustive
 def test_fifty_steps_of_flux_cost_what_they_must() -> None:
     flux = runs("flux-dev")
     stages = [Stage(50, flux.image_tokens)]
@@ -54,6 +55,7 @@ def test_ralu_costs_what_is_published_in_either_accounting(
     assert flux.published(stages) / TERA == pytest.approx(published, rel=0.01)
 
 
+@pytest.mark.exhaustive
 def test_stable_diffusion_3_costs_what_is_published_with_guidance_and_all_its_encoders() -> None:
     sd3 = runs("sd3-medium")
     plain = [Stage(28, sd3.image_tokens)]

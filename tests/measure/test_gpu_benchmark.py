@@ -102,6 +102,7 @@ def test_rows_are_timed_in_turns_and_set_beside_plain_runs_that_take_as_long(nam
     assert half.to_json()["stack"]["accelerators"][0]["type"] == "FORA"
 
 
+@pytest.mark.exhaustive
 def test_what_a_step_waits_for_is_told_by_stage_of_the_steps_that_ran_in_whole() -> None:
     half, staged = rows.Row("half", lambda: [FORA(2)], 12), rows.Row("staged", lambda: [RALU("4x")], None)
     given = [rows.plain(6), half, staged]
@@ -110,6 +111,7 @@ def test_what_a_step_waits_for_is_told_by_stage_of_the_steps_that_ran_in_whole()
     assert all(0 < stage.host_seconds <= stage.seconds for row in given for stage in row.stages)
 
 
+@pytest.mark.exhaustive
 def test_a_batch_is_timed_beside_the_plain_run_of_as_many() -> None:
     four = rows.Row("four", lambda: [], 2, same=True, batch=4)
     given = [rows.plain(2), rows.plain(2, 4), four]
@@ -210,6 +212,7 @@ def test_the_cells_are_every_schedule_engine_and_mask_once_and_all_can_be_stated
     assert expected <= set(stated) and given[0].plain and given[0].steps == cells.steps
 
 
+@pytest.mark.exhaustive
 def test_a_row_that_does_not_give_the_plain_picture_is_an_error_and_never_a_fast_row() -> None:
     wrong = rows.Row("wrong", lambda: [ProgressiveResolution(steps=(1, 1))], None, same=True)
     right = rows.Row("right", lambda: [], 6, same=True)
@@ -218,6 +221,7 @@ def test_a_row_that_does_not_give_the_plain_picture_is_an_error_and_never_a_fast
     assert right.error is None and right.error_to_plain == 0.0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rival", [others.hooked("TaylorSeerCacheConfig"), others.cache_dit])
 def test_a_rival_changes_the_pipeline_only_while_its_row_runs(rival: rows.Rival) -> None:
     pytest.importorskip("cache_dit") if rival is others.cache_dit else None
@@ -267,6 +271,7 @@ def test_a_check_that_fails_is_told_apart_from_what_is_not_to_be_had(tmp_path: P
     assert len(json.loads((tmp_path / "check.json").read_text())["findings"]) == 3
 
 
+@pytest.mark.exhaustive
 def test_the_scripts_import_nothing_but_what_a_borrowed_host_has_and_their_wheels() -> None:
     has = "torch triton transformers opencv-python-headless typer rich scipy torchmetrics pytest peft numpy pillow"
     listed = (FOLDER / "wheels.txt").read_text(encoding="utf-8").splitlines()

@@ -127,6 +127,7 @@ def test_the_word_is_counted_as_a_word(tmp_path: Path) -> None:
     assert found["the word Any"].value == 2
 
 
+@pytest.mark.exhaustive
 def test_the_script_prints_every_count_before_it_fails() -> None:
     script = Path(structure.__file__)
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=script.parents[1])

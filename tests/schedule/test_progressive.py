@@ -65,6 +65,7 @@ def test_given_shifts_space_the_stages_and_no_shifts_are_matched() -> None:
     assert any("matching distance" in note for note in matched.notes)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "published"), [("SPEED 1%", 1.319), ("SPEED 5%", 1.623)])
 def test_speed_s_recipes_cost_what_is_published(name: str, published: float) -> None:
     counter = RunFlops("flux-dev")
