@@ -89,13 +89,15 @@ class Finding:
 
 def stacks(architecture: str, directory: str) -> dict[str, tuple[list[Accelerator], bool]]:
     """Every accelerator by name for a pipeline, and whether it must give the plain run's picture."""
-    preset = "4x" if architecture == "flux" else "2x"
+    flux = architecture == "flux"
+    preset = "4x" if flux else "2x"
+    gate = TeaCache if flux else FirstBlockCache  # nothing is published of SD3 that TeaCache or MagCache could take
     found: dict[str, tuple[list[Accelerator], bool]] = {"empty stack": ([], True)}
     for made in (
         [RALU.paper(preset)],
-        [TeaCache(0.25)],
+        [gate(0.25)],
         [Compile(directory=directory)],
-        [RALU(preset), TeaCache(0.25), Compile(directory=directory)],
+        [RALU(preset), gate(0.25), Compile(directory=directory)],
         [Compile(cuda_graphs=True, directory=directory)],
         [AOT(directory=directory)],
         [RALU(preset)],
@@ -104,16 +106,16 @@ def stacks(architecture: str, directory: str) -> dict[str, tuple[list[Accelerato
         [RALU.paper(preset, selector=VelocityVariance())],
         [RALU.paper(preset, selector=TextAttention())],
         [RALU.paper(preset, frame="fine")],
-        [RALU.paper(preset), TeaCache(0.25, stage_change="carry")],
+        [RALU.paper(preset), gate(0.25, stage_change="carry")],
         [ProgressiveResolution()],
         [BottleneckSampling()],
         [JustInTime()],
-        [TeaCache(0.15, per_image=True)],
+        [gate(0.15, per_image=True)],
         [FirstBlockCache(0.2)],
         [FirstBlockCache(0.3, scope="list")],
         [EasyCache(0.3)],
         [SeaCache(0.3)],
-        [MagCache(0.1)],
+        *([[MagCache(0.1)]] if flux else []),
         [Interval(3, forecast=Taylor(2))],
         [Interval(3, forecast=DMD())],
         [Interval(3, forecast=FoCa())],
