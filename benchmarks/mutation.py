@@ -278,7 +278,8 @@ def in_a_fork(work: Callable[[], int], limit: float) -> int | None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
-            signal.setitimer(signal.ITIMER_REAL, limit)  # what is not handled ends the process
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process
+            signal.setitimer(signal.ITIMER_REAL, limit)
             held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (held + 6 * 2**30,) * 2)
             code = work()

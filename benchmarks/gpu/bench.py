@@ -237,8 +237,8 @@ def limited(seconds: float) -> Iterator[None]:
         raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-    try:
+    try:  # it may ring at once
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
