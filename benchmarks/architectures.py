@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastdit.predict.architectures import published
+
 TransformerInputs = Callable[[Mapping[str, Any], int, int], dict[str, Any]]
 
 
@@ -77,15 +79,7 @@ CLIP_G: dict[str, Any] = {
     "hidden_act": "gelu",
 }
 
-FLUX_AUTOENCODER: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
+FLUX_AUTOENCODER: dict[str, Any] = published()["autoencoders"]["flux"]
 
 
 def _flux_inputs(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> dict[str, Any]:

@@ -21,18 +21,6 @@ from fastdit.predict.architectures import published
 #: The published models that are made so.
 MODELS = ("flux-dev", "flux-schnell")
 
-_AUTOENCODER: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
-
 
 def parsed(name: str) -> tuple[str, float]:
     """Read `random:flux-dev@0.1`: the model, and its share of the parameters. Raises `InvalidConfig` for others."""
@@ -97,7 +85,7 @@ def load_random(name: str, dtype: torch.dtype | None = None) -> Any:
         torch.set_default_dtype(dtype or torch.float32)
         try:
             transformer = FluxTransformer2DModel(**{**published()["models"][model]["config"], **scaled})
-            autoencoder = AutoencoderKL(**_AUTOENCODER)
+            autoencoder = AutoencoderKL(**published()["autoencoders"]["flux"])
         finally:
             torch.set_default_dtype(before)
     return RandomFluxPipeline(

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 
 from fastdit.models.family import Autoencoder
 from fastdit.structure import structural_twin
+
+
+class Coding(Enum):
+    """What an autoencoder is asked for amid a run."""
+
+    DECODE = "pixels of latents"
+    ENCODE = "latents of pixels"
 
 
 def at_hand(vae: Autoencoder) -> Autoencoder:

@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from fastdit.models.autoencoders import Coding
 from fastdit.models.components import transformers_of
 from fastdit.plan import Plan
 from fastdit.predict.cost import CostModel, Probe, kept_model
 from fastdit.predict.curve import Curve
-from fastdit.schedule.lifts.pixel import PixelLift
-from fastdit.schedule.selectors.edges import Edges
-from fastdit.schedule.selectors.pixel_gradient import PixelGradient
-from fastdit.schedule.staged import StagedSchedule
 from fastdit.stack import Stack
 from fastdit.step import StagePlan, StepContext
 from fastdit.step_cache.base import StepCache
@@ -172,18 +169,10 @@ def _flops(model: CostModel, shares: list[Share], rows: int, tokens: int) -> Exp
 
 def _switch(model: CostModel, stack: Stack, before: StagePlan, after: StagePlan, picture: tuple[int, int]) -> float:
     """Give the seconds that the autoencoder takes between two stages; what is beside it is small."""
-    schedule = stack.schedule
-    if not isinstance(schedule, StagedSchedule):
-        return 0.0
     fine, batch = picture
-    rising = _tokens(after) > _tokens(before)
-    sizes = (fine // 4, fine) if rising else (fine, fine // 4)
-    seconds = 0.0
-    if isinstance(schedule.recipe.lift, PixelLift):
-        seconds += model.decode.at(batch, sizes[0]) + model.encode.at(batch, sizes[1])
-    if after.layout == "mixed" and isinstance(schedule.recipe.selector, Edges | PixelGradient):
-        seconds += model.decode.at(batch, fine // 4)
-    return seconds
+    costs = {Coding.DECODE: model.decode, Coding.ENCODE: model.encode}
+    asked = () if stack.schedule is None else stack.schedule.codings(before, after, fine)
+    return sum(costs[coding].at(batch, tokens) for coding, tokens in asked)
 
 
 def shares_of(plan: Plan, transformer: nn.Module, probe: Probe | None, depth: int | None = None) -> Iterator[Share]:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
-from fastdit.step import SchedulePlan
+from fastdit.step import SchedulePlan, StagePlan
 
 if TYPE_CHECKING:
     import torch
 
     from fastdit.blocks.chain import Pass
     from fastdit.layout import TokenLayout
+    from fastdit.models.autoencoders import Coding
     from fastdit.models.family import Family, Pipeline
 
 
@@ -36,6 +37,10 @@ class Schedule(Accelerator):
     def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
         """Choose the stages for a grid of `rows` x `columns` image tokens; None means the schedule's own count."""
         raise NotImplementedError
+
+    def codings(self, before: StagePlan, after: StagePlan, cells: int) -> Sequence[tuple[Coding, int]]:
+        """Say what the switch between two stages asks of the autoencoder, each of how many of the grid's `cells`."""
+        return ()
 
     def begin(
         self,

@@ -11,12 +11,14 @@ distribution of (1.4, 0.42).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Annotated, ClassVar
 
 from fastdit.accelerator import Need
 from fastdit.config import Count, Range, Shift, register
 from fastdit.errors import InvalidConfig
+from fastdit.models.autoencoders import Coding
 from fastdit.models.family import Family, Pipeline
 from fastdit.schedule.anchors import AnchorRun
 from fastdit.schedule.base import Schedule, ScheduleRun
@@ -94,6 +96,10 @@ class JustInTime(Schedule):
         layouts = ["sparse"] * len(anchors) + ["fine"]
         stages = zip(layouts, [*anchors, cells], steps, spans, strict=True)
         return SchedulePlan(tuple(StagePlan(i, *stage) for i, stage in enumerate(stages)), rows, columns, notes)
+
+    def codings(self, before: StagePlan, after: StagePlan, cells: int) -> Sequence[tuple[Coding, int]]:
+        """Name what the selector asks for of the whole frame; the last stage has all tokens without it."""
+        return [] if after.layout == "fine" else [(coding, cells) for coding in self.selector.codes]
 
     def begin(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, generator: Generators) -> ScheduleRun:
         """Make the state of one run, which draws nothing."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fastdit.blocks.attention import AttentionSight, SeenAttention
 from fastdit.blocks.chain import ForwardCall, Pass
 from fastdit.layout import CoarseLayout, FineLayout, MixedLayout, TokenLayout
+from fastdit.models.autoencoders import Coding
 from fastdit.models.family import Family, Pipeline
 from fastdit.models.roles import text_comes_first
 from fastdit.schedule.base import Schedule, ScheduleRun
@@ -21,7 +22,7 @@ from fastdit.schedule.recipe import Recipe
 from fastdit.schedule.selectors.base import Scene, Seen
 from fastdit.schedule.selectors.edges import top_tokens
 from fastdit.schedule.selectors.text_attention import SeenExchange, mean_exchange
-from fastdit.step import SchedulePlan
+from fastdit.step import SchedulePlan, StagePlan
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -38,6 +39,15 @@ class StagedSchedule(Schedule):
     def plan(self, rows: int, columns: int, num_inference_steps: int | None) -> SchedulePlan:
         """Lay out the stages. Raises `InvalidConfig` for sizes that don't halve and for too few steps."""
         return self.recipe.plan(type(self).__name__, rows, columns, num_inference_steps)
+
+    def codings(self, before: StagePlan, after: StagePlan, cells: int) -> Sequence[tuple[Coding, int]]:
+        """Name what the lift asks for, of the frame before and the one after, and the selector of the coarse one."""
+        coarse = cells // 4
+        decoded, encoded = (cells, coarse) if after.layout == "coarse" else (coarse, cells)
+        sizes = {Coding.DECODE: decoded, Coding.ENCODE: encoded}
+        lifted = [(coding, sizes[coding]) for coding in self.recipe.lift.codes]
+        chosen = self.recipe.selector.codes if after.layout == "mixed" else ()
+        return [*lifted, *((coding, coarse) for coding in chosen)]
 
     def begin(self, plan: SchedulePlan, family: Family, pipeline: Pipeline, generator: Generators) -> ScheduleRun:
         """Make the state of one run."""

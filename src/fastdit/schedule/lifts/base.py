@@ -22,6 +22,7 @@ from torch.nn import functional
 from fastdit.config import Config
 from fastdit.errors import InvalidConfig
 from fastdit.layout import FineLayout, MixedLayout, TokenLayout
+from fastdit.models.autoencoders import Coding
 from fastdit.models.family import Family, Pipeline
 from fastdit.schedule.lifts import hadamard
 
@@ -54,6 +55,9 @@ class Lift(Config, ABC):
 
     #: Whether the lift takes whole frames alone, and none of which regions are finer.
     whole_frames: ClassVar[bool] = False
+
+    #: What it asks of the autoencoder at a switch: to decode the whole frame before it, to encode the one after it.
+    codes: ClassVar[tuple[Coding, ...]] = ()
 
     def check(self, ends: Sequence[float], starts: Sequence[float]) -> None:
         """Raise `InvalidConfig` where the lift can't go back from the times `ends` to `starts`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
 
 from fastdit.config import register
+from fastdit.models.autoencoders import Coding
 from fastdit.schedule.lifts.base import CleanLift, Switch
 
 
@@ -29,6 +31,8 @@ class PixelLift(CleanLift):
     >>> PixelLift()
     PixelLift(noise='shared')
     """
+
+    codes: ClassVar = (Coding.DECODE, Coding.ENCODE)
 
     def lifted(self, switch: Switch, frames: torch.Tensor) -> torch.Tensor:
         pixels = switch.family.decode(switch.pipeline, frames).float().clamp(-1.0, 1.0)

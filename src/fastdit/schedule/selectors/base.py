@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastdit.config import Config
+from fastdit.models.autoencoders import Coding
 from fastdit.models.family import Family, Pipeline
 
 
@@ -62,6 +63,9 @@ class Selector(Config, ABC):
 
     #: What of the coarse stage is kept for it, if anything.
     sees: ClassVar[Seen | None] = None
+
+    #: What it asks of the autoencoder to score a frame; `Scene.decoded` asks it to decode.
+    codes: ClassVar[tuple[Coding, ...]] = ()
 
     def check(self, transformer: nn.Module) -> None:
         """Raise `UnsupportedModel` if the transformer doesn't show what the selector asks to see."""

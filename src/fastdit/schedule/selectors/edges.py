@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
 from fastdit.config import register
+from fastdit.models.autoencoders import Coding
 from fastdit.schedule.selectors.base import Scene, Selector
 from fastdit.schedule.selectors.canny import canny
 
@@ -52,6 +54,8 @@ class Edges(Selector):
     >>> Edges()
     Edges()
     """
+
+    codes: ClassVar = (Coding.DECODE,)
 
     def scores(self, scene: Scene) -> torch.Tensor:
         return edge_scores(scene.decoded(), scene.rows, scene.columns, paper=not scene.exact)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
 
 from fastdit.config import register
+from fastdit.models.autoencoders import Coding
 from fastdit.schedule.selectors import edges
 from fastdit.schedule.selectors.base import Scene, Selector
 
@@ -22,6 +24,8 @@ class PixelGradient(Selector):
     >>> PixelGradient()
     PixelGradient()
     """
+
+    codes: ClassVar = (Coding.DECODE,)
 
     def scores(self, scene: Scene) -> torch.Tensor:
         grey = functional.pad(edges.grey(scene.decoded())[:, None], (1, 1, 1, 1), mode="replicate")
