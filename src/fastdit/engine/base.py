@@ -8,10 +8,12 @@ never reaches an engine of another key, whatever the compiler beneath would have
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
 from fastdit.config import LOCAL
@@ -20,6 +22,7 @@ from fastdit.engine.engine_pass import EnginePass
 from fastdit.engine.fingerprint import structure_of, weights_of
 from fastdit.engine.key import EngineKey, Environment, environment_of
 from fastdit.engine.piece import Execute, PieceCall
+from fastdit.engine.room import Requirement
 from fastdit.engine.workshop import Workshop
 from fastdit.run import Run
 
@@ -50,6 +53,9 @@ class Engine(Accelerator):
     #: Whether the weights become a part of the engine, so that it is built for one module and its weights.
     bakes_weights: ClassVar[bool] = False
 
+    #: Whether an engine that is built still reads its folder; where it does not, what is kept is the one copy on disk.
+    reads_folder: ClassVar[bool] = True
+
     def lasting(self) -> Workshop:
         return Workshop(self)
 
@@ -75,6 +81,16 @@ class Engine(Accelerator):
         be built is raised.
         """
         raise NotImplementedError
+
+    def least_bytes(self, module: nn.Module) -> int:
+        """Say what the engine of a module takes on the disk at least: its weights, where they become a part of it."""
+        tensors = (*module.parameters(), *module.buffers()) if self.bakes_weights else ()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def requirement(self, blocks: Sequence[nn.Module], stages: int) -> Requirement:
+        """Say what the engines of blocks that each has its own take on the disk at least, at so many stages."""
+        sizes = [self.least_bytes(block) for block in blocks]
+        return Requirement(stages * len(sizes), stages * sum(sizes), max(sizes, default=0))
 
     def key(self, call: PieceCall, *, structure: str | None = None, weights: str | None = None) -> EngineKey:
         """Give the key of the engine for a call; a digest of the module may be given where it is known."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 
+from torch import nn
+
 from fastdit.blocks.attention import KernelMode
 from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
 from fastdit.engine.arguments import canonical, mapped
@@ -24,6 +26,7 @@ class EnginePass(Pass):
     def __init__(self, workshop: Workshop, run: Run) -> None:
         self._workshop, self._run = workshop, run
         self._admitted: dict[int, Admission] = {}
+        self._met: set[nn.Module] = set()
         self._kernel: KernelMode | None = None
         self._environment: Environment | None = None
         self._stage: tuple[Hashable, ...] | None = None
@@ -38,6 +41,10 @@ class EnginePass(Pass):
         except EngineMismatch as error:
             self._workshop.excuse(call.name, error)
             self._aside = True
+        if call.module not in self._met:
+            self._met.add(call.module)
+            stages = () if self._run.plan is None else self._run.plan.stages
+            self._workshop.expect(call.module, len({(stage.layout, stage.tokens) for stage in stages}) or 1)
         self._stage, self._environment = _stage_of(self._run), None
         self._called, self._ran, self._eager = True, 0, 0
         output = next(call)

@@ -66,3 +66,8 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 #: What runs an engine: it gets a call of a module of the engine's structure, its tensors in canonical strides.
 Execute = Callable[[PieceCall], object]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """List the blocks of a model's block lists."""
+    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]

@@ -3,11 +3,14 @@
     cache    engines, which may be large           $FASTDIT_CACHE, or `fastdit` in $XDG_CACHE_HOME or ~/.cache
     state    the secret that they are sealed by    $FASTDIT_STATE, or `fastdit` in $XDG_STATE_HOME or ~/.local/state
 
+$FASTDIT_CACHE_LIMIT bounds what is kept of engines, in GiB.
+
 Who can write to the state folder decides which code is loaded; who can write to the cache does not (`sealed.py`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from contextlib import suppress
@@ -30,6 +33,23 @@ def cache_home() -> Path:
 def state_home() -> Path:
     """Give fastdit's state folder. Raises `InvalidConfig` where the user has no home."""
     return _home("FASTDIT_STATE", "XDG_STATE_HOME", "~/.local/state")
+
+
+def cache_limit() -> int | None:
+    """Give the limit that is set on kept engines, in bytes; None where there is none.
+
+    Raises `InvalidConfig` for what is no number of GiB above 0.
+    """
+    given = os.environ.get("FASTDIT_CACHE_LIMIT")
+    if not given:
+        return None
+    try:
+        gibibytes = float(given)
+    except ValueError:
+        gibibytes = math.nan
+    if not 0 < gibibytes < math.inf:
+        raise InvalidConfig(f"FASTDIT_CACHE_LIMIT is a number of GiB above 0, such as 40, got {given!r}")
+    return int(gibibytes * (1 << 30))
 
 
 def _home(own: str, base: str, default: str) -> Path:

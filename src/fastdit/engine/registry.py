@@ -20,15 +20,10 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from fastdit.engine.places import cache_home, expanded, made, others_write
-from fastdit.engine.sealed import DIGITS, MANIFEST, Unfit, contents_of, files_in, manifest_of, seal
-from fastdit.errors import EngineWarning, InvalidConfig
-
-#: How much a directory keeps unless told otherwise; the entries that were used longest ago go first.
-LIMIT_BYTES = 8 << 30
-
-#: The names of entries. Nothing in a directory is touched that is not named by a digest.
-_ENTRIES = "[0-9a-f]" * DIGITS
+from fastdit.engine.places import cache_home, cache_limit, expanded, made, others_write
+from fastdit.engine.room import ENTRIES, Room, last_used, size_of
+from fastdit.engine.sealed import MANIFEST, Unfit, contents_of, manifest_of, seal
+from fastdit.errors import EngineBuildFailed, EngineWarning, InvalidConfig
 
 
 class Key(Protocol):
@@ -53,12 +48,15 @@ class Entry:
 
 
 class Registry:
-    """The engines that are kept in one directory. Safe under several processes, of which one at a time builds a key."""
+    """The engines that are kept in one directory. Safe under several processes, of which one at a time builds a key.
 
-    def __init__(self, directory: str | Path | None = None, *, limit_bytes: int = LIMIT_BYTES) -> None:
+    `limit_bytes` bounds all that is kept there, $FASTDIT_CACHE_LIMIT unless given; `room.py` says what goes by it.
+    """
+
+    def __init__(self, directory: str | Path | None = None, *, limit_bytes: int | None = None) -> None:
         own = None if directory is None else expanded(Path(directory), "give the whole path")
         self.directory = cache_home() / "engines" if own is None else own
-        self.limit_bytes = limit_bytes
+        self.room = Room(self.directory, cache_limit() if limit_bytes is None else limit_bytes)
 
     @property
     def only_read(self) -> str | None:
@@ -106,20 +104,22 @@ class Registry:
         return True
 
     def keep(self, key: Key, built: Path) -> bool:
-        """Keep what lies in the folder `built` under a key, which is held; warns where that can't be, and why."""
+        """Keep what lies in the folder `built`, and seal it, under a key that is held; warns where it can't."""
         if (why := self.only_read) is None:
             self._remove_partial(key.digest)
             partial = self._partial(key.digest)
             try:
+                seal(built, key.to_json())
+                self.make_room(key, size_of(built))
                 shutil.copytree(built, partial)
-                seal(partial, key.to_json())
                 self.remove(key)
                 os.replace(partial, self.directory / key.digest)
+            except EngineBuildFailed as error:  # there is no room
+                why = str(error)
             except (InvalidConfig, OSError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 why = f"{error}; make room there, or give another directory"
             else:
-                self._trim(key.digest)
                 return True
         _remark(f"an engine can't be kept in {self.directory}, so the next process builds it again: {why}")
         return False
@@ -145,18 +145,18 @@ class Registry:
     def entries(self) -> list[Entry]:
         """List what is kept, last used first; what can't be read is left out."""
         found = []
-        for folder in self.directory.glob(_ENTRIES):
+        for folder in self.directory.glob(ENTRIES):
             with suppress(Unfit, OSError):
-                found.append(Entry(folder.name, manifest_of(folder)["key"], _size(folder), _last_used(folder)))
+                found.append(Entry(folder.name, manifest_of(folder)["key"], size_of(folder), last_used(folder)))
         return sorted(found, key=lambda entry: -entry.used)
 
     def clear(self) -> int:
         """Remove everything that is kept, and give the number of entries. Engines in use stay as they are."""
-        folders = list(self.directory.glob(_ENTRIES))
+        folders = list(self.directory.glob(ENTRIES))
         for folder in folders:
             with self._lock(folder.name):
                 self._discard(folder)
-        self._remove_partial(_ENTRIES)
+        self._remove_partial(ENTRIES)
         return len(folders)
 
     def _remove_partial(self, digest: str) -> None:
@@ -164,17 +164,14 @@ class Registry:
         for left_over in self.directory.glob(f".{digest}.*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
 
-    def _trim(self, newest: str) -> None:
-        """Remove the entries used longest ago until the rest fits; the newest one stays."""
-        sizes = {folder: _size(folder) for folder in self.directory.glob(_ENTRIES)}
-        total = sum(sizes.values())
-        for folder in sorted(sizes, key=_last_used):
-            if total <= self.limit_bytes:
-                return
-            if folder.name != newest:
-                with suppress(Timeout), self._lock(folder.name, timeout=0):  # one that is in use stays
-                    self._discard(folder)
-                    total -= sizes[folder]
+    def make_room(self, key: Key, size: int, *, building: bool = False) -> None:
+        """Remove the entries used longest ago until `size` bytes fit under a key, which is held (`Room.made`).
+
+        Raises `EngineBuildFailed` where they can't. Where the directory is only read nothing is to be kept.
+        """
+        for folder in self.room.made(size, key.digest, building=building) if self.only_read is None else ():
+            with suppress(Timeout), self._lock(folder.name, timeout=0):  # one that is in use stays
+                self._discard(folder)
 
     def _lock(self, digest: str, timeout: float = -1) -> AbstractContextManager[object]:
         try:
@@ -190,10 +187,7 @@ def _remark(text: str) -> None:
     warnings.warn(text, EngineWarning, stacklevel=3)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in files_in(folder).values())
-
-
-def _last_used(folder: Path) -> float:
-    manifest = folder / MANIFEST
-    return manifest.stat().st_mtime if manifest.exists() else 0.0
+def warn_of_no_use(key: Key, shape: str, what: str) -> None:
+    """Warn that an engine which is kept as it was written can't be used, and say what is done about it."""
+    said = f"the engine kept for {key.to_json()['piece']} {shape} is as it was written and of no use all the same"
+    warnings.warn(f"{said} {what}", EngineWarning, stacklevel=3)

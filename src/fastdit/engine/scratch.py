@@ -17,6 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from fastdit.engine.sealed import files_in
+
 _PREFIX = "fastdit-engines-"
 
 
@@ -44,6 +46,11 @@ def remove(folder: Path, process: int) -> None:
     """Remove a folder in a process's scratch, or all of it, unless this is a fork of the process."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Say of the files of a folder what tells that one was written."""
+    return {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in files_in(folder).items()}
 
 
 def _hold(folder: Path) -> int | None:

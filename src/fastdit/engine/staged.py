@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from fastdit.config import Range
@@ -16,6 +17,7 @@ from fastdit.engine.base import Engine
 from fastdit.engine.flat import Flat
 from fastdit.engine.key import EngineKey
 from fastdit.engine.piece import PieceCall
+from fastdit.engine.room import Requirement
 from fastdit.errors import EngineMismatch, InvalidConfig, UnsupportedModel
 from fastdit.process import switching, unheard_warnings
 
@@ -56,6 +58,9 @@ class StagedEngine(Engine):
             tuple(tuple(count + following[size] if size in following else size for size in shape) for shape in own)
             for count in self.tokens
         )
+
+    def requirement(self, blocks: Sequence[nn.Module], stages: int) -> Requirement:
+        return super().requirement(blocks, 1 if self.tokens else stages)
 
     def key(self, call: PieceCall, *, structure: str | None = None, weights: str | None = None) -> EngineKey:
         key = super().key(call, structure=structure, weights=weights)

@@ -19,11 +19,10 @@ from torch import nn
 from fastdit.engine.arguments import outline_of
 from fastdit.engine.fingerprint import Structure, structure_of, weights_of
 from fastdit.engine.key import EngineKey, Environment
-from fastdit.engine.piece import Execute, PieceCall
+from fastdit.engine.piece import Execute, PieceCall, blocks_of
 from fastdit.engine.refusals import refusal
-from fastdit.engine.registry import Registry
-from fastdit.engine.scratch import remove, scratch
-from fastdit.engine.sealed import files_in
+from fastdit.engine.registry import Registry, warn_of_no_use
+from fastdit.engine.scratch import remove, scratch, state_of
 from fastdit.engine.warmup import Build
 from fastdit.errors import EngineBuildFailed, EngineMismatch, EngineWarning, FastditError, UnsupportedModel
 from fastdit.process import switching
@@ -78,8 +77,13 @@ class Workshop:
 
     def expected(self, model: nn.Module) -> int:
         """Count the engines that a model needs for one stage: one a kind of block, or one a block."""
-        blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+        blocks = blocks_of(model)
         return len(blocks) if self.engine.bakes_weights else len({structure_of(block) for block in blocks})
+
+    def expect(self, model: nn.Module, stages: int) -> None:
+        """See that the engines of a model can be kept, before one is built. Raises `EngineBuildFailed`."""
+        if self.engine.bakes_weights and self.engine.on_failure == "error" and self._registry.only_read is None:
+            self._registry.room.require(model, self.engine.requirement(blocks_of(model), stages))
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -166,19 +170,21 @@ class Workshop:
         try:
             with self._registry.locked(key):
                 kept = self._registry.read(key, folder)
-                before = _state_of(folder)
+                if not kept:
+                    self._registry.make_room(key, self.engine.least_bytes(call.module), building=True)
+                before = state_of(folder)
                 try:
                     execute = self.engine.build(call, folder)
                 except Exception as error:
                     if not kept or isinstance(error, OSError):
                         raise
-                    _warn_of_no_use(key, call, f"({type(error).__name__}: {error}); it is removed and built again")
+                    warn_of_no_use(key, call.shape, f"({type(error).__name__}: {error}); it is removed and built again")
                     self._registry.remove(key)
                     shutil.rmtree(folder)
                     folder.mkdir()
                     kept, execute = False, self.engine.build(call, folder)
-                if kept and _state_of(folder) != before:
-                    _warn_of_no_use(key, call, _COMPILED_AGAIN)
+                if kept and state_of(folder) != before:
+                    warn_of_no_use(key, call.shape, _COMPILED_AGAIN)
                     kept = False
                 if not kept:
                     self._registry.keep(key, folder)
@@ -186,15 +192,9 @@ class Workshop:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         built = BuiltEngine(key, execute, kept)
-        weakref.finalize(built, remove, folder, os.getpid()).atexit = False  # all of `scratch` goes then
+        self._registry.room.hold(key.digest, built)
+        gone = weakref.finalize(built, remove, folder, os.getpid())
+        gone.atexit = False  # all of `scratch` goes then
+        if not self.engine.reads_folder:
+            gone()
         return built
-
-
-def _state_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Say of the files of a folder what tells that one was written."""
-    return {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in files_in(folder).items()}
-
-
-def _warn_of_no_use(key: EngineKey, call: PieceCall, what: str) -> None:
-    said = f"the engine kept for {key.piece} {call.shape} is as it was written and of no use all the same {what}"
-    warnings.warn(said, EngineWarning, stacklevel=2)

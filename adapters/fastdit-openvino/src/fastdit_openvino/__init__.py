@@ -52,6 +52,7 @@ class OpenVINO(StagedEngine):
     precision: Literal["f32", "bf16"] = "f32"
 
     bakes_weights: ClassVar[bool] = True
+    reads_folder: ClassVar[bool] = False
 
     @property
     def settings(self) -> str:
@@ -81,6 +82,11 @@ class OpenVINO(StagedEngine):
             Output.keep(output, folder)
         proved = {stage_of(tensors, shapes)} if len(shapes) == 1 or not built else set()
         return _Proved(request, shapes, Output(folder), self._tolerance(call), proved).execute
+
+    def least_bytes(self, module: nn.Module) -> int:
+        widest = 2 if self.precision == "bf16" else 4
+        tensors = (*module.parameters(), *module.buffers())
+        return sum(tensor.numel() * min(tensor.element_size(), widest) for tensor in tensors)
 
     @property
     def _properties(self) -> dict[str, object]:

@@ -50,6 +50,7 @@ class TensorRT(StagedEngine):
     """
 
     bakes_weights: ClassVar[bool] = True
+    reads_folder: ClassVar[bool] = False
 
     @property
     def settings(self) -> str:
