@@ -13,10 +13,9 @@ put on the model: it leaves no trace in a run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from typing import Any
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -27,26 +26,47 @@ from fastdit.errors import UnsupportedModel
 from fastdit.nested import Value, map_tensors, tensors_of
 from fastdit.structure import structural_twin
 
+Place = tuple[str, int]
+"""A block: the name of its list, and its index there."""
+
 
 @dataclass(frozen=True)
 class _Seen:
-    """One observed call of a block: what went in, what came out."""
+    """One observed call of a block, without its tensors.
+
+    `links` are the (output place, argument) pairs in which the call got an output tensor of the call before itself.
+    `items` says of each item that came out whether it is a tensor, `returns` what they came in.
+    """
 
     name: str
     index: int
-    arguments: dict[Port, Any]
-    output: Any
+    links: tuple[tuple[int, Port], ...]
+    items: tuple[bool, ...]
+    returns: str
 
 
 class _Recorder:
-    """Runs every block without the user's hooks on it, and keeps what went in and came out."""
+    """Runs every block without the user's hooks on it, and keeps how calls are joined.
+
+    Of the tensors it keeps those at which a strand may end: what leaves linked blocks of a list, or is not passed on.
+    Any other is let go when the next block is called, and until then no other tensor can have its identity.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.calls: list[_Seen] = []
+        self.ends: dict[Place, Value] = {}
         self._module = module
+        self._before: Value = None
+        self._within = False  # whether the last block was linked to the one before in its own list
 
     def answer(self, call: BlockCall) -> Value:
         tensors = tensors_of([call.args, call.kwargs])
+        links = _links(self._before, [*enumerate(call.args), *call.kwargs.items()])
+        self._before = None
+        last = self.calls[-1] if links else None
+        if last is not None and (last.name == call.name or not self._within):
+            self.ends.pop((last.name, last.index), None)
+        self._within = last is not None and last.name == call.name
         versions = versions_of(tensors)
         uncounted = [(tensor, tensor.clone()) for tensor in tensors if tensor.is_inference()]
         output = run_unhooked(call)
@@ -56,9 +76,26 @@ class _Recorder:
                 f"{type(self._module).__name__}: something writes into the inputs of {call.name}.{call.index} in "
                 "place, so what the blocks add can't be known; use kernels that don't, or a stack without a step cache"
             )
-        arguments: dict[Port, Any] = dict(enumerate(call.args))
-        arguments.update(call.kwargs)
-        self.calls.append(_Seen(call.name, call.index, arguments, output))
+        items = tuple(isinstance(item, torch.Tensor) for item in _items(output))
+        returns = "tensor" if isinstance(output, torch.Tensor) else type(output).__name__
+        self.calls.append(_Seen(call.name, call.index, links, items, returns))
+        self._before = output
+        if links:
+            self.ends[call.name, call.index] = output
+        return output
+
+
+class _Keeper:
+    """Runs every block, and keeps what comes out of some."""
+
+    def __init__(self, wanted: Container[Place]) -> None:
+        self.kept: dict[Place, Value] = {}
+        self._wanted = wanted
+
+    def answer(self, call: BlockCall) -> Value:
+        output = run_unhooked(call)
+        if (call.name, call.index) in self._wanted:
+            self.kept[call.name, call.index] = output
         return output
 
 
@@ -69,10 +106,10 @@ Span = tuple[int, int, int]
 class _Replayer:
     """Skips the blocks of some spans, injects their recorded ends and notes the values that entered each strand."""
 
-    def __init__(self, wiring: Wiring, spans: Iterable[Span], seen: list[_Seen]) -> None:
+    def __init__(self, wiring: Wiring, spans: Iterable[Span], ends: Mapping[Place, Value]) -> None:
         self._wiring, self._where = wiring, wiring.where()
         self._skipped = {(number, place): stop for number, first, stop in spans for place in range(first, stop)}
-        self._outputs = {(call.name, call.index): call.output for call in seen}
+        self._ends = ends
         self.entered: dict[int, list[torch.Tensor]] = {}
 
     def answer(self, call: BlockCall) -> Value:
@@ -85,7 +122,7 @@ class _Replayer:
         if place == 0:
             self.entered[number] = values
         if place == stop - 1:
-            ends = outputs_of(port, self._outputs[call.name, call.index])
+            ends = outputs_of(port, self._ends[call.name, call.index])
             values = [ends[out] if out is not None else None for out in port.outputs]
         given = zip(port.outputs, values, strict=True)
         return returned(port, {out: value for out, value in given if out is not None})
@@ -102,9 +139,10 @@ def run_unhooked(call: BlockCall) -> Value:
 def observe(call: ForwardCall, skipped: Callable[[Wiring], Iterable[Span]]) -> Wiring:
     """Run one plain forward beside a call, learn its wiring and prove it; the call itself is left as it is.
 
-    `skipped` gives the spans of a wiring that are to be skipped. Costs a forward, two more without their blocks, and
-    one without what is skipped. Raises `UnsupportedModel`, naming what was seen, where no block list is purely carried
-    or a replay does not reproduce the plain output.
+    `skipped` gives the spans of a wiring that are to be skipped. Costs a forward, two more without their blocks, one
+    without what is skipped, and another one where that ends amid a list; and the memory of what leaves the lists.
+    Raises `UnsupportedModel`, naming what was seen, where no block list is purely carried or a replay does not
+    reproduce the plain output.
     """
     module, name = call.module, type(call.module).__name__
     recorder = _Recorder(module)
@@ -120,12 +158,16 @@ def observe(call: ForwardCall, skipped: Callable[[Wiring], Iterable[Span]]) -> W
                 "told apart; use accelerators that don't skip blocks"
             )
         every = [(number, 0, len(strand.blocks)) for number, strand in enumerate(strands)]
-        replayer, probe = (_Replayer(wiring, every, recorder.calls) for _ in range(2))
+        replayer, probe = (_Replayer(wiring, every, recorder.ends) for _ in range(2))
         _forward(call, replayer, 1.0)
         _forward(call, probe, 2.0)
         wiring = _with_entry(call, wiring, replayer.entered, probe.entered)
         spans = list(skipped(wiring))
-        if not _equal(plain, _forward(call, _Replayer(wiring, spans, recorder.calls), 1.0)):
+        ends = {_end(wiring, span): recorder.ends.pop(_end(wiring, span), None) for span in spans}
+        if wanted := {place for place, end in ends.items() if end is None}:
+            _forward(call, keeper := _Keeper(wanted), 1.0)
+            ends.update(keeper.kept)
+        if not _equal(plain, _forward(call, _Replayer(wiring, spans, ends), 1.0)):
             raise UnsupportedModel(
                 f"{name}: skipping {_spanned(wiring, spans)} and injecting the recorded outputs does not reproduce the "
                 "plain output, so something besides the carried streams leaves the blocks, such as a long skip to a "
@@ -134,7 +176,13 @@ def observe(call: ForwardCall, skipped: Callable[[Wiring], Iterable[Span]]) -> W
     return wiring
 
 
-def _forward(call: ForwardCall, blocks: _Recorder | _Replayer, factor: float) -> Value:
+def _end(wiring: Wiring, span: Span) -> Place:
+    number, _, stop = span
+    last = wiring.strands[number].blocks[stop - 1]
+    return last.name, last.index
+
+
+def _forward(call: ForwardCall, blocks: _Recorder | _Keeper | _Replayer, factor: float) -> Value:
     """Run the forward with its first argument scaled and finite, where every diffusers transformer takes its latents.
 
     The forward gets latents and containers of its own: what writes to them must not reach the caller's.
@@ -187,7 +235,7 @@ def _strands(calls: list[_Seen]) -> list[Strand]:
     """Group consecutive calls that are joined by identical tensors into strands."""
     groups: list[list[_Seen]] = []
     for call in calls:
-        if groups and _links(groups[-1][-1], call):
+        if groups and call.links:
             groups[-1].append(call)
         else:
             groups.append([call])
@@ -199,16 +247,20 @@ def _strands(calls: list[_Seen]) -> list[Strand]:
     return found
 
 
-def _links(first: _Seen, second: _Seen) -> list[tuple[int, Port]]:
-    """List the (output place, argument) pairs in which `second` receives an output tensor of `first` itself."""
-    items = [first.output] if isinstance(first.output, torch.Tensor) else list(first.output)
-    return [
+def _items(output: Value) -> list[Value]:
+    """Take what a block gave apart."""
+    return list(output) if isinstance(output, Iterable) and not isinstance(output, torch.Tensor) else [output]
+
+
+def _links(output: Value, arguments: Sequence[tuple[Port, Value]]) -> tuple[tuple[int, Port], ...]:
+    """List the (output place, argument) pairs in which a call receives an output tensor of the one before itself."""
+    return tuple(
         (place, port)
-        for place, item in enumerate(items)
+        for place, item in enumerate(_items(output))
         if isinstance(item, torch.Tensor)
-        for port, value in second.arguments.items()
+        for port, value in arguments
         if value is item
-    ]
+    )
 
 
 def _strand(group: list[_Seen]) -> Strand | None:
@@ -216,7 +268,7 @@ def _strand(group: list[_Seen]) -> Strand | None:
     if len(group) < 2:
         return None
     seen = {(call.name, call.index) for call in group}
-    links = [_links(first, second) for first, second in pairwise(group)]
+    links = [call.links for call in group[1:]]
     if len(seen) != len(group) or any(len(link) != len(links[0]) for link in links):
         return None
     # A block takes its streams where the next block of its own list does.
@@ -241,16 +293,13 @@ def _strand(group: list[_Seen]) -> Strand | None:
             outputs = tuple(place for place, _ in sorted(links[number - 1], key=_place))
         else:
             return None
-        items = [call.output] if isinstance(call.output, torch.Tensor) else list(call.output)
         outputs = tuple(
-            out if out is not None and out < len(items) and isinstance(items[out], torch.Tensor) else None
-            for out in outputs
+            out if out is not None and out < len(call.items) and call.items[out] else None for out in outputs
         )
         carried = {out for out in outputs if out is not None}
-        if any(isinstance(item, torch.Tensor) and place not in carried for place, item in enumerate(items)):
+        if any(tensor and place not in carried for place, tensor in enumerate(call.items)):
             return None
-        returns = "tensor" if isinstance(call.output, torch.Tensor) else type(call.output).__name__
-        blocks.append(BlockPort(call.name, call.index, inputs, outputs, returns, len(items)))
+        blocks.append(BlockPort(call.name, call.index, inputs, outputs, call.returns, len(call.items)))
     if any(out is None for block in blocks[:-1] for out in block.outputs):
         return None
     return Strand(tuple(blocks))
