@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,9 @@ import pytest
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
+
+# Half a million objects are made by imports and stay; to look among them for garbage would find none. See below.
+gc.disable()
 
 # The references and helpers of one room are used in another.
 sys.path.extend(str(Path(__file__).parent / room) for room in ("schedule", "step_cache", "token_cache", "core"))
@@ -29,6 +34,9 @@ settings.register_profile(
 )
 settings.load_profile("fastdit")
 
+#: How many rows of a test are fast ones, unless its `rows` mark says otherwise.
+FAST_ROWS = 4
+
 _LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -37,9 +45,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pretend-cuda", action="store_true", help="run tests/cuda; for a CUDA build of torch, no driver")
 
 
-@pytest.hookimpl(trylast=True)
+def _mark_rows(items: list[pytest.Item]) -> None:
+    """Mark what a test has of rows beyond the fast ones as exhaustive.
+
+    Those that stay are spread evenly over all, from a place that the test's name gives, so that among many tests over
+    one list each of its members is somewhere.
+    """
+    tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("exhaustive"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for name, rows in tests.items():
+        mark = rows[0].get_closest_marker("rows")
+        most, first = mark.args[0] if mark else FAST_ROWS, zlib.crc32(name.encode())
+        stay = {(first + index * len(rows) // most) % len(rows) for index in range(min(most, len(rows)))}
+        for index, item in enumerate(rows):
+            if index not in stay:
+                item.add_marker("exhaustive")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the exhaustive tests out unless they are asked for."""
+    """Leave the exhaustive tests out unless they are asked for. Files that are named are run with all their rows."""
+    if config.args_source == pytest.Config.ArgsSource.TESTPATHS:
+        _mark_rows(items)
     if config.getoption("--exhaustive"):
         return
     exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
@@ -61,6 +90,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: a collection of garbage need not walk it each time (some 450,000 objects)."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -94,10 +124,12 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep the user's own folders out of the tests; engines are kept for the session, so that each is built once."""
-    home = tmp_path_factory.mktemp("cache")
+    own = tmp_path_factory.getbasetemp()
+    session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # one for all workers
+    (home := session / "cache").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIT_CACHE", str(home))
-        patch.setenv("FASTDIT_STATE", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("FASTDIT_STATE", str(session / "state"))
         yield home
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -155,20 +156,21 @@ def test_peers_run_in_processes_of_their_own_and_leave_the_others_alone(tmp_path
 @pytest.mark.exhaustive
 def test_every_resume_after_a_kill_ends_with_the_same_cells(tmp_path: Path) -> None:
     made = experiment(stacks={"half": parse_stack("Interval 2")})
-    program = (
-        "import json, sys; from pathlib import Path; from fastdit.bench.experiment import Experiment; "
-        "from fastdit.bench.protocol import measure; from fastdit.bench.store import Store; "
-        "made = Experiment.from_json(json.loads(sys.argv[1])); store = Store(Path(sys.argv[2])); "
-        "store.begin(made, []); print('begun', flush=True); measure(made, store)"
-    )
-    random = np.random.default_rng(0)
     folder = tmp_path / "kept"
+
+    def measured(begun: Any) -> None:
+        (store := Store(folder)).begin(made, [])
+        begun.set()
+        measure(made, store)
+
+    random, processes = np.random.default_rng(0), multiprocessing.get_context("fork")
     for _ in range(20):
-        command = [sys.executable, "-c", program, json.dumps(made.to_json()), str(folder)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stdout.readline() == "begun\n"
-            time.sleep(random.uniform(0.0, 6.0))
-            process.kill()
+        process = processes.Process(target=measured, args=(begun := processes.Event(),))
+        process.start()
+        assert begun.wait(60)
+        time.sleep(random.uniform(0.0, 3.0))
+        process.kill()
+        process.join()
     store = Store(folder)
     measure(made, store)
     (group,) = made.groups()

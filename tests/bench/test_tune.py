@@ -11,17 +11,22 @@ import pytest
 from typer.testing import CliRunner
 
 from fastdit import Budget, InvalidConfig, Stack, accelerate, testing
+from fastdit.bench.cost import CostMeter
 from fastdit.bench.grammar import parse_stack
 from fastdit.bench.source import Source
 from fastdit.bench.tune import Cliff, Goal, Search, Tried, Workbench, _beats, _loses, neighbours
 from fastdit.cli import app
 from fastdit.measure.statistics import Interval
 from fastdit.mini.prompts import training
+from fastdit.predict.cost import keep_model
 
 
 @pytest.fixture(scope="module")
 def workbench() -> Workbench:
-    return Workbench(Source("mini"), training(4, 0), (64, 64), 4)
+    made = Workbench(Source("mini"), training(4, 0), (64, 64), 4)
+    call = {"prompt": made.prompts[0], "height": 64, "width": 64}
+    keep_model(made.pipeline, CostMeter(made.pipeline, call).rounds(most=1))  # a search takes as many as fit in a minute
+    return made
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -54,5 +54,5 @@ def test_it_builds_nothing_and_gives_the_same_picture(engine: Any, tmp_path: Pat
     assert [*filter(Path.is_file, temporary.rglob("*"))] == [], (
         "what a compiler finds in a folder that it shares, it runs"
     )
-    assert [kept for kept, _ in json.loads(done.stdout.splitlines()[-1])] == [True, True]
+    assert [kept for kept, _ in json.loads(done.stdout.splitlines()[-1])] == [True, True], done.stderr
     assert torch.equal(torch.load(tmp_path / "latents.pt"), expected)

@@ -111,6 +111,7 @@ def check(promise: str, subject: Subject) -> None:
         pytest.skip(str(reason))
 
 
+@pytest.mark.rows(200)  # `in_short` chooses
 @pytest.mark.parametrize(
     ("row", "promise"),
     [

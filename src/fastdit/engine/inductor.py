@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdit.process import environment, unheard_warnings
+from fastdit.engine.scratch import scratch
+from fastdit.process import environment, undoing, unheard_warnings
 
-#: Inductor's switches for headers that are compiled once for all processes, by their names in different versions.
-_SHARED_HEADERS = ("cpp_cache_precompile_headers", "aot_inductor.precompile_headers")
+#: Inductor's switches for compiling headers once, by their names in different versions.
+_COMPILED_HEADERS = ("cpp_cache_precompile_headers", "aot_inductor.precompile_headers")
+
+#: Where Inductor keeps compiled headers, and what makes them.
+_HEADER_FOLDERS, _HEADER_MAKER = ("_HEADER_DIR", "_HEADER_LOCK_DIR"), "_precompile_header"
 
 
 def forget_other_builds() -> None:
@@ -34,11 +39,43 @@ def forget_other_builds() -> None:
 def inductor_in(folder: Path) -> Iterator[None]:
     """Let Inductor keep what it makes in a folder, and take from there what it has made before.
 
-    Inductor is told of the folder by the process's environment, so one thread at a time is here. Headers that it has
-    compiled before it takes from a folder of all processes, whoever has made that; so it compiles none.
+    Inductor is told of the folder by the process's environment, so one thread at a time is here.
     """
-    config: Any = torch._inductor.config
     folders = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
-    shared = {name: False for name in _SHARED_HEADERS if name in config._config}
-    with environment(folders), unheard_warnings(), config.patch(shared):  # the compiler's remarks on itself
+    with environment(folders), unheard_warnings(), _headers():  # the compiler's remarks on itself
         yield
+
+
+@contextmanager
+def _headers() -> Iterator[None]:
+    """Let Inductor compile the headers of its C++ code once in a process: half of what a build takes.
+
+    It would take them from a folder of all processes, whoever has made that; so they lie in this process's own. Where
+    a version of torch has no such folder by a known name, none are compiled.
+    """
+    from torch._inductor import codecache
+
+    names = *_HEADER_FOLDERS, _HEADER_MAKER
+    before = {name: vars(codecache)[name] for name in names if name in vars(codecache)}
+    if len(before) < len(names):
+        config: Any = torch._inductor.config
+        with config.patch({name: False for name in _COMPILED_HEADERS if name in config._config}):
+            yield
+        return
+    own = scratch() / "headers"
+
+    def restore() -> None:
+        vars(codecache).update(before)
+
+    with undoing(restore):
+        vars(codecache).update(zip(names, (str(own), str(own / "locks"), _maker(own)), strict=True))
+        yield
+
+
+@cache
+def _maker(folder: Path) -> Callable[..., str]:
+    """Give what makes headers in a folder. Torch's own remembers what it made in another one."""
+    from torch._inductor import codecache
+
+    maker: Callable[..., str] = vars(codecache)[_HEADER_MAKER].__wrapped__
+    return cache(maker)

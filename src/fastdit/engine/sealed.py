@@ -122,12 +122,14 @@ def _plain_file(path: Path) -> tuple[os.stat_result, bytes] | None:
     """Give a file and its content without following a link or waiting for a pipe; None where it is no plain file."""
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, os.O_RDONLY | flags)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            return found, file.read()
+    finally:
         os.close(descriptor)
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        return found, file.read()
 
 
 def _seal_of(manifest: object, secret: bytes) -> str:
