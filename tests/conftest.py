@@ -16,8 +16,6 @@ import pytest
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
-# Half a million objects are made by imports and stay; to look among them for garbage would find none. See below.
-gc.disable()
 
 # The references and helpers of one room are used in another.
 sys.path.extend(str(Path(__file__).parent / room) for room in ("schedule", "step_cache", "token_cache", "core"))
@@ -33,6 +31,10 @@ settings.register_profile(
     "fastdit", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fastdit")
+
+# Half a million objects are made by imports and stay; to look among them for garbage would find none. See
+# `pytest_collection_finish`.
+gc.disable()
 
 #: How many rows of a test are fast ones, unless its `rows` mark says otherwise.
 FAST_ROWS = 4

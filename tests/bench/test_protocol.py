@@ -6,7 +6,6 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path

@@ -25,7 +25,8 @@ from fastdit.predict.cost import keep_model
 def workbench() -> Workbench:
     made = Workbench(Source("mini"), training(4, 0), (64, 64), 4)
     call = {"prompt": made.prompts[0], "height": 64, "width": 64}
-    keep_model(made.pipeline, CostMeter(made.pipeline, call).rounds(most=1))  # a search takes as many as fit in a minute
+    # A search takes as many rounds as fit in a minute.
+    keep_model(made.pipeline, CostMeter(made.pipeline, call).rounds(most=1))
     return made
 
 
