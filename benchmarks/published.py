@@ -57,7 +57,7 @@ class Published:
                 torch.manual_seed(seed)
                 architecture = self.architecture
                 transformer = getattr(diffusers, architecture.transformer)(**architecture.transformer_config)
-                autoencoder = diffusers.AutoencoderKL(**architecture.decoder_config, **self.decoder)
+                autoencoder = diffusers.AutoencoderKL(**{**architecture.decoder_config, **self.decoder})
         finally:
             torch.set_default_dtype(before)
         pipeline = getattr(diffusers, self.pipeline)(
