@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -161,12 +161,12 @@ class Outcome:
 class Stopwatch:
     """Measures one forward: by host time, or by events on its device's stream, read only at the run's end."""
 
-    __slots__ = ("_device", "_end", "_seconds", "_start")
+    __slots__ = ("_clock", "_device", "_end", "_seconds", "_start")
 
-    def __init__(self, device: torch.device) -> None:
-        self._start: torch.cuda.Event | float = time.perf_counter()
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._start: torch.cuda.Event | float = clock()
         self._end: torch.cuda.Event | None = None
-        self._device, self._seconds = device, 0.0
+        self._device, self._seconds, self._clock = device, 0.0, clock
         if device.type == "cuda":
             self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._start.record(torch.cuda.current_stream(device))
@@ -176,7 +176,7 @@ class Stopwatch:
         if self._end is not None:
             self._end.record(torch.cuda.current_stream(self._device))
         elif isinstance(self._start, float):
-            self._seconds = time.perf_counter() - self._start
+            self._seconds = self._clock() - self._start
 
     @property
     def seconds(self) -> float:

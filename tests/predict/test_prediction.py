@@ -17,7 +17,7 @@ from fastdit.bench.cost import CostMeter, LiveBytes, probed
 from fastdit.bench.grammar import parse_stack
 from fastdit.cli import app
 from fastdit.predict import roofline
-from fastdit.predict.cost import CostModel, keep_model, kept_model, place_of
+from fastdit.predict.cost import CostModel, Steadiness, keep_model, kept_model, place_of
 from fastdit.predict.curve import Curve
 from fastdit.predict.estimate import predict
 
@@ -26,11 +26,11 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[Any, dict[str, Any], CostMeter, CostModel]:
-    """A tiny FLUX, a call of it, and its costs by one round."""
+    """A tiny FLUX, a call of it, and its costs by one round, whatever else ran meanwhile."""
     pipeline, call = testing.PIPELINES["FluxPipeline"](size=128, steps=STEPS, batch=1)
     call = {name: value for name, value in call.items() if name not in ("num_inference_steps", "generator")}
     meter = CostMeter(pipeline, call)
-    return pipeline, call, meter, meter.rounds(1)
+    return pipeline, call, meter, replace(meter.rounds(1), steadiness=None)
 
 
 def run(pipeline: Any, call: dict[str, Any], text: str, size: int, steps: int | None) -> Any:
@@ -187,3 +187,59 @@ def test_the_errors_of_a_model_are_those_of_its_points(measured: Any) -> None:
     *_, meter, model = measured
     worse = replace(model, rest=replace(model.rest, seconds=Curve(call=1.0)))
     assert meter._error(worse) > model.error >= 0
+
+
+class BusyClock:
+    """A clock on which every tick of the first half takes so many seconds, and of the last half more."""
+
+    def __init__(self, slower: float, half: int) -> None:
+        self.now, self.read, self.slower, self.half = 0.0, 0, slower, half
+
+    def __call__(self) -> float:
+        self.read += 1
+        self.now += 1e-3 * (self.slower if self.read > self.half else 1.0)
+        return self.now
+
+
+def by_clock(measured: Any, slower: float) -> CostModel:
+    """Two rounds by a clock that slows down after the first."""
+    pipeline, call, *_ = measured
+    clock = BusyClock(slower, 10**9)
+    meter = CostMeter(pipeline, call, parts=(0.5, 1.0), clock=clock)
+    meter.round()
+    clock.half = clock.read
+    meter.round()
+    return meter.fitted()
+
+
+def test_costs_of_a_steady_machine_are_not_noisy(measured: Any) -> None:
+    found = by_clock(measured, 1.1).steadiness
+    assert found is not None and not found.noisy and found.drift == pytest.approx(0.1)
+
+
+def test_costs_of_a_busy_machine_are_kept_as_noisy_and_every_prediction_says_by_how_much(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, *_ = measured
+    monkeypatch.setenv("FASTDIT_CACHE", str(tmp_path))
+    path = keep_model(pipeline, by_clock(measured, 3.0))
+    assert json.loads(path.read_text())["steadiness"]["noisy"] is True
+    said = accelerate(pipeline, parse_stack("")).fastdit.explain(96, 96, STEPS)
+    assert "these costs are noisy: of 14 timings of 1 x" in said
+    assert "the last half 200% above the first" in said and "fastdit plan PIPE --measure" in said
+
+
+def test_a_burst_that_hits_few_timings_leaves_costs_steady_and_a_long_one_does_not() -> None:
+    few, many = ([1.0, 1.0, 1.0, 9.0, 1.0, 1.0], [1.0, 9.0, 9.0, 9.0, 9.0, 1.0])
+    found = Steadiness.of({"few": few, "many": many})
+    assert found is not None and (found.what, found.spread, found.noisy) == ("many", 8.0, True)
+    steady = Steadiness.of({"few": few})
+    assert steady is not None and not steady.noisy
+    assert Steadiness.of({"once": [1.0, 5.0]}) is None
+
+
+def test_costs_from_before_steadiness_was_asked_still_predict(measured: Any) -> None:
+    *_, model = measured
+    data = model.to_json()
+    del data["steadiness"]
+    assert CostModel.from_json(data).warning is None

@@ -1,11 +1,13 @@
 """Measuring the costs of a pipeline on this machine, in short runs of a few sizes, for `fastdit.predict`.
 
 A run of few steps at each size, one of two images, a decoding and an encoding; all in rounds, so that whatever slows
-the machine down for a while slows all of it. Costs are medians over the rounds.
+the machine down for a while slows all of it. Costs are medians over the rounds. How far timings of the same work were
+apart is kept beside them, so that costs of a busy machine are known as such.
 """
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 import weakref
@@ -30,7 +32,7 @@ from fastdit.measure.timing import timed
 from fastdit.models.components import arguments_of, grid_of
 from fastdit.models.family import family_of
 from fastdit.nested import tensors_of
-from fastdit.predict.cost import BlockCost, CostModel, Probe
+from fastdit.predict.cost import BlockCost, CostModel, Probe, Steadiness
 from fastdit.predict.curve import Curve
 from fastdit.predict.estimate import probe_key
 from fastdit.record import RunRecord, StepRecord, Stopwatch
@@ -50,6 +52,9 @@ _OWN = ("height", "width", "num_inference_steps", "generator", "output_type")
 Place = tuple[int, int]
 """Images and tokens of each."""
 
+Clock = Callable[[], float]
+"""Gives seconds since whenever."""
+
 Part = tuple[float, float]
 """The shares of its FLOPs that a forward spent: of its blocks', and of what is outside of them."""
 
@@ -62,25 +67,33 @@ class BlockClock(Accelerator):
 
     def check_values(self) -> None:
         object.__setattr__(self, "seen", [])
+        object.__setattr__(self, "ticks", time.perf_counter)
+
+    @classmethod
+    def by(cls, ticks: Clock) -> BlockClock:
+        """Give one that reads this clock on a CPU."""
+        made = cls()
+        object.__setattr__(made, "ticks", ticks)
+        return made
 
     @property
     def neutral(self) -> bool:
         return True
 
     def enter(self, run: Run, lasting: None) -> Pass:
-        return _ClockPass(vars(self)["seen"])
+        return _ClockPass(vars(self)["seen"], vars(self)["ticks"])
 
 
 class _ClockPass(Pass):
-    def __init__(self, seen: list[tuple[str, Stopwatch]]) -> None:
-        self._seen, self._device = seen, torch.device("cpu")
+    def __init__(self, seen: list[tuple[str, Stopwatch]], ticks: Clock) -> None:
+        self._seen, self._device, self._ticks = seen, torch.device("cpu"), ticks
 
     def forward(self, call: ForwardCall, next: Forward) -> object:
         self._device = call.device
         return next(call)
 
     def block(self, call: BlockCall, next: Block) -> object:
-        watch = Stopwatch(self._device)
+        watch = Stopwatch(self._device, self._ticks)
         output = next(call)
         watch.stop()
         self._seen.append((call.name, watch))
@@ -150,7 +163,9 @@ class CostMeter:
     Raises `UnsupportedModel` for a pipeline whose tokens are not known.
     """
 
-    def __init__(self, pipeline: Any, call: Mapping[str, Any], parts: Sequence[float] = PARTS) -> None:
+    def __init__(
+        self, pipeline: Any, call: Mapping[str, Any], parts: Sequence[float] = PARTS, clock: Clock = time.perf_counter
+    ) -> None:
         family = family_of(pipeline)
         if family is None:
             raise UnsupportedModel(
@@ -166,7 +181,7 @@ class CostMeter:
             tuple(max(round(count * part), 2) * side for count, side in zip((rows, columns), pixels, strict=True))
             for part in parts
         ]
-        self._clock = BlockClock()
+        self._ticks, self._clock = clock, BlockClock.by(clock)
         self._twin = accelerate(pipeline, [self._clock])
         self._blocks: defaultdict[tuple[str, Place], list[float]] = defaultdict(list)
         self._rest: defaultdict[Place, list[float]] = defaultdict(list)
@@ -190,7 +205,7 @@ class CostMeter:
 
     def add_engine(self, engine: Engine) -> None:
         """Measure an engine, too, at the sizes of the upper half; it is built for them now."""
-        clock = BlockClock()
+        clock = BlockClock.by(self._ticks)
         twin = accelerate(self.pipeline, [clock, engine])
         for size in self.sizes[-2:]:
             self._run(twin, size, 2)
@@ -308,7 +323,19 @@ class CostMeter:
                 for engine, (_, _, found) in self._engines.items()
             },
         )
-        return replace(model, error=self._error(model))
+        return replace(model, error=self._error(model), steadiness=self.steadiness())
+
+    def steadiness(self) -> Steadiness | None:
+        """Tell how far timings of the same work are apart: of the blocks of a forward at each size, and of engines'."""
+        counts = self._counts
+        work = {"": self._blocks} | {f" by {engine}": found for engine, (_, _, found) in self._engines.items()}
+        timings = {}
+        for by, found in work.items():
+            for place in dict.fromkeys(place for _, place in found):
+                own = zip(*(found[name, place] for name in counts), strict=True)
+                blocks = [sum(map(operator.mul, counts.values(), forward)) for forward in own]
+                timings[f"{place[0]} x {place[1]} tokens through the blocks{by}"] = blocks
+        return Steadiness.of(timings)
 
     def _error(self, model: CostModel) -> float:
         errors = []

@@ -88,6 +88,8 @@ def _measure(pipeline: Any, stack: Stack, call: dict[str, Any], steps: int | Non
         model = probed(meter, model, stack, steps)
     path = keep_model(pipeline, model)
     typer.echo(f"costs kept in {path}; they fit what was measured to {model.error:.1%}", err=True)
+    if model.warning is not None:
+        typer.echo(model.warning, err=True)
 
 
 def _explained(pipeline: Any, stack: Stack, asked: tuple[int | None, int | None, int | None], batch: int) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #: Pictures after which a trial may be broken off.
 EARLY = 4
 
-#: How far over the goal a stack's least seconds may be said to be before it is thrown out.
+#: How far over the goal a stack's least seconds may be said to be before it is thrown out; farther by noisy costs.
 DOUBT = 1.1
 
 #: A loss of quality by a neighbour's threshold that is called a cliff, and how far away neighbours are.
@@ -241,6 +241,8 @@ class Search:
         """Search until the time is up, or for so many trials."""
         ends = time.monotonic() + 60.0 * minutes
         done = 0
+        if self.model.warning is not None:
+            say(self.model.warning)
         while time.monotonic() < ends and (trials is None or done < trials):
             self.study.optimize(self._trial, n_trials=1, catch=())
             done += 1
@@ -269,7 +271,8 @@ class Search:
             raise pruned() from error
         trial.set_user_attr("stack", stack_text(stack))
         least = predict(self.model, self.workbench.pipeline, plan).seconds.low
-        if self.goal.seconds is not None and stack.engine is None and least > DOUBT * self.goal.seconds:
+        doubt = DOUBT * (1.0 + self.model.doubt)
+        if self.goal.seconds is not None and stack.engine is None and least > doubt * self.goal.seconds:
             trial.set_user_attr("hopeless", least)
             raise pruned()
         known = self.finished()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fastdit.engine.key import environment_of
@@ -45,6 +46,51 @@ class Probe:
     factor: float
 
 
+#: How far repeated timings of the same work may be apart, as a part of the least, for costs to be called steady.
+STEADY = 0.25
+
+#: Repeats below which nothing is said of them.
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """How far repeated timings of the same work were apart when costs were taken: of what was the least steady.
+
+    `spread` is how far their median is above the least, `drift` how far the last half's median is from the first
+    half's, both as parts. `noisy` says that one of them is above `STEADY`.
+    """
+
+    what: str
+    repeats: int
+    spread: float
+    drift: float
+    noisy: bool
+
+    @classmethod
+    def of(cls, timings: Mapping[str, Sequence[float]]) -> Steadiness | None:
+        """Judge repeated timings by name, each in the order of time; None where nothing was repeated enough.
+
+        >>> Steadiness.of({"a block": [1.0, 1.0, 1.5, 1.5, 1.5]}).drift
+        0.5
+        """
+        judged = [cls._judged(what, seconds) for what, seconds in timings.items() if len(seconds) >= _FEWEST]
+        return max(judged, key=lambda one: max(one.spread, abs(one.drift)), default=None)
+
+    @classmethod
+    def _judged(cls, what: str, seconds: Sequence[float]) -> Steadiness:
+        half = len(seconds) // 2
+        spread = median(seconds) / min(seconds) - 1.0
+        drift = median(seconds[half:]) / median(seconds[:half]) - 1.0
+        return cls(what, len(seconds), spread, drift, max(spread, abs(drift)) > STEADY)
+
+    def __str__(self) -> str:
+        return (
+            f"of {self.repeats} timings of {self.what} the median is {self.spread:.0%} above the least, and the last "
+            f"half {abs(self.drift):.0%} {'above' if self.drift > 0 else 'below'} the first"
+        )
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Seconds, FLOPs and bytes of a pipeline's parts as functions of rows and image tokens.
@@ -53,7 +99,8 @@ class CostModel:
     are a step. `rest` is a forward without its blocks; `call` and `step` are seconds outside of the forwards, once and
     each step; `decode` and `encode` are the autoencoder's. `weights` are bytes, and so are `forward_bytes` and
     `decode_bytes`, the most that is alive beside them. `engines` holds a block's seconds under an engine, `probes` what
-    stacks did, by their texts and steps. `error` is the mean relative error of the fit at its own points.
+    stacks did, by their texts and steps. `error` is the mean relative error of the fit at its own points, `steadiness`
+    tells whether the machine was busy with something else; None for costs of a version that did not ask.
     """
 
     pipeline: str
@@ -73,6 +120,23 @@ class CostModel:
     error: float
     engines: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     probes: Mapping[str, Probe] = field(default_factory=dict)
+    steadiness: Steadiness | None = None
+
+    @property
+    def doubt(self) -> float:
+        """How far the costs may be off because of noise, as a part of them; 0 for steady ones."""
+        found = self.steadiness
+        return max(found.spread, abs(found.drift)) if found is not None and found.noisy else 0.0
+
+    @property
+    def warning(self) -> str | None:
+        """Say that the costs are noisy, by how much, and what to do; None for steady ones."""
+        if not self.doubt:
+            return None
+        return (
+            f"these costs are noisy: {self.steadiness}; something else ran when they were taken, so take them again "
+            "when nothing else does: fastdit plan PIPE --measure"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give the model as plain data."""
@@ -88,6 +152,8 @@ class CostModel:
             del values["format"]
             for name in ("decode", "encode", "forward_bytes", "decode_bytes"):
                 values[name] = Curve(**data[name])
+            if data.get("steadiness") is not None:
+                values["steadiness"] = Steadiness(**data["steadiness"])
             values["rest"] = _block(data["rest"])
             values["blocks"] = {name: _block(one) for name, one in data["blocks"].items()}
             values["engines"] = {

@@ -110,7 +110,8 @@ def probe_key(stack: Stack, steps: int) -> str:
 
 def predict(model: CostModel, pipeline: Any, plan: Plan, *, batch: int = 1) -> Prediction:
     """Predict a call by a plan. Raises `ValueError` where the plan does not know its tokens."""
-    stack, rows, notes = plan.stack, model.rows * batch, []
+    stack, rows = plan.stack, model.rows * batch
+    notes = [] if model.warning is None else [model.warning]
     probe = model.probes.get(probe_key(stack, plan.steps))
     shares = list(shares_of(plan, next(iter(transformers_of(pipeline).values())), probe))
     blocks = {name: one.seconds for name, one in model.blocks.items()}
