@@ -196,6 +196,7 @@ def matrix(
     rounds: Annotated[int, typer.Option(min=3, help="In turns with the plain pipeline.")] = 3,
     prompt: Annotated[str, typer.Option(help="What every cell makes.")] = "a cat",
     out: Annotated[Path, typer.Option(help="Cells and tables; the same again goes on.")] = Path("fastdit-matrix"),
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster to run on: auto, HOST:PORT, or local.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON, and nothing else.")] = False,
 ) -> None:
     """Run accelerators together on a pipeline, and say of each cell what came of it and what it gains."""
@@ -207,7 +208,7 @@ def matrix(
     from rich.console import Console
 
     with _progress(Console(stderr=True)) as progress:
-        made = compatibility(pipe, part or (), level or (), (triples, size, steps, rounds, prompt, out), progress)
+        made = compatibility(pipe, part or (), level or (), (triples, size, steps, rounds, prompt, out, ray), progress)
     typer.echo(json.dumps(made.to_json()) if as_json else made.markdown())
     raise typer.Exit(int(not all(cell.sound for cell in made.cells.values())))
 

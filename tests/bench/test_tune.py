@@ -47,7 +47,7 @@ def test_a_search_goes_on_and_keeps_stacks_that_can_be_loaded(workbench: Workben
     again.run(1.0, trials=1, say=said.append)
     front = again.front()
     assert len(again.finished()) == 2 and front == sorted(front, key=lambda one: one.seconds)
-    assert "on the front" in said[0]
+    assert "on the front" in said[-1]
     winner = goal.best(front)
     assert winner is not None and winner.quality == max(one.quality for one in front)
     paths = again.save(winner, again.cliffs(winner))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastdit.bench.experiment import Experiment, Group
     from fastdit.bench.outcome import RowOutcome
     from fastdit.bench.store import Store
+    from fastdit.bench.workers import Workers
     from fastdit.measure.charts import Waterfall
     from fastdit.measure.timing import Progress
 
@@ -56,10 +57,12 @@ def bench(
     offload: Annotated[str | None, typer.Option(help="model or sequential: diffusers' offloading.")] = None,
     out: Annotated[Path, typer.Option(help="Where all is kept; the same again goes on there.")] = Path("fastdit-bench"),
     rerun: Annotated[Path | None, typer.Option(help="Repeat the experiment of this folder, in --out.")] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster to measure on: auto, HOST:PORT, or local.")] = None,
     samples: Annotated[bool, typer.Option("--parquet", help="Write every sample to samples.parquet, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure stacks on a pipeline, beside its full run and the plain run that takes as long."""
+    from fastdit.bench.cluster import workers_at
     from fastdit.bench.experiment import Experiment
     from fastdit.bench.grammar import parse_stack
     from fastdit.bench.source import Source
@@ -92,13 +95,14 @@ def bench(
             isolate=isolate,
             ssim_floor=None if floor is None else _floor(floor),
         )
-    run_experiment(experiment, Store(out), as_json)
+    with workers_at(ray) as workers:
+        run_experiment(experiment, Store(out), as_json, workers)
     if samples:
         Store(out).write_samples()
 
 
-def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:
-    """Measure, print, and write the results; what is finished when interrupted is shown."""
+def run_experiment(experiment: Experiment, store: Store, as_json: bool, workers: Workers | None = None) -> None:
+    """Measure, here or by workers, print, and write the results; what is finished when interrupted is shown."""
     from rich.console import Console
 
     from fastdit.bench.outcome import outcomes, results
@@ -111,7 +115,7 @@ def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:
     console = Console()
     store.begin(experiment, sys.argv)
     try:
-        measure(experiment, store, _progress(Console(stderr=True)))
+        measure(experiment, store, _progress(Console(stderr=True)), workers)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; this is what was finished, and the same command goes on from here")
     found = {group: outcomes(experiment, group, store) for group in experiment.groups()}
@@ -138,7 +142,9 @@ def run_experiment(experiment: Experiment, store: Store, as_json: bool) -> None:
                 console.print(remark, highlight=False)
         for line in told(experiment, group, store, rows):
             console.print(line, highlight=False)
-    console.print(f"Measured on {store.environment()}; brackets hold {CONFIDENCE:.0%} intervals.", highlight=False)
+    console.print(
+        f"Measured on {' and '.join(store.machines())}; brackets hold {CONFIDENCE:.0%} intervals.", highlight=False
+    )
     console.print(f"Report: {', '.join(map(str, pages)) or 'none yet'}   All of it: {store.directory}", highlight=False)
 
 

@@ -46,6 +46,12 @@ class Row:
             "peer": self.peer,
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """Make a row of what `to_json` gave."""
+        stack = None if data["stack"] is None else Stack.from_json(data["stack"])
+        return cls(data["name"], stack, data["steps"], data["peer"])
+
 
 @dataclass(frozen=True)
 class Group:

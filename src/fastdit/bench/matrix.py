@@ -25,7 +25,8 @@ import torch
 from fastdit.acceleration import accelerate
 from fastdit.accelerator import Accelerator, Level
 from fastdit.bench.doctor import Finding, every_accelerator
-from fastdit.bench.store import BenchError
+from fastdit.bench.store import BenchError, write_whole
+from fastdit.bench.workers import Job, Workers
 from fastdit.errors import FastditError, FastditWarning, InvalidConfig, NeverFired
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import Interval, bootstrap
@@ -179,28 +180,60 @@ class MatrixRun:
         parts: Sequence[Accelerator],
         most: int = 2,
         progress: Callable[[str, int, int], None] = lambda *_: None,
+        workers: Workers | None = None,
     ) -> Matrix:
-        """Run every cell of one to `most` parts, of different levels or not; what is refused together is found out."""
+        """Run every cell of one to `most` parts, of different levels or not; what is refused together is found out.
+
+        Workers of a cluster load the pipeline by its name. Raises `BenchError` where they can't.
+        """
         texts = tuple(part.describe() for part in parts)
         wanted = [chosen for size in range(1, most + 1) for chosen in combinations(range(len(parts)), size)]
+        asked = [[parts[index] for index in chosen] for chosen in wanted]
+        if workers is not None:
+            self._elsewhere(workers, asked, progress)
         cells: dict[tuple[str, ...], Cell] = {}
-        for done, chosen in enumerate(wanted):
-            key = tuple(texts[index] for index in chosen)
-            cells[key] = self._cell(key, [parts[index] for index in chosen])
+        for done, own in enumerate(asked):
+            cell = self.cell(own)
+            cells[cell.parts] = cell
             progress("cells", done + 1, len(wanted))
         return Matrix(self.name, str(Environment.capture(str(self.pipeline._execution_device))), texts, cells)
 
-    def _cell(self, key: tuple[str, ...], parts: list[Accelerator]) -> Cell:
+    def _elsewhere(
+        self, workers: Workers, asked: Sequence[list[Accelerator]], progress: Callable[[str, int, int], None]
+    ) -> None:
+        """Have the cells that the folder has not got made by workers; one that kills them is one that fails."""
+        missing = {_names(parts): parts for parts in asked if not self._path(_names(parts)).exists()}
+        common = {"pipeline": self.name, "call": self.call, "rounds": self.rounds}
+        jobs = [
+            Job("matrix", common, ({"key": key, "parts": [Stack([part]).to_json() for part in parts]},))
+            for key, parts in missing.items()
+        ]
+        for done, made in enumerate(workers.make(self.folder, jobs)):
+            key = made.cell["key"]
+            if made.error is not None and not made.died:
+                raise BenchError(f"{' + '.join(key)} can't be run: {made.error}")
+            if made.error is not None:
+                self._keep(Cell(tuple(key), "fails", made.error))
+            progress("cells", done + 1, len(jobs))
+
+    def _path(self, key: tuple[str, ...]) -> Path:
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:24]
-        path = self.folder / "cells" / f"{digest}.json"
+        return self.folder / "cells" / f"{digest}.json"
+
+    def _keep(self, cell: Cell) -> None:
+        text = json.dumps(asdict(cell)) + "\n"
+        write_whole(lambda path: path.write_text(text, encoding="utf-8"), self._path(cell.parts))
+
+    def cell(self, parts: list[Accelerator]) -> Cell:
+        """Give what comes of some parts: what is kept, or is run and kept now."""
+        key = _names(parts)
+        path = self._path(key)
         if path.exists():
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             kept: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
             return Cell(**kept)
         cell = self.tried(key, parts)
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(asdict(cell)) + "\n", encoding="utf-8")
-        partial.replace(path)
+        self._keep(cell)
         return cell
 
     def tried(self, key: tuple[str, ...], parts: list[Accelerator]) -> Cell:
@@ -271,6 +304,10 @@ def parts_for(pipeline: Any, levels: Sequence[Level] = tuple(Level)) -> Iterator
         except FastditError:
             continue
         yield made
+
+
+def _names(parts: Sequence[Accelerator]) -> tuple[str, ...]:
+    return tuple(part.describe() for part in parts)
 
 
 def _key(pair: tuple[str, str], order: Sequence[str]) -> tuple[str, ...]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ from fastdit.acceleration import accelerate
 from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
 from fastdit.bench.peers import PEERS
 from fastdit.bench.store import BenchError, Cell, Store, rival
+from fastdit.bench.workers import Job, Processes, Workers
 from fastdit.errors import FastditWarning
 from fastdit.measure.statistics import Interval, ratio_of_medians
 from fastdit.measure.timing import Progress, silent, timed
@@ -34,17 +32,28 @@ _PROBE_STEPS = 2
 _RIVALS_AFTER = 2
 
 
-def measure(experiment: Experiment, store: Store, progress: Progress = silent) -> None:
-    """Measure everything that the store has not got yet, a group after another."""
+def measure(experiment: Experiment, store: Store, progress: Progress = silent, workers: Workers | None = None) -> None:
+    """Measure everything that the store has not got yet, a group after another; here, or by a cluster's workers."""
     for group in experiment.groups():
-        GroupRun(experiment, group, store, progress).run()
+        GroupRun(experiment, group, store, progress, workers).run()
 
 
 class GroupRun:
-    """The rows of one group, taking turns until every speed-up is known as well as asked, or the time is up."""
+    """The rows of one group, taking turns until every speed-up is known as well as asked, or the time is up.
 
-    def __init__(self, experiment: Experiment, group: Group, store: Store, progress: Progress) -> None:
+    Workers make as many rounds at once as there are of them, each of them all rows of a round, in turns on one machine.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        group: Group,
+        store: Store,
+        progress: Progress = silent,
+        workers: Workers | None = None,
+    ) -> None:
         self.experiment, self.group, self.store, self.progress = experiment, group, store, progress
+        self.workers = workers
         self.rows = experiment.rows(group) + (store.added(group) or [])
         self._bench: Bench | None = None
 
@@ -55,29 +64,72 @@ class GroupRun:
         while number < self.experiment.least_rounds or (time.monotonic() < ends and not self.precise()):
             if number == _RIVALS_AFTER and self.store.added(self.group) is None:
                 self._add_rivals()
-            self._round(self.rows, number)
-            number += 1
+            numbers = range(number, number + self._at_once(number))
+            self._rounds(self.rows, numbers)
+            number = numbers.stop
             self.progress(self.group.title, number, max(number, self.experiment.least_rounds))
 
-    def _round(self, rows: Sequence[Row], number: int) -> None:
-        """Run one round of the rows that have not had it, in an order of its own."""
+    def _at_once(self, number: int) -> int:
+        """Say how many rounds are run together: no more than are needed in any case, and none before its rivals."""
+        goal = _RIVALS_AFTER if number < _RIVALS_AFTER else self.experiment.least_rounds
+        most = 1 if self.workers is None else self.workers.count
+        return min(most, goal - number) if number < goal else most
+
+    def _rounds(self, rows: Sequence[Row], numbers: Sequence[int]) -> None:
+        """Run rounds of the rows that have not had them, each in an order of its own."""
+        if self.workers is None:
+            for number in numbers:
+                for row in self._missing(rows, number):
+                    self._cell(row, number)
+        else:
+            self._elsewhere(self.workers, [job for number in numbers for job in self._jobs(rows, number)])
+
+    def _missing(self, rows: Sequence[Row], number: int) -> list[Row]:
         missing = [row for row in rows if not (self.error(row) or self.store.has(self.group, row, number))]
         random.Random(number).shuffle(missing)
-        for row in missing:
-            self._cell(row, number)
+        return missing
 
     def _cell(self, row: Row, number: int) -> None:
         """Measure a cell. A row that fails says so from then on, and the others go on."""
+        if self._apart(row):
+            # As many rounds as an interval needs: loading takes its time.
+            self._elsewhere(Processes(), [self._job([(row, number + more) for more in range(FEWEST_ROUNDS)], True)])
+            return
         try:
-            if self.experiment.isolate or row.peer is not None:
-                run_apart(self.store, self.group, row, number)
-            else:
-                self.bench.cell(row, number)
+            self.bench.cell(row, number)
         except Exception as error:
             # Without the plain run there is nothing to compare with, and a full disk is none of the row's.
             if row is self.rows[0] or isinstance(error, BenchError):
                 raise
-            self.store.keep_row(self.group, row, {"error": f"{type(error).__name__}: {error}"})
+            self._leave(row, f"{type(error).__name__}: {error}")
+
+    def _apart(self, row: Row) -> bool:
+        return self.experiment.isolate or row.peer is not None
+
+    def _jobs(self, rows: Sequence[Row], number: int) -> Iterator[Job]:
+        """Give a round as jobs: its rows in turns on one machine, and those apart each in a process of its own."""
+        missing = self._missing(rows, number)
+        if together := [(row, number) for row in missing if not self._apart(row)]:
+            yield self._job(together, False)
+        yield from (self._job([(row, number)], True) for row in missing if self._apart(row))
+
+    def _job(self, cells: Sequence[tuple[Row, int]], fresh: bool) -> Job:
+        common = {"experiment": self.experiment.to_json(), "group": self.group.key}
+        asked = tuple({"row": row.to_json(), "number": number} for row, number in cells)
+        return Job("bench", {**common, "elsewhere": self.workers is not None}, asked, fresh)
+
+    def _elsewhere(self, workers: Workers, jobs: Sequence[Job]) -> None:
+        """Have jobs done. Raises `BenchError` where the plain run fails."""
+        for made in workers.make(self.store.directory, jobs):
+            row = Row.from_json(made.cell["row"])
+            if made.error is None:
+                continue
+            if row == self.rows[0]:
+                raise BenchError(f"the plain pipeline can't be run: {made.error}")
+            self._leave(row, made.error)
+
+    def _leave(self, row: Row, told: str) -> None:
+        self.store.keep_row(self.group, row, {"error": told})
 
     def error(self, row: Row) -> str | None:
         """Say why a row was left; None where it was not."""
@@ -114,8 +166,7 @@ class GroupRun:
         A run's time is affine in its steps: a short one and the full one tell of all.
         """
         full, short = self.rows[0], rival(_PROBE_STEPS)
-        for number in range(_RIVALS_AFTER):
-            self._round([short], number)
+        self._rounds([short], range(_RIVALS_AFTER))
         steps = (self.store.prepared(self.group, full) or {})["steps"]
         slow, quick = (median(self.seconds(row)) for row in (full, short))
         if steps <= _PROBE_STEPS or slow <= quick:
@@ -127,8 +178,7 @@ class GroupRun:
         added = [rival(count) for count in counts if count != full.steps]
         self.store.keep_added(self.group, added)
         self.rows = [*self.rows, *added]
-        for number in range(_RIVALS_AFTER):
-            self._round(added, number)
+        self._rounds(added, range(_RIVALS_AFTER))
 
 
 @dataclass
@@ -147,6 +197,7 @@ class Bench:
         start = time.perf_counter()
         self.pipeline = group.source.load()
         self.load_seconds = time.perf_counter() - start
+        self.machine: str | None = None
         self._prepared: dict[str, Prepared] = {}
 
     @property
@@ -172,6 +223,7 @@ class Bench:
             self._peak(),
             record,
             [f"{number:04}-{index}.png" for index in range(len(images))] if pictured else [],
+            self.machine,
         )
         self.store.keep(self.group, row, cell, images if pictured else [])
 
@@ -235,31 +287,3 @@ class Bench:
         import torch
 
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-
-
-def run_apart(store: Store, group: Group, row: Row, first: int) -> None:
-    """Measure a row's next rounds in a process of its own, as many as an interval needs: loading takes its time.
-
-    Raises `RuntimeError` with the last line of what the process said.
-    """
-    command = [sys.executable, "-m", "fastdit.bench.protocol", str(store.directory), group.key, row.name, str(first)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        told = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise RuntimeError(f"a process of its own ended with {done.returncode}: {told}")
-
-
-def _some_cells(directory: Path, group_key: str, row_name: str, first: int) -> None:
-    store = Store(directory)
-    experiment = store.experiment()
-    group = next(group for group in experiment.groups() if group.key == group_key)
-    known = [*experiment.rows(group), *(store.added(group) or ()), rival(_PROBE_STEPS)]
-    row = next(row for row in known if row.name == row_name)
-    bench = Bench(experiment, group, store)
-    for number in range(first, first + FEWEST_ROUNDS):
-        if not store.has(group, row, number):
-            bench.cell(row, number)
-
-
-if __name__ == "__main__":
-    _some_cells(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

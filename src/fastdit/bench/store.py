@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +38,8 @@ class Cell:
     """One timed call: its round, what it was given and what it came to.
 
     `bytes` is the most memory that was allocated on the device, None on a CPU; `record` what a stack's run tells, None
-    for the untouched pipeline, whose `flops` are those of the same steps under an empty stack.
+    for the untouched pipeline, whose `flops` are those of the same steps under an empty stack. `machine` says what it
+    ran on where that is a cluster's.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Cell:
     bytes: int | None
     record: dict[str, Any] | None
     pictures: list[str]
+    machine: str | None = None
 
 
 class Store:
@@ -84,6 +86,18 @@ class Store:
     def environment(self) -> Environment:
         """Read what the experiment was begun on. Raises as `experiment` does."""
         return Environment(**self._manifest()["environment"])
+
+    def machines(self) -> list[str]:
+        """Name what the finished cells ran on: a cluster's machines, or the one that the experiment was begun on."""
+        experiment = self.experiment()
+        found = {
+            cell.machine
+            for group in experiment.groups()
+            for row in experiment.rows(group)
+            for cell in self.cells(group, row)
+        }
+        here = str(self.environment())
+        return sorted(here if one is None else one for one in found) or [here]
 
     def command(self) -> str:
         """Read the command that the experiment was begun with, as a shell takes it. Raises as `experiment` does."""
@@ -134,7 +148,7 @@ class Store:
         """Keep a finished cell: its pictures first, so that a cell that is there is whole."""
         folder = self._folder(group, row)
         for name, image in zip(cell.pictures, images, strict=False):
-            self._guarded(lambda path: image.save(path, format="PNG"), folder / name)  # noqa: B023  called at once
+            write_whole(lambda path: image.save(path, format="PNG"), folder / name)  # noqa: B023  called at once
         self._write(self._cell(group, row, cell.number), asdict(cell))
 
     def picture(self, group: Group, row: Row, name: str) -> Path:
@@ -163,7 +177,7 @@ class Store:
             for cell in self.cells(group, row)
         ]
         path = self.directory / name
-        self._guarded(lambda temporary: arrow.parquet.write_table(arrow.Table.from_pylist(samples), temporary), path)
+        write_whole(lambda temporary: arrow.parquet.write_table(arrow.Table.from_pylist(samples), temporary), path)
         return path
 
     def _folder(self, group: Group, row: Row) -> Path:
@@ -174,24 +188,23 @@ class Store:
 
     def _write(self, path: Path, data: Any) -> None:
         text = json.dumps(data, allow_nan=False) + "\n"
-        self._guarded(lambda temporary: temporary.write_text(text, encoding="utf-8"), path)
+        write_whole(lambda temporary: temporary.write_text(text, encoding="utf-8"), path)
 
-    def _guarded(self, write: Any, path: Path) -> None:
-        """Write a file beside its place and move it there, so that it is whole or absent."""
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-            os.close(handle)
-            temporary = Path(name)
-            write(temporary)
-            temporary.replace(path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise BenchError(
-                f"{path} can't be written: {error.strerror or error}; what was finished is kept"
-            ) from error
+
+def write_whole(write: Callable[[Path], object], path: Path) -> None:
+    """Write a file beside its place and move it there, so that it is whole or absent. Raises `BenchError`."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise BenchError(f"{path} can't be written: {error.strerror or error}; what was finished is kept") from error
 
 
 def rival(steps: int) -> Row:

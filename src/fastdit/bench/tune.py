@@ -8,10 +8,11 @@ what is reported: the search sees training prompts alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,8 @@ from fastdit.acceleration import accelerate
 from fastdit.bench.cost import CostMeter
 from fastdit.bench.grammar import parse_stack, stack_text
 from fastdit.bench.source import Source
+from fastdit.bench.store import BenchError, write_whole
+from fastdit.bench.workers import Job, Workers
 from fastdit.errors import FastditError, FastditWarning, InvalidConfig
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import Interval, mean_difference
@@ -175,13 +178,54 @@ class Workbench:
         return Tried(stack_text(stack), median(seconds), tuple(qualities))
 
 
+class Trials:
+    """Makes the pictures of stacks in another process, each trial a file of its own in a folder."""
+
+    def __init__(self, workbench: Workbench, folder: Path) -> None:
+        self.workbench, self.folder = workbench, folder
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], folder: Path) -> Trials:
+        """Open the workbench that `Search` describes."""
+        size = None if data["size"] is None else (data["size"][0], data["size"][1])
+        return cls(Workbench(Source(**data["source"]), data["prompts"], size, data["steps"]), folder)
+
+    def make(self, asked: Mapping[str, Any]) -> None:
+        """Try a stack, and leave what came of it."""
+        known = [Tried(stack, seconds, tuple(qualities)) for stack, seconds, qualities in asked["known"]]
+        try:
+            tried = self.workbench.tried(
+                parse_stack(asked["stack"]), lambda qualities, seconds: _loses(known, qualities, seconds)
+            )
+            found: dict[str, Any] = {"loses": True} if tried is None else {"tried": asdict(tried)}
+        except FastditError as error:
+            found = {"refused": str(error)}
+        text = json.dumps({"stack": asked["stack"], **found}) + "\n"
+        write_whole(lambda path: path.write_text(text, encoding="utf-8"), trial_path(self.folder, asked["stack"]))
+
+
+def trial_path(folder: Path, stack: str) -> Path:
+    """Give the file of a trial that a worker made."""
+    return folder / "trials" / f"{hashlib.sha256(stack.encode()).hexdigest()[:24]}.json"
+
+
 class Search:
-    """A search, whose study is `study.db` in a folder."""
+    """A search, whose study is `study.db` in a folder. Workers of a cluster make several trials at once.
+
+    Their machines are not this one, so with them no trial is thrown out by what it would cost here.
+    """
 
     def __init__(
-        self, workbench: Workbench, goal: Goal, folder: Path, engines: Sequence[str] = (), seed: int = 0
+        self,
+        workbench: Workbench,
+        goal: Goal,
+        folder: Path,
+        engines: Sequence[str] = (),
+        seed: int = 0,
+        workers: Workers | None = None,
     ) -> None:
         self.workbench, self.goal, self.folder, self.engines = workbench, goal, folder, tuple(engines)
+        self.workers = workers
         folder.mkdir(parents=True, exist_ok=True)
         self._optuna = optuna()
         self.schedules, self.gates = list(self._possible_schedules()), list(self._possible_gates())
@@ -197,7 +241,8 @@ class Search:
             for schedule in self.schedules:
                 if schedule != "free":
                     self.study.enqueue_trial({"schedule": schedule, "cache": ""}, skip_if_exists=True)
-        self.model = self._costs()
+        self._begin_lost_trials_again()
+        self.model = self._costs() if workers is None else None
 
     def _check_same(self) -> None:
         """Refuse a folder that holds another search. Raises `InvalidConfig`."""
@@ -208,6 +253,14 @@ class Search:
         if kept != asked:
             raise InvalidConfig(f"{self.folder} holds another search, of {kept}; choose another folder with --out")
         self.study.set_user_attr("search", asked)
+
+    def _begin_lost_trials_again(self) -> None:
+        """Put what a search that was killed had begun in the queue again."""
+        states = self._optuna.trial.TrialState
+        for lost in self.study.get_trials(states=(states.RUNNING,)):
+            self.study.tell(lost.number, state=states.FAIL)
+            if lost.params:
+                self.study.enqueue_trial(lost.params)
 
     def _costs(self) -> CostModel:
         found = kept_model(self.workbench.pipeline)
@@ -241,11 +294,16 @@ class Search:
         """Search until the time is up, or for so many trials."""
         ends = time.monotonic() + 60.0 * minutes
         done = 0
-        if self.model.warning is not None:
+        if self.model is not None and self.model.warning is not None:
             say(self.model.warning)
         while time.monotonic() < ends and (trials is None or done < trials):
-            self.study.optimize(self._trial, n_trials=1, catch=())
-            done += 1
+            if self.workers is None:
+                self.study.optimize(self._trial, n_trials=1, catch=())
+                done += 1
+            else:
+                count = self.workers.count if trials is None else min(self.workers.count, trials - done)
+                self._trials(count)
+                done += count
             found = self.front()
             best = self.goal.best(found)
             left = max(ends - time.monotonic(), 0.0) / 60
@@ -259,7 +317,70 @@ class Search:
         told = f"; {len(hopeless)} would take {min(hopeless):.2f} s and more" if hopeless else ""
         return f"{len(ended)} trials{told}"
 
+    def _trials(self, count: int) -> None:
+        """Ask for trials, have workers make their pictures, and tell the study what came of each."""
+        states, begun = self._optuna.trial.TrialState, []
+        for _ in range(count):
+            trial = self.study.ask()
+            try:
+                begun.append((trial, self._proposed(trial)))
+            except self._optuna.TrialPruned:
+                self.study.tell(trial, state=states.PRUNED)
+        found = self._elsewhere([stack for _, stack in begun], self.finished())
+        for trial, stack in begun:
+            one = found[stack_text(stack)]
+            if isinstance(one, Tried):
+                self.study.tell(trial, self._ended(trial, one))
+            else:
+                trial.set_user_attr(*one)
+                self.study.tell(trial, state=states.PRUNED)
+
+    def _elsewhere(self, stacks: Sequence[Stack], known: Sequence[Tried]) -> dict[str, Tried | tuple[str, Any]]:
+        """Have stacks tried by workers, but for those whose trial is kept; say what came of each, by its text."""
+        assert self.workers is not None
+        bench, own = self.workbench, [[one.stack, one.seconds, one.qualities] for one in known]
+        common = {"source": asdict(bench.source), "prompts": bench.prompts, "size": bench.size, "steps": bench.steps}
+        texts = dict.fromkeys(map(stack_text, stacks))
+        found = {text: kept for text in texts if (kept := self._kept(text)) is not None}
+        if not known:
+            # What lost against others was broken off.
+            found = {text: one for text, one in found.items() if isinstance(one, Tried)}
+        jobs = [Job("trial", common, ({"stack": text, "known": own},)) for text in texts if text not in found]
+        for made in self.workers.make(self.folder, jobs):
+            text = made.cell["stack"]
+            if made.error is not None and not made.died:
+                raise BenchError(f"{text or 'plain'} can't be tried: {made.error}")
+            kept = self._kept(text)
+            found[text] = ("refused", made.error) if made.error is not None or kept is None else kept
+        return found
+
+    def _kept(self, stack: str) -> Tried | tuple[str, Any] | None:
+        """Read what came of a trial by a worker: what was tried, or what is said of it; None for none."""
+        path = trial_path(self.folder, stack)
+        if not path.exists():
+            return None
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if "tried" in data:
+            return Tried(**{**data["tried"], "qualities": tuple(data["tried"]["qualities"])})
+        return ("loses", True) if "loses" in data else ("refused", data["refused"])
+
     def _trial(self, trial: Any) -> tuple[float, float]:
+        stack, known = self._proposed(trial), self.finished()
+        same = next((one for one in known if one.stack == stack_text(stack)), None)
+        return self._ended(
+            trial,
+            same or self.workbench.tried(stack, lambda qualities, seconds: _loses(known, qualities, seconds)),
+        )
+
+    def _ended(self, trial: Any, tried: Tried | None) -> tuple[float, float]:
+        if tried is None:
+            trial.set_user_attr("loses", True)
+            raise self._optuna.TrialPruned
+        trial.set_user_attr("qualities", list(tried.qualities))
+        return tried.seconds, tried.quality
+
+    def _proposed(self, trial: Any) -> Stack:
+        """Make a trial's stack. Raises `TrialPruned` for what is refused, and for what can't be in time."""
         pruned = self._optuna.TrialPruned
         try:
             stack = self.suggested(trial)
@@ -270,19 +391,12 @@ class Search:
             trial.set_user_attr("refused", str(error))
             raise pruned() from error
         trial.set_user_attr("stack", stack_text(stack))
-        least = predict(self.model, self.workbench.pipeline, plan).seconds.low
-        doubt = DOUBT * (1.0 + self.model.doubt)
-        if self.goal.seconds is not None and stack.engine is None and least > doubt * self.goal.seconds:
-            trial.set_user_attr("hopeless", least)
-            raise pruned()
-        known = self.finished()
-        same = next((one for one in known if one.stack == stack_text(stack)), None)
-        tried = same or self.workbench.tried(stack, lambda qualities, seconds: _loses(known, qualities, seconds))
-        if tried is None:
-            trial.set_user_attr("loses", True)
-            raise pruned()
-        trial.set_user_attr("qualities", list(tried.qualities))
-        return tried.seconds, tried.quality
+        if self.model is not None and self.goal.seconds is not None and stack.engine is None:
+            least = predict(self.model, self.workbench.pipeline, plan).seconds.low
+            if least > DOUBT * (1.0 + self.model.doubt) * self.goal.seconds:
+                trial.set_user_attr("hopeless", least)
+                raise pruned()
+        return stack
 
     def suggested(self, trial: Any) -> Stack:
         """Make a stack of what a trial suggests."""
@@ -327,12 +441,15 @@ class Search:
 
     def cliffs(self, winner: Tried) -> list[Cliff]:
         """Try the winner's neighbours: the same stack with each gate's threshold a tenth lower and higher."""
-        found = []
-        for stack in neighbours(parse_stack(winner.stack)):
-            tried = self.workbench.tried(stack)
-            assert tried is not None
-            found.append(Cliff(tried.stack, mean_difference(tried.qualities, winner.qualities)))
-        return found
+        around = list(neighbours(parse_stack(winner.stack)))
+        if self.workers is None:
+            tried = [self.workbench.tried(stack) for stack in around]
+        else:
+            found = self._elsewhere(around, ())
+            tried = [one if isinstance(one, Tried) else None for one in found.values()]
+        if None in tried:
+            raise BenchError(f"a neighbour of {winner.stack} can't be tried")
+        return [Cliff(one.stack, mean_difference(one.qualities, winner.qualities)) for one in tried if one is not None]
 
     def save(self, winner: Tried | None, cliffs: Sequence[Cliff]) -> list[Path]:
         """Write the front's stacks, each a folder for `accelerate(pipe, folder)`, with what they were found by."""

@@ -12,6 +12,7 @@ from fastdit.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from fastdit.bench.source import Source
+    from fastdit.bench.workers import Workers
 
 #: Prompts of an embedded pipeline: those of the search, and those of the report.
 SEARCHED, REPORTED = 16, 16
@@ -30,11 +31,13 @@ def tune(
     minutes: Annotated[float, typer.Option(help="How long trials begin for.")] = 30.0,
     trials: Annotated[int | None, typer.Option(help="At most so many.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster for the trials: auto, HOST:PORT, or local.")] = None,
     dtype: str | None = None,
     device: str | None = None,
     out: Annotated[Path, typer.Option(help="Study, stacks and report; the same again goes on.")] = Path("fastdit-tune"),
 ) -> None:
     """Search for a stack on training prompts, save the best ones, and report them on prompts held out."""
+    from fastdit.bench.cluster import workers_at
     from fastdit.bench.source import Source
 
     source = Source(pipe, dtype=dtype, device=device)  # type: ignore[arg-type]
@@ -42,27 +45,30 @@ def tune(
     if shared := set(searched) & set(reported):
         raise InvalidConfig(f"what is searched with is not what is reported, and both have {sorted(shared)[0]!r}")
     shape = None if size is None else pixels(size)
-    if budget is not None:
-        stacks = _budget(source, searched, budget, shape, (steps, trials, out))
-    else:
-        from fastdit.bench.tune import Goal, Search, Workbench, optuna
+    if budget is not None and ray is not None:
+        raise InvalidConfig("a mask of a budget is searched on one machine, without --ray")
+    with workers_at(ray) as workers:
+        if budget is not None:
+            stacks = _budget(source, searched, budget, shape, (steps, trials, out))
+        else:
+            from fastdit.bench.tune import Goal, Search, Workbench, optuna
 
-        optuna()
-        goal = Goal(seconds, floor)
-        search = Search(Workbench(source, searched, shape, steps), goal, out, engine or (), seed)
-        search.run(minutes, trials, typer.echo)
-        winner = goal.best(search.front())
-        cliffs = [] if winner is None else search.cliffs(winner)
-        saved = search.save(winner, cliffs)
-        for one, path in zip(search.front(), saved, strict=True):
-            typer.echo(f"{path}: {one.stack or 'plain'}, {one.seconds:.2f} s, quality {one.quality:.3f}")
-        for cliff in cliffs:
-            typer.echo(f"beside the winner: {cliff}")
-        if winner is None:
-            typer.echo(f"nothing reaches the goal ({search.counted()}); search longer, or ask for less")
-        stacks = {one.stack: path for one, path in zip(search.front(), saved, strict=True) if one.stack}
-    if stacks and reported:
-        _report(source, stacks, reported, (shape, steps), out)
+            optuna()
+            goal = Goal(seconds, floor)
+            search = Search(Workbench(source, searched, shape, steps), goal, out, engine or (), seed, workers)
+            search.run(minutes, trials, typer.echo)
+            winner = goal.best(search.front())
+            cliffs = [] if winner is None else search.cliffs(winner)
+            saved = search.save(winner, cliffs)
+            for one, path in zip(search.front(), saved, strict=True):
+                typer.echo(f"{path}: {one.stack or 'plain'}, {one.seconds:.2f} s, quality {one.quality:.3f}")
+            for cliff in cliffs:
+                typer.echo(f"beside the winner: {cliff}")
+            if winner is None:
+                typer.echo(f"nothing reaches the goal ({search.counted()}); search longer, or ask for less")
+            stacks = {one.stack: path for one, path in zip(search.front(), saved, strict=True) if one.stack}
+        if stacks and reported:
+            _report(source, stacks, reported, (shape, steps), out, workers)
 
 
 def _budget(source: Source, searched: list[str], budget: int, shape: Any, asked: Any) -> dict[str, Path]:
@@ -104,7 +110,9 @@ def _lines(file: Path) -> list[str]:
         raise InvalidConfig(f"{file} can't be read: {error}") from error
 
 
-def _report(source: Source, stacks: dict[str, Path], prompts: list[str], asked: Any, out: Path) -> None:
+def _report(
+    source: Source, stacks: dict[str, Path], prompts: list[str], asked: Any, out: Path, workers: Workers | None
+) -> None:
     """Measure what was found on the prompts of the report."""
     from fastdit.bench.experiment import Experiment
     from fastdit.bench.store import Store
@@ -118,4 +126,4 @@ def _report(source: Source, stacks: dict[str, Path], prompts: list[str], asked: 
         sizes=None if shape is None else (shape,),
         steps=None if steps is None else (steps,),
     )
-    run_experiment(experiment, Store(out / "report"), False)
+    run_experiment(experiment, Store(out / "report"), False, workers)
