@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,13 +19,20 @@ import pytest
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
-
 # The references and helpers of one room are used in another.
 sys.path.extend(str(Path(__file__).parent / room) for room in ("schedule", "step_cache", "token_cache", "core"))
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.extend((str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from compiler import remembering
+
+# The compiler is told to torch before torch is there; workers of xdist and processes that tests start get it from here.
+if "CXX" not in os.environ and (found := shutil.which("g++")) is not None:
+    _compiled = Path(tempfile.mkdtemp(prefix="compiler-"))
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["CXX"] = str(remembering(_compiled, found))
 
 import torch
 from hypothesis import HealthCheck, settings

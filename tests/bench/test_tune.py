@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fastdit import Budget, InvalidConfig, Stack, accelerate, testing
+from fastdit import Budget, InvalidConfig, Stack, accelerate, load_mini, testing
 from fastdit.bench.cost import CostMeter
 from fastdit.bench.grammar import parse_stack
 from fastdit.bench.source import Source
@@ -58,6 +59,17 @@ def test_a_search_goes_on_and_keeps_stacks_that_can_be_loaded(workbench: Workben
         assert told["quality"] == one.quality and told["prompts"] == workbench.prompts
     with pytest.raises(InvalidConfig, match="another search"):
         Search(workbench, Goal(seconds=1.0), tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("workbench")  # whose costs are kept
+def test_the_example_of_a_search_finds_a_stack_and_reports_it_on_other_prompts(tmp_path: Path) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "examples" / "tuning.py"))
+    folder = example["found"](Goal(seconds=60.0), 1e-3, 64, tmp_path)
+    pipeline = load_mini()
+    pipeline.set_progress_bar_config(disable=True)
+    seconds, score = example["reported"](accelerate(pipeline, Stack.from_pretrained(folder)), 64)
+    assert folder.parent == tmp_path and seconds > 0 and 0 <= score <= 1
 
 
 @pytest.mark.exhaustive
