@@ -18,7 +18,7 @@ import itertools
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,12 +112,7 @@ class Compile(StagedEngine, ProcessorEngine):
             refuse_unpackable(call.module, call.device)
         second_graph = tuple(error for name in _SECOND_GRAPH if (error := getattr(torch._dynamo.exc, name, None)))
         tracing = self.tracing(call, folder, shapes=len(shapes), packed=self.packed)
-
-        def piece(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-            with tracing():
-                return module(*args, **kwargs)
-
-        compiled = isolated(piece, mode=self.mode, dynamic=None if len(shapes) > 1 else False)
+        compiled = isolated(piece_under(tracing), mode=self.mode, dynamic=None if len(shapes) > 1 else False)
         with inductor_in(folder), following_tokens(call, shapes) as first:
             # Dynamo traces at the first call, so that is where building happens.
             if not (folder / _COMPILED).exists():
@@ -155,7 +150,19 @@ def _graphs() -> tuple[int, int]:
 _Piece = Callable[[nn.Module, tuple[object, ...], Mapping[str, object]], object]
 
 
-def isolated(function: _Piece, *, mode: str, dynamic: bool | None) -> _Piece:
+def piece_under(tracing: Callable[[], AbstractContextManager[object]]) -> _Piece:
+    """Give what is compiled: a call of a module, traced under what answers its operations."""
+
+    def piece(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        with tracing():
+            return module(*args, **kwargs)
+
+    return piece
+
+
+def isolated(
+    function: _Piece, *, mode: str, dynamic: bool | None, backend: str | Callable[..., Any] = "inductor"
+) -> _Piece:
     """Compile a function in one graph, apart from every other engine.
 
     Dynamo keeps what it compiled with a function's code object, and few of them; so an engine has a code of its own.
@@ -164,7 +171,7 @@ def isolated(function: _Piece, *, mode: str, dynamic: bool | None) -> _Piece:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     bounds: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 1} if _BOUNDED else {}
-    compiled: _Piece = torch.compile(own, fullgraph=True, mode=mode, dynamic=dynamic, **bounds)
+    compiled: _Piece = torch.compile(own, fullgraph=True, mode=mode, dynamic=dynamic, backend=backend, **bounds)
     return compiled
 
 
