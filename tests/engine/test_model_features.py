@@ -21,7 +21,8 @@ from fastdit import (
     NeverFired,
     accelerate,
 )
-from fastdit.engine.fingerprint import structure_of, weights_of
+from fastdit.engine.checksum import weights_of
+from fastdit.engine.fingerprint import structure_of
 from fastdit.testing import flux_transformer, generate, tiny_flux
 
 hf_accelerate = pytest.importorskip("accelerate")

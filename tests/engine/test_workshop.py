@@ -39,8 +39,9 @@ from fastdit import (
     accelerate,
     load_mini,
 )
-from fastdit.engine.arguments import canonical, canonical_strides, outline_of
-from fastdit.engine.fingerprint import sample_of, structure_of, weights_of
+from fastdit.engine.arguments import canonical, canonical_strides, in_canonical_strides, outline_of
+from fastdit.engine.checksum import sample_of, weights_of
+from fastdit.engine.fingerprint import Structure, structure_of
 from fastdit.testing import generate, tiny_flux
 
 MASK = (True, False, True, False)
@@ -174,6 +175,28 @@ def test_what_a_module_computes_by_is_in_its_structure() -> None:
     second.gain = 0.5
     second.linear.weight.requires_grad_(False)
     assert structure_of(first) != structure_of(second)
+
+
+@pytest.mark.parametrize("name", ["gain", "linear.in_features", "forward", "linear.note", "training"])
+def test_an_attribute_that_comes_goes_or_is_exchanged_is_seen(name: str) -> None:
+    block = pieces.model().blocks[0]
+    structure = Structure(block)
+    assert structure.unchanged
+    *path, own = name.split(".")
+    part = block.get_submodule(".".join(path))
+    before = vars(part).get(own)
+    setattr(part, own, "another")
+    assert not structure.unchanged
+    delattr(part, own)
+    assert structure.unchanged is (before is None)
+
+
+def test_arguments_in_canonical_strides_are_handed_on_as_they_are() -> None:
+    tensor = torch.randn(3, 4)
+    nested = (tensor, {"a": [tensor, 2.0]})
+    assert in_canonical_strides(nested) is nested
+    found = in_canonical_strides((tensor, {"a": [tensor.T, 2.0]}))
+    assert found[0] is tensor and found[1]["a"][0].is_contiguous() and torch.equal(found[1]["a"][0], tensor.T)
 
 
 def test_a_lora_and_its_scale_are_in_the_structure_also_between_the_steps_of_a_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ and a slice of a joined sequence has an odd one there, for which a compiler woul
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -88,6 +89,7 @@ def tensors_in(value: object) -> list[torch.Tensor]:
     return found
 
 
+@functools.lru_cache(maxsize=1024)
 def canonical_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give the strides of a row-major tensor of this shape, in elements."""
     strides, step = [], 1
@@ -100,6 +102,23 @@ def canonical_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def is_canonical(tensor: torch.Tensor) -> bool:
     """Whether a tensor's strides are those that engines are built for."""
     return tensor.stride() == canonical_strides(tuple(tensor.shape))
+
+
+def in_canonical_strides(value: _Nested) -> _Nested:
+    """Give nested arguments with every tensor in canonical strides; the very same ones where all of them are."""
+    waiting: list[object] = [value]
+    while waiting:  # a walk without calls, since it is taken at every call of a block
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            if item.requires_grad or not is_canonical(item):
+                return mapped(value, canonical)
+        elif isinstance(item, (tuple, list)):
+            waiting.extend(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, PerImage):
+            waiting.append(vars(item))
+    return value
 
 
 def canonical(tensor: torch.Tensor) -> torch.Tensor:

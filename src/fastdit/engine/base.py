@@ -18,8 +18,9 @@ from torch import nn
 from fastdit.accelerator import Accelerator, Break, Change, Level, Need
 from fastdit.config import LOCAL
 from fastdit.engine.arguments import outline_of
+from fastdit.engine.checksum import weights_of
 from fastdit.engine.engine_pass import EnginePass
-from fastdit.engine.fingerprint import structure_of, weights_of
+from fastdit.engine.fingerprint import structure_of
 from fastdit.engine.key import EngineKey, Environment, environment_of
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.room import Requirement
@@ -58,6 +59,10 @@ class Engine(Accelerator):
 
     def lasting(self) -> Workshop:
         return Workshop(self)
+
+    def remarks(self, models: Sequence[nn.Module], stages: int, lasting: Workshop) -> tuple[str, ...]:
+        each = sum(map(lasting.expected, models))
+        return f"{stages * each} engines are needed, {each} for each stage", *lasting.remarks
 
     def enter(self, run: Run, lasting: Workshop) -> EnginePass:
         return EnginePass(lasting, run)

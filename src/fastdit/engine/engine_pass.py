@@ -9,11 +9,10 @@ from torch import nn
 
 from fastdit.blocks.attention import KernelMode
 from fastdit.blocks.chain import Block, BlockCall, Forward, ForwardCall, Pass
-from fastdit.engine.arguments import canonical, mapped
-from fastdit.engine.key import Environment
+from fastdit.engine.arguments import in_canonical_strides
 from fastdit.engine.piece import PieceCall
-from fastdit.engine.refusals import answering_kernel, refuse_gradients
-from fastdit.engine.workshop import Admission, Workshop
+from fastdit.engine.refusals import Admission, answering_kernel, refuse_gradients
+from fastdit.engine.workshop import Workshop
 from fastdit.errors import EngineMismatch
 from fastdit.record import Outcome
 from fastdit.run import Run
@@ -28,7 +27,7 @@ class EnginePass(Pass):
         self._admitted: dict[int, Admission] = {}
         self._met: set[nn.Module] = set()
         self._kernel: KernelMode | None = None
-        self._environment: Environment | None = None
+        self._surroundings: int | None = None
         self._stage: tuple[Hashable, ...] | None = None
         self._called = self._aside = False
         self._ran = self._eager = 0
@@ -45,7 +44,7 @@ class EnginePass(Pass):
             self._met.add(call.module)
             stages = () if self._run.plan is None else self._run.plan.stages
             self._workshop.expect(call.module, len({(stage.layout, stage.tokens) for stage in stages}) or 1)
-        self._stage, self._environment = _stage_of(self._run), None
+        self._stage, self._surroundings = _stage_of(self._run), None
         self._called, self._ran, self._eager = True, 0, 0
         output = next(call)
         self._in_run["forwards"] += 1  # one that failed says nothing of the engine's use
@@ -90,12 +89,12 @@ class EnginePass(Pass):
         return hooked(*call.args, **call.kwargs)
 
     def _run_piece(self, admission: Admission, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        args, kwargs = mapped((args, kwargs), canonical)
+        args, kwargs = in_canonical_strides((args, kwargs))
         attention = self._kernel.label if self._kernel is not None else ""
         call = PieceCall(admission.module, args, kwargs, self._stage, attention)
-        if self._environment is None:
-            self._environment = self._workshop.engine.environment(call.device)
-        output, ran = self._workshop.run(call, admission, self._environment)
+        if self._surroundings is None:
+            self._surroundings = self._workshop.surroundings(call.device)
+        output, ran = self._workshop.run(call, admission, self._surroundings)
         self._ran += ran
         self._eager += not ran
         if ran and self._kernel is not None:

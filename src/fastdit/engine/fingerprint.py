@@ -1,4 +1,4 @@
-"""What a module is: a digest of its structure and a checksum of its weights, neither of which runs it.
+"""What a module is: a digest of its structure, for which it is not run (`checksum.py` has that of its weights).
 
 The structure is all that a module computes by besides the values of its weights: classes and their source, plain
 attributes, shapes of weights, LoRA layers and their scales.
@@ -10,18 +10,15 @@ import functools
 import hashlib
 import inspect
 import itertools
-import math
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 
-#: How many elements of every weight its checksum looks at.
-SAMPLES = 64
-_GOLDEN = 0.618
+from fastdit.engine.checksum import parts_of, sampled
 
 #: How deep objects among a module's attributes are looked into.
 _DEPTH = 4
@@ -33,6 +30,11 @@ _PEFT_NOTES = frozenset({"kwargs"})
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device)
 
 _INTERNALS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
+
+#: What every module has and none computes a forward by, as it has no part in the comparison at each call.
+_ASIDE = frozenset(vars(nn.Module())) - {
+    "training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks",
+}  # fmt: skip
 
 
 class Structure:
@@ -47,7 +49,9 @@ class Structure:
         self._held: list[Iterable[object]] = []
         parts = [_part(name, part, self._held) for name, part in module.named_modules()]
         self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-        self._seen = [*itertools.chain.from_iterable(self._held)]
+        self._attributes = [vars(part) for part in module.modules()]
+        self._read = [operator.itemgetter("training", *own.keys() - _ASIDE) for own in self._attributes]
+        self._seen = self._now()
         weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         tensors = [item for item in self._seen if isinstance(item, torch.Tensor) and _has_address(item)]
         self._placed = [(tensor, tensor.data_ptr()) for tensor in tensors]
@@ -57,11 +61,20 @@ class Structure:
     @property
     def unchanged(self) -> bool:
         """Whether nothing was put in the place of anything that the digest was made of."""
-        now = [*itertools.chain.from_iterable(self._held)]
+        try:
+            now = self._now()
+        except KeyError:  # an attribute is gone
+            return False
         if len(now) != len(self._seen) or not (all(map(operator.is_, now, self._seen)) or self._equal(now)):
             return False
         moved = any(tensor.data_ptr() != address for tensor, address in self._placed)
         return not moved and all(tensor._version == version for tensor, version in self._written)
+
+    def _now(self) -> list[object]:
+        """List all that was looked at as it is now, in one order. Raises `KeyError` where an attribute is gone."""
+        read = map(operator.itemgetter.__call__, self._read, self._attributes)
+        flat = itertools.chain.from_iterable
+        return [*map(len, self._attributes), *flat(self._held), *flat(read)]
 
     def _equal(self, now: list[object]) -> bool:
         """Whether all that is another object is a plain value equal to the one before."""
@@ -74,30 +87,9 @@ def structure_of(module: nn.Module) -> str:
     return Structure(module).digest
 
 
-def weights_of(module: nn.Module) -> str:
-    """Give a checksum of the values of a module's weights, by a sample of each: cheap enough for every run.
-
-    It looks at 64 elements of every weight, evenly spread, so it sees whatever changes a weight as a whole (another
-    checkpoint, a LoRA that is fused, scaled or unfused in place), and may miss an edit of a few elements by hand.
-    """
-    return _sampled([*module.parameters(), *module.buffers()])
-
-
-def sample_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Give 64 elements of a tensor, or about as many, spread over its rows and columns; a view where that can be."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    step, width = max(1, tensor.numel() // SAMPLES), tensor.shape[-1] if tensor.dim() > 1 else tensor.numel()
-    if step >= width > 1:
-        # Whole rows further would be the same column again; a golden part of a row further, all get their turn.
-        further = next(part for part in itertools.count(round(_GOLDEN * width)) if math.gcd(part, width) == 1)
-        step += further - step % width
-    return tensor.reshape(-1)[::step]
-
-
 def _part(name: str, part: nn.Module, held: list[Iterable[object]]) -> tuple[object, ...]:
     hooks = part._forward_hooks, part._forward_pre_hooks  # which no engine may leave out
-    held += [place.values() for place in (vars(part), part._parameters, part._buffers, part._modules, *hooks)]
+    held += [place.values() for place in (part._parameters, part._buffers, part._modules, *hooks)]
     passed_over = _INTERNALS | _PEFT_NOTES if type(part).__module__.startswith("peft.") else _INTERNALS
     own = {key: value for key, value in vars(part).items() if key not in passed_over}
     tensors = [(key, _tensor(tensor)) for key, tensor in (*part._parameters.items(), *part._buffers.items())]
@@ -106,7 +98,7 @@ def _part(name: str, part: nn.Module, held: list[Iterable[object]]) -> tuple[obj
 
 def _has_address(tensor: torch.Tensor) -> bool:
     """Whether a tensor has memory of its own; one that is put together of others may have none."""
-    return not _parts_of(tensor)[0] and tensor.device.type != "meta"
+    return not parts_of(tensor)[0] and tensor.device.type != "meta"
 
 
 def _tensor(tensor: torch.Tensor | None) -> object:
@@ -114,17 +106,8 @@ def _tensor(tensor: torch.Tensor | None) -> object:
         return None
     kind, shape = type(tensor).__name__, tuple(tensor.shape)
     own = kind, shape, tensor.stride(), str(tensor.dtype), str(tensor.device), tensor.requires_grad
-    held, how = _parts_of(tensor)
+    held, how = parts_of(tensor)
     return (own, [(name, _tensor(part)) for name, part in held.items()], _described(how, _DEPTH, [])) if held else own
-
-
-def _parts_of(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], object]:
-    """Give the tensors that a tensor of a class of its own holds (packed values, scales), by name, and how it reads
-    them; none for one that is plain, or that does not say."""
-    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
-        return {}, None
-    names, how = tensor.__tensor_flatten__()
-    return {name: getattr(tensor, name) for name in names}, how
 
 
 def _described(value: object, depth: int, held: list[Iterable[object]]) -> object:
@@ -135,7 +118,7 @@ def _described(value: object, depth: int, held: list[Iterable[object]]) -> objec
     if value is None or isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), str(value.dtype), _sampled([value])
+        return tuple(value.shape), str(value.dtype), sampled([value])
     if isinstance(value, type):
         return _class(cast(Hashable, value))
     if depth == 0 or isinstance(value, nn.Module):  # a child of the module has an entry of its own
@@ -176,23 +159,3 @@ def _source_of(thing: object) -> str:
 @functools.lru_cache(maxsize=256)
 def _file(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _sampled(tensors: Iterable[torch.Tensor]) -> str:
-    with torch.no_grad():
-        plain = [part for tensor in tensors for part in _unpacked(tensor.detach())]
-        picked = [sample_of(tensor) for tensor in plain if tensor.numel() and tensor.device.type != "meta"]
-        digest = hashlib.sha256()
-        for device in dict.fromkeys(tensor.device for tensor in picked):
-            # One transfer for all the weights of a device.
-            together = torch.cat([tensor.double() for tensor in picked if tensor.device == device])
-            digest.update(together.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _unpacked(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    held, _ = _parts_of(tensor)
-    if not held:
-        yield tensor
-    for part in held.values():
-        yield from _unpacked(part)

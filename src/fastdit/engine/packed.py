@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastdit.engine.fingerprint import sample_of
+from fastdit.engine.checksum import sample_of
 from fastdit.errors import UnsupportedModel
 
 DTYPES = (torch.float32, torch.bfloat16)

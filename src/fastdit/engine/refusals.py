@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from fastdit.blocks.attention import KernelMode
+from fastdit.engine.fingerprint import Structure
 from fastdit.errors import EngineMismatch
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What was found out about a block, good as long as `structure` is unchanged, and no longer than a run.
+
+    `module` is what an engine runs: the block without its hooks. `refusal` says why no engine may run the block.
+    """
+
+    where: str
+    module: nn.Module
+    structure: Structure
+    weights: str
+    refusal: str | None = None
 
 
 def refuse_gradients() -> None:

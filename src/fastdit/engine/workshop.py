@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from fastdit.engine.arguments import outline_of
-from fastdit.engine.fingerprint import Structure, structure_of, weights_of
+from fastdit.engine.checksum import weights_of
+from fastdit.engine.fingerprint import Structure, structure_of
 from fastdit.engine.key import EngineKey, Environment
 from fastdit.engine.piece import Execute, PieceCall, blocks_of
-from fastdit.engine.refusals import refusal
+from fastdit.engine.refusals import Admission, refusal
 from fastdit.engine.registry import Registry, warn_of_no_use
 from fastdit.engine.scratch import remove, scratch, state_of
 from fastdit.engine.warmup import Build
@@ -50,20 +51,6 @@ _COMPILED_AGAIN = "(it was compiled again: are the compiler's caches off?); what
 _LIVING: weakref.WeakValueDictionary[tuple[Path, str], BuiltEngine] = weakref.WeakValueDictionary()
 
 
-@dataclass(frozen=True)
-class Admission:
-    """What was found out about a block, good as long as `structure` is unchanged, and no longer than a run.
-
-    `module` is what an engine runs: the block without its hooks. `refusal` says why no engine may run the block.
-    """
-
-    where: str
-    module: nn.Module
-    structure: Structure
-    weights: str
-    refusal: str | None = None
-
-
 class Workshop:
     """Builds the engines of one twin and runs calls by them. `builds` tells of each that was asked for, in order."""
 
@@ -72,7 +59,8 @@ class Workshop:
         self.builds: list[Build] = []
         self.listener = listener
         self._registry = Registry(engine.directory)
-        self._engines: dict[tuple[str, Hashable], BuiltEngine | None] = {}
+        self._engines: dict[tuple[Hashable, ...], BuiltEngine | None] = {}
+        self._surroundings: dict[Environment, int] = {}
         self._weights: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
     def expected(self, model: nn.Module) -> int:
@@ -98,17 +86,21 @@ class Workshop:
         before = self._weights.get(block)
         self._weights[block] = weights
         if before not in (None, weights):
-            self._engines = {quick: built for quick, built in self._engines.items() if quick[0] != before}
+            self._engines = {place: built for place, built in self._engines.items() if place[0] != before}
         structure = Structure(block, values=self.engine.bakes_weights)
         return Admission(where, module, structure, weights, refusal(block, where))
 
-    def run(self, call: PieceCall, admission: Admission, environment: Environment) -> tuple[object, bool]:
+    def surroundings(self, device: torch.device) -> int:
+        """Number what the engine says of a forward besides its calls; the same has the same number."""
+        return self._surroundings.setdefault(self.engine.environment(device), len(self._surroundings))
+
+    def run(self, call: PieceCall, admission: Admission, surroundings: int) -> tuple[object, bool]:
         """Run a call by its engine, which is built at the first such call; say whether the engine ran, or the module.
 
-        `environment` is what the engine says of this forward. Raises `EngineBuildFailed` or `EngineMismatch`
-        where the engine can't run the call, unless its `on_failure` is "eager".
+        Raises `EngineBuildFailed` or `EngineMismatch` where the engine can't run the call, unless its `on_failure` is
+        "eager".
         """
-        built = self.get(call, admission, environment)
+        built = self.get(call, admission, surroundings)
         if built is None:
             return call.run(), False
         try:
@@ -123,22 +115,22 @@ class Workshop:
             raise error
         warnings.warn(f"{where} runs eagerly: {error}", EngineWarning, stacklevel=2)
 
-    def get(self, call: PieceCall, admission: Admission, environment: Environment) -> BuiltEngine | None:
+    def get(self, call: PieceCall, admission: Admission, surroundings: int) -> BuiltEngine | None:
         """Give the engine for a call; None where it could not be built and the piece runs eagerly."""
-        quick = (
-            admission.structure.digest, admission.refusal, call.stage, call.attention, environment,
-            torch.is_inference_mode_enabled(), outline_of((call.args, call.kwargs)),
+        place = (
+            admission.weights, admission.structure.digest, admission.refusal, call.stage, call.attention,
+            surroundings, torch.is_inference_mode_enabled(), outline_of((call.args, call.kwargs)),
         )  # fmt: skip
-        place = (admission.weights, quick)
-        if place not in self._engines:
+        found = self._engines.get(place)
+        if found is None and place not in self._engines:
             start = time.perf_counter()
-            built, failure = self._made(call, admission)
-            self._engines[place] = built
-            kept, seconds = built is not None and built.kept, time.perf_counter() - start
+            found, failure = self._made(call, admission)
+            self._engines[place] = found
+            kept, seconds = found is not None and found.kept, time.perf_counter() - start
             self.builds.append(Build(type(call.module).__name__, call.shape, call.stage, seconds, kept, failure))
             if self.listener is not None:
                 self.listener(self.builds[-1])
-        return self._engines[place]
+        return found
 
     def _made(self, call: PieceCall, admission: Admission) -> tuple[BuiltEngine | None, str | None]:
         """Give an engine of the process, one that is built now, or None and the reason."""
