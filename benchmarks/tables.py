@@ -39,6 +39,7 @@ def levels() -> str:
     """The levels of a stack, outermost first, and what there is at each."""
     decides = {
         Level.SCHEDULE: "how many steps, at which noise level, on which tokens",
+        Level.WEIGHTS: "what the linear layers of blocks hold",
         Level.STEP_CACHE: "whether a step's blocks run, are reused or are forecast",
         Level.TOKEN_CACHE: "which tokens are recomputed inside a step that runs",
         Level.ATTENTION: "which kernel computes attention",
@@ -46,7 +47,8 @@ def levels() -> str:
     }
     lines = ["| level | decides | here |", "|---|---|---|"]
     for level, classes in accelerators().items():
-        lines.append(f"| {level.value} | {decides[level]} | {', '.join(f'`{cls.__name__}`' for cls in classes)} |")
+        here = ", ".join(f"`{cls.__name__}`" for cls in classes) or "adapters alone"
+        lines.append(f"| {level.value} | {decides[level]} | {here} |")
     return "\n".join(lines)
 
 

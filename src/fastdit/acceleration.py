@@ -47,7 +47,7 @@ from fastdit.twins.transformer import OpenRun, TransformerTwin, transformer_twin
 _Base = TypeVar("_Base")
 
 #: The levels that act on a forward by itself, whether it is a step of a loop or not.
-_TIMELESS = (Level.ATTENTION, Level.ENGINE)
+_TIMELESS = (Level.WEIGHTS, Level.ATTENTION, Level.ENGINE)
 
 
 def accelerate(
@@ -72,14 +72,13 @@ def accelerate(
 class Acceleration:
     """The controller behind a twin, reached as `twin.fastdit`: its stack, plan and last run."""
 
-    def __init__(self, base: Any, stack: Stack, *, strict: bool, workshop: Workshop | None = None) -> None:
+    def __init__(self, base: Any, stack: Stack, *, strict: bool, kept: Iterable[tuple[Accelerator, Any]] = ()) -> None:
         self.base = self.twin = base  # what a run reads is read off a pipeline's twin, once that is made
         self.stack = stack
         self.strict = strict
         self.last_run: RunRecord | None = None
-        self._lasting = [(one, one.lasting()) for one in stack if one.level is not Level.SCHEDULE]
-        if workshop is not None:
-            self._lasting = [(one, workshop if one.level is Level.ENGINE else kept) for one, kept in self._lasting]
+        known, own = {id(one): part for one, part in kept}, [one for one in stack if one.level is not Level.SCHEDULE]
+        self._lasting = [(one, known[id(one)] if id(one) in known else one.lasting()) for one in own]
         self._turn: dict[int, object] = {}  # of each process: a forked child's parent does not run its calls
         self.open_run: OpenRun | None = None
         self.idle_is_plain = len(stack) == 0
@@ -109,12 +108,9 @@ class Acceleration:
     def plan(self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None) -> Plan:
         """Plan a call: stages, tokens, noise levels. Raises what the call itself would raise for these values."""
         plan = make_plan(self.stack, self.twin, height, width, num_inference_steps)
-        notes = remarks(self.base, plan)
-        if self.workshop is not None:
-            each = sum(map(self.workshop.expected, self._transformers.values()))
-            need = f"{len(plan.stages) * each} engines are needed, {each} for each stage"
-            notes = need, *self.workshop.remarks, *notes
-        return replace(plan, notes=(*plan.notes, *notes))
+        models, stages = [*self._transformers.values()], len(plan.stages)
+        said = [note for one, kept in self._lasting for note in one.remarks(models, stages, kept)]
+        return replace(plan, notes=(*plan.notes, *said, *remarks(self.base, plan)))
 
     def explain(
         self, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None
@@ -232,7 +228,7 @@ class Acceleration:
             if self.workshop is None:
                 return WarmUp((), 0.0)
             bare = Stack(one for one in self.stack if one.level not in (Level.STEP_CACHE, Level.TOKEN_CACHE))
-            controller = Acceleration(self.base, bare, strict=False, workshop=self.workshop)
+            controller = Acceleration(self.base, bare, strict=False, kept=self._lasting)
             controller._replaced = self._replaced
             controller.twin = twin = pipeline_twin(self.plain(self.twin), controller, _lifted(self.twin, bare))
             twin.set_progress_bar_config(disable=True)

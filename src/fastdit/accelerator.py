@@ -8,7 +8,7 @@ object that is made for one run and dies with it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,7 @@ class Level(Enum):
     """Where an accelerator acts, outermost first. The level, not the order in the list, decides the nesting."""
 
     SCHEDULE = "schedule"
+    WEIGHTS = "weights"
     STEP_CACHE = "step cache"
     TOKEN_CACHE = "token cache"
     ATTENTION = "attention"
@@ -134,6 +135,10 @@ class Accelerator(Config):
     def lasting(self) -> Any:
         """Make what lives as long as a twin and is shared by its runs: what was learned of a model, engines."""
         return None
+
+    def remarks(self, models: Sequence[Any], stages: int, lasting: Any) -> Iterable[str]:
+        """Give what a plan says of this on such models: the engines that are needed, the memory that is taken."""
+        return ()
 
     def enter(self, run: Run, lasting: Any) -> Pass | None:
         """Give what acts in one run; None where nothing is to be done in it. `lasting` is what `lasting` made."""

@@ -9,12 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdit.accelerator import (
-    VIOLATIONS,
-    Accelerator,
-    Level,
-    Need,
-)
+from fastdit.accelerator import VIOLATIONS, Accelerator, Level, Need
 from fastdit.attention.base import AttentionKernel
 from fastdit.config import decode, encode, parsed, shown
 from fastdit.engine.base import Engine

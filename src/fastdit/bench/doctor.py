@@ -21,7 +21,12 @@ from fastdit.errors import FastditError
 from fastdit.measure.environment import Environment
 
 #: Adapters, by what they install.
-ADAPTERS = {"OpenVINO": "fastdit-openvino", "TensorRT": "fastdit-tensorrt", "XFormers": "fastdit-xformers"}
+ADAPTERS = {
+    "OpenVINO": "fastdit-openvino",
+    "Quantize": "fastdit-torchao",
+    "TensorRT": "fastdit-tensorrt",
+    "XFormers": "fastdit-xformers",
+}
 
 #: Arguments of accelerators that can't do without.
 _EXAMPLES: dict[str, dict[str, Any]] = {"StepMask": {"mask": (1, 0)}}
