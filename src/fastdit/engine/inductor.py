@@ -16,6 +16,10 @@ from fastdit.process import environment, undoing, unheard_warnings
 #: Inductor's switches for compiling headers once, by their names in different versions.
 _COMPILED_HEADERS = ("cpp_cache_precompile_headers", "aot_inductor.precompile_headers")
 
+#: What is among Inductor's settings and is none: it writes there what it has found out about the last build's machine,
+#: and finds no graph of before once that is another one.
+WRITTEN = ("aot_inductor.metadata",)
+
 #: Where Inductor keeps compiled headers, and what makes them.
 _HEADER_FOLDERS, _HEADER_MAKER = ("_HEADER_DIR", "_HEADER_LOCK_DIR"), "_precompile_header"
 
@@ -42,7 +46,9 @@ def inductor_in(folder: Path) -> Iterator[None]:
     Inductor is told of the folder by the process's environment, so one thread at a time is here.
     """
     folders = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
-    with environment(folders), unheard_warnings(), _headers():  # the compiler's remarks on itself
+    config: Any = torch._inductor.config
+    empty: dict[str, dict[str, str]] = {name: {} for name in WRITTEN if name in config._config}
+    with environment(folders), unheard_warnings(), _headers(), config.patch(empty):  # unheard: its remarks on itself
         yield
 
 

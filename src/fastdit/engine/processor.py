@@ -29,14 +29,12 @@ from torch.overrides import TorchFunctionMode
 from fastdit.blocks.attention import AttentionCall, KernelMode
 from fastdit.engine.base import Engine
 from fastdit.engine.by_heads import attend_by_heads, takes
+from fastdit.engine.inductor import WRITTEN
 from fastdit.engine.key import Environment
 from fastdit.engine.packed import packed_linear, packs
 from fastdit.engine.piece import PieceCall
 
 _FILE = "attention.json"
-
-#: What is among Inductor's settings and is none: it writes there what it has found out about the last build's machine.
-_WRITTEN = ("aot_inductor.metadata",)
 
 #: By this factor heads must be faster, so that a tie is torch's.
 _GAIN = 1.1
@@ -119,7 +117,7 @@ def _portable(config: Any, _now: bytes) -> str:
     for name, value in sorted(config.get_config_copy().items()):
         if isinstance(value, (set, frozenset)):
             value = sorted(map(repr, value))  # their own order is another one in every process
-        if name not in _WRITTEN and not (isinstance(value, str) and os.path.isabs(value)):
+        if name not in WRITTEN and not (isinstance(value, str) and os.path.isabs(value)):
             kept.append((name, value))
     return hashlib.sha256(repr(kept).encode()).hexdigest()
 
