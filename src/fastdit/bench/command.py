@@ -49,6 +49,9 @@ def bench(
     peers: Annotated[bool, typer.Option(help="Run diffusers' own caches and cache-dit, too.")] = False,
     attribute: Annotated[bool, typer.Option(help="Run every subset of each stack: each part's worth.")] = False,
     isolate: Annotated[bool, typer.Option(help="Give every row processes of its own.")] = False,
+    fidelity: Annotated[
+        list[str] | None, typer.Option(help="lpips, dinov2, or either=WHERE its weights are; beside PSNR and SSIM.")
+    ] = None,
     floor: Annotated[str | None, typer.Option(help="ssim=.9 rejects what is less like the full run.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files: fp16.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -93,6 +96,7 @@ def bench(
             peers=peers,
             attribute=attribute,
             isolate=isolate,
+            fidelity=tuple(fidelity or ()),
             ssim_floor=None if floor is None else _floor(floor),
         )
     with workers_at(ray) as workers:
@@ -107,12 +111,13 @@ def run_experiment(experiment: Experiment, store: Store, as_json: bool, workers:
 
     from fastdit.bench.outcome import outcomes, results
     from fastdit.bench.protocol import measure
+    from fastdit.bench.quality import fidelity_by
     from fastdit.measure.noise import remarks
     from fastdit.measure.report import write_report
     from fastdit.measure.statistics import CONFIDENCE
     from fastdit.measure.table import rich_table
 
-    console = Console()
+    console, by = Console(), fidelity_by(experiment.fidelity)
     store.begin(experiment, sys.argv)
     try:
         measure(experiment, store, _progress(Console(stderr=True)), workers)
@@ -120,7 +125,8 @@ def run_experiment(experiment: Experiment, store: Store, as_json: bool, workers:
         Console(stderr=True).print("interrupted; this is what was finished, and the same command goes on from here")
     found = {group: outcomes(experiment, group, store) for group in experiment.groups()}
     data = [
-        {"group": group.title, "rows": [outcome_json(row, experiment) for row in rows]} for group, rows in found.items()
+        {"group": group.title, "fidelity": by, "rows": [outcome_json(row, experiment) for row in rows]}
+        for group, rows in found.items()
     ]
     store.write("results.json", data)
     shown = {

@@ -15,6 +15,7 @@ from fastdit.bench.peers import PEERS
 from fastdit.bench.source import Source
 from fastdit.config import Config, Count, Positive, Range, Whole
 from fastdit.errors import InvalidConfig
+from fastdit.measure.likeness import Wanted
 from fastdit.stack import Stack
 
 #: Rounds below which no interval is worth printing.
@@ -103,6 +104,8 @@ class Experiment(Config):
         isolate: give every row processes of its own.
         peers: run diffusers' own caches and compilation and cache-dit, too, each in processes of its own.
         attribute: run every subset of each stack, too, which tells what each part is worth.
+        fidelity: "lpips" and "dinov2", each with "=WHERE" its weights are: likeness to the full run by networks, beside
+            PSNR and SSIM. Nothing is downloaded for them.
         ssim_floor: a likeness to the plain pipeline's full run, 0 to 1, below which a row is rejected.
 
     Raises:
@@ -122,6 +125,7 @@ class Experiment(Config):
     isolate: bool = False
     peers: bool = False
     attribute: bool = False
+    fidelity: tuple[str, ...] = ()
     ssim_floor: Annotated[float, Range(at_least=0, at_most=1)] | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
 
@@ -139,8 +143,14 @@ class Experiment(Config):
             )
         if self.ssim_floor is not None and pictures < 2:
             raise InvalidConfig("a floor is judged by an interval over pictures, and one picture gives none")
+        self._check_fidelity()
         for size in self.sizes or ():
             self._check_size(size)
+
+    def _check_fidelity(self) -> None:
+        names = [Wanted.parsed(text).name for text in self.fidelity]
+        if len(set(names)) < len(names):
+            raise InvalidConfig(f"fidelity names each network once, got {', '.join(self.fidelity)}")
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         height, width = size

@@ -9,7 +9,7 @@ from statistics import median
 
 from fastdit.bench.attribution import gains, interactions, quality_gains, subset_name, subsets
 from fastdit.bench.experiment import FEWEST_ROUNDS, Experiment, Group, Row
-from fastdit.bench.quality import fidelity, quality
+from fastdit.bench.quality import fidelity, fidelity_by, quality
 from fastdit.bench.store import Cell, Store
 from fastdit.measure.charts import Waterfall
 from fastdit.measure.experiment import SHOWN
@@ -25,10 +25,10 @@ EQUAL_TIME = 0.1
 class RowOutcome:
     """What is known of a row.
 
-    `speed_up` is to the plain pipeline's full run, None for itself and for too few rounds; `rival` names the plain run
-    that takes as long; `metrics` holds PSNR (dB) and SSIM to the full run of the same seeds, and the judge's score of
-    an embedded pipeline; `phases` are the seconds of loading, building and the first call; `notes` are what the library
-    warned of.
+    `speed_up` is to the plain pipeline's full run, None for itself and for too few rounds; `rival` names the plain
+    run that takes as long; `metrics` holds PSNR (dB), SSIM and what else the experiment's `fidelity` names to the
+    full run of the same seeds, and the judge's score of an embedded pipeline; `phases` are the seconds of loading,
+    building and the first call; `notes` are what the library warned of.
     """
 
     row: Row
@@ -91,7 +91,7 @@ def outcomes(experiment: Experiment, group: Group, store: Store) -> list[RowOutc
                 max((cell.bytes for cell in own if cell.bytes is not None), default=None),
                 rival,
                 None if rival is None else times[rival],
-                ({} if row is plain else fidelity(store, group, (plain, base), (row, own)))
+                ({} if row is plain else fidelity(store, group, (plain, base), (row, own), experiment.fidelity))
                 | quality(store, group, (row, own)),
                 prepared.get("seconds", {}),
                 tuple(prepared.get("notes", ())),
@@ -129,6 +129,8 @@ def results(experiment: Experiment, group: Group, store: Store, found: Sequence[
             "pipeline": group.source.name,
             "seeds": list(experiment.seeds),
             "call": dict(experiment.call),
+            "fidelity": fidelity_by(experiment.fidelity),
+            "machines": store.machines(),
         },
         prompts=tuple(prompt for cell in first[:rounds] for prompt in cell.prompts),
         images_per_round=group.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastdit.bench.experiment import Group, Row
@@ -16,15 +17,30 @@ Made = tuple[Row, list[Cell]]
 """A row and its finished cells."""
 
 
-def fidelity(store: Store, group: Group, plain: Made, own: Made) -> dict[str, Metric]:
-    """Give PSNR (dB) and SSIM to the plain run's pictures, over the rounds whose pictures both have."""
+def fidelity(store: Store, group: Group, plain: Made, own: Made, networks: Sequence[str] = ()) -> dict[str, Metric]:
+    """Give PSNR (dB) and SSIM to the plain run's pictures, over the rounds whose pictures both have.
+
+    `networks` are such as `fastdit.measure.likeness` opens, which raises `MissingWeights`.
+    """
     from fastdit.measure.images import psnr, ssim
+    from fastdit.measure.likeness import Wanted, opened
 
     pairs = list(zip(_pictures(store, group, *plain), _pictures(store, group, *own), strict=False))
     if not pairs:
         return {}
     references, images = ([image for _, image in side] for side in zip(*pairs, strict=True))
-    return _metrics({"psnr": psnr(images, references), "ssim": ssim(images, references)})
+    seen = {Wanted.parsed(text).name: opened(text)(images, references) for text in networks}
+    return _metrics({"psnr": psnr(images, references), "ssim": ssim(images, references), **seen})
+
+
+def fidelity_by(networks: Sequence[str]) -> dict[str, str]:
+    """Name what likeness to the full run is measured by, with versions, each under the name of its metric."""
+    from importlib.metadata import version
+
+    from fastdit.measure.likeness import Wanted, opened
+
+    own = f"torchmetrics {version('torchmetrics')}"
+    return {"psnr": own, "ssim": own} | {Wanted.parsed(text).name: opened(text).said for text in networks}
 
 
 def quality(store: Store, group: Group, own: Made) -> dict[str, Metric]:

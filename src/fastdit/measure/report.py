@@ -100,6 +100,7 @@ def render_report(results: Results, directory: Path, waterfalls: Sequence[charts
         timelines=lines,
         actions=[action for action in ACTIONS if action in done],
         confidence=CONFIDENCE,
+        machines=" and ".join(results.settings.get("machines", [str(results.environment)])),
         header=header(results),
         rows=rows(results),
     )

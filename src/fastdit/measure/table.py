@@ -126,7 +126,9 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
         columns["Frechet distance"] = measured("frechet")
         if any(entry.metrics["frechet"].samples for entry in results.configurations if "frechet" in entry.metrics):
             columns["Frechet vs plain at its time"] = against_plain("frechet", named=False)
-    return columns | {"sharpness": sharpness, "PSNR dB": likeness("psnr", ".1f"), "SSIM": likeness("ssim", ".3f")}
+    columns |= {"sharpness": sharpness, "PSNR dB": likeness("psnr", ".1f"), "SSIM": likeness("ssim", ".3f")}
+    networks = {"lpips": "LPIPS", "dinov2": "DINOv2"}
+    return columns | {title: likeness(name, ".3f") for name, title in networks.items() if name in names}
 
 
 def _broken(interval: Interval, spec: str) -> str:
