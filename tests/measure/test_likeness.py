@@ -75,7 +75,7 @@ def test_dinov2_is_one_for_equal_pictures_and_less_the_further_they_are(dino: Pa
 def test_dinov2_is_the_cosine_of_the_models_own_class_tokens(dino: Path) -> None:
     from transformers import AutoModel
 
-    model: Any = AutoModel.from_pretrained(dino).eval()
+    model: Any = AutoModel.from_pretrained(dino).eval().requires_grad_(False)
     tokens = []
     for one in (picture(2), picture(3)):
         pixels = np.asarray(one.resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float32) / 255
