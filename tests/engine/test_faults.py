@@ -306,7 +306,7 @@ def test_after_an_interrupt_at_any_line_of_a_build_the_next_call_builds_and_keep
 
     count = interrupted(None, tmp_path / "whole")[0].count
     assert count > 100
-    for at in range(0, count, 3 if pytestconfig.getoption("--exhaustive") else count // 20):
+    for at in range(0, count, 1 if pytestconfig.getoption("--exhaustive") else count // 20):
         directory = tmp_path / str(at)
         lines, twin = interrupted(at, directory)
         assert lines.place
