@@ -167,7 +167,7 @@ def test_every_resume_after_a_kill_ends_with_the_same_cells(tmp_path: Path) -> N
         process = processes.Process(target=measured, args=(begun := processes.Event(),))
         process.start()
         assert begun.wait(60)
-        time.sleep(random.uniform(0.0, 3.0))
+        time.sleep(random.uniform(0.0, 6.0))
         process.kill()
         process.join()
     store = Store(folder)
