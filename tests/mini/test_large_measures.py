@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from training.large import measures
-from training.large.damages import DAMAGES, coverage
+from training.large.damages import DAMAGES
 from training.large.measures import edge_width, fit_ground, palette_distance
-from training.large.render import pack, random_pictures, render
+from training.large.render import coverage, pack, random_pictures, render
 from training.large.scenes import Scene
 
 _SIDE = 128

@@ -57,10 +57,14 @@ def text(minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown 
 
 @app.command()
 def transformer(
-    minutes: Minutes, directory: Directory = DIRECTORY, cooldown: Cooldown = 0.0, device: Device = DEVICE
+    minutes: Minutes,
+    directory: Directory = DIRECTORY,
+    cooldown: Cooldown = 0.0,
+    device: Device = DEVICE,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile it first: for calls of an hour.")] = False,
 ) -> None:
     """Train the transformer on from wherever it is; needs the autoencoder and the text encoders."""
-    transformer_stage.train(directory, torch.device(device), minutes, cooldown=cooldown)
+    transformer_stage.train(directory, torch.device(device), minutes, cooldown=cooldown, compiled=compiled)
 
 
 @app.command()

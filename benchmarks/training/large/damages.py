@@ -13,24 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.large.render import MOST_OBJECTS, Batch, objects_of, whole
-
 Damage = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 _LONGEST_BLUR = 0.008
 _COARSEST_PIXEL = 0.012
 _WIDEST_DOUBLE = 0.016
 _SEAM_GRIDS = (8, 16, 32)
-
-
-def coverage(batch: Batch, pixels: int) -> Tensor:
-    """Where objects are, [B, 1, pixels, pixels]."""
-    bare = torch.zeros(batch.count, 1, pixels, pixels, device=batch.sizes.device)
-    for slot in range(MOST_OBJECTS):
-        if (found := objects_of(batch, slot, pixels, whole(batch))) is not None:
-            chosen, layer, _ = found
-            bare[chosen] = bare[chosen] * (1 - layer[:, 3:]) + layer[:, 3:]
-    return bare
 
 
 def blur(images: Tensor, objects: Tensor, severity: Tensor, random: torch.Generator) -> Tensor:

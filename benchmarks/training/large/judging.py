@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.large import checkpoint
-from training.large.damages import DAMAGES, coverage
+from training.large.damages import DAMAGES
 from training.large.judges import AttentiveJudge, ConvolutionalJudge, Verdict
-from training.large.render import Picture, pack, random_pictures, render
+from training.large.render import Picture, coverage, pack, random_pictures, render
 from training.large.run import Run, working_dtype
 from training.large.scenes import GROUNDS, LIGHTS, OBJECTS
 

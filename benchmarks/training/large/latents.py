@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline
 from torch import Tensor
+from torch.nn import functional
 
-from training.large.render import pack, random_pictures, render
+from training.large.render import coverage, pack, random_pictures, render
 from training.large.run import Run, working_dtype
 
 #: Steps for which a pool of pictures is kept.
@@ -16,6 +17,8 @@ BLOCK = 100
 #: How often a picture of a pool is seen, on average, each time with other noise.
 _USES = 2
 _CHUNK = 16
+#: Samples of a token's coverage along each axis.
+_COVERAGE_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,29 @@ class Pool:
         self._device = device
         self._block = -1
         self._latents = torch.empty(0)
+        self._objects = torch.empty(0)
         self._prompts: list[str] = []
 
-    def draw(self, run: Run, share: float) -> tuple[Tensor, list[str]]:
-        """Give this step's clean latents [B, N, 64] and prompts; `share` is the size's share of the steps."""
+    def draw(self, run: Run, share: float) -> tuple[Tensor, Tensor, list[str]]:
+        """Give this step's clean latents [B, N, 64], the share of each token that objects cover [B, N], and prompts.
+
+        `share` is the size's share of the steps.
+        """
         if run.step // BLOCK != self._block:
             self._fill(run.step // BLOCK, max(self.size.batch, int(BLOCK * share * self.size.batch / _USES)))
         chosen = run.random(stream=self.size.pixels).integers(0, len(self._prompts), self.size.batch)
-        return self._latents[torch.from_numpy(chosen).to(self._device)], [self._prompts[index] for index in chosen]
+        rows = torch.from_numpy(chosen).to(self._device)
+        return self._latents[rows], self._objects[rows], [self._prompts[index] for index in chosen]
 
     def _fill(self, block: int, count: int) -> None:
         pictures = random_pictures(count, Run.generator(self.size.pixels + 1, block))
-        encoded = []
+        encoded, covered = [], []
         for start in range(0, count, _CHUNK):
-            images = render(pack(pictures[start : start + _CHUNK], self._device), self.size.pixels) * 2 - 1
-            encoded.append(encode(self._vae, images))
-        self._latents = torch.cat(encoded)
+            batch = pack(pictures[start : start + _CHUNK], self._device)
+            encoded.append(encode(self._vae, render(batch, self.size.pixels) * 2 - 1))
+            objects = coverage(batch, self.size.side * _COVERAGE_SAMPLES)
+            covered.append(functional.avg_pool2d(objects, _COVERAGE_SAMPLES).flatten(1))
+        self._latents, self._objects = torch.cat(encoded), torch.cat(covered)
         self._prompts = [picture.scene.prompt() for picture in pictures]
         self._block = block
 

@@ -174,6 +174,17 @@ def render(batch: Batch, pixels: int, windows: Tensor | None = None) -> Tensor:
     return (canvas * light_of(batch, x, y)).clamp(0, 1)
 
 
+@torch.no_grad()
+def coverage(batch: Batch, pixels: int) -> Tensor:
+    """Where objects are, [B, 1, pixels, pixels]."""
+    bare = torch.zeros(batch.count, 1, pixels, pixels, device=batch.sizes.device)
+    for slot in range(MOST_OBJECTS):
+        if (found := objects_of(batch, slot, pixels, whole(batch))) is not None:
+            chosen, layer, _ = found
+            bare[chosen] = bare[chosen] * (1 - layer[:, 3:]) + layer[:, 3:]
+    return bare
+
+
 def objects_of(batch: Batch, slot: int, pixels: int, windows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Give which pictures have an object in a slot, its colour and alpha [C, 4, H, W], its shadow [C, 1, H, W]."""
     chosen = (batch.objects[:, slot] >= 0).nonzero()[:, 0]
