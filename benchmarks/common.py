@@ -18,7 +18,7 @@ from fastdit.measure.results import Metric, Results
 from fastdit.measure.statistics import mean
 from fastdit.measure.timing import time_interleaved
 from fastdit.mini import Architecture, load_mini
-from fastdit.mini.judge import load_judge
+from fastdit.mini.language import judge_of, language_of
 from fastdit.mini.prompts import held_out, parse
 from frechet import frechet_distance, influences, jackknife
 from measurements import with_seconds
@@ -58,8 +58,8 @@ def compare(
     `first` leaves out that many held-out prompts at the start, for a comparison on fresh ones. A prompt has `each`
     pictures, whose scores are averaged, and which are left out of the distance together.
     """
-    judge, pipeline = load_judge(), pipeline_of(mini, dtype)
-    asked = held_out(first + prompts, seed, background=True)[first:]
+    judge, pipeline = judge_of(mini, "tables"), pipeline_of(mini, dtype)
+    asked = language_of(mini).held_out(first + prompts, seed, background=True)[first:]
     made = []
     for number in range(each):
         # A pass at a time, so that no more than one picture of each prompt is kept.
@@ -67,7 +67,7 @@ def compare(
         experiment = Experiment(pipeline, asked, seed=start, batch=batch, judge=judge, progress=_say)
         results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
         made.append(Pass(results, {name: judge.features(pictures).numpy() for name, pictures in images.items()}))
-    return joined(made, judge.features(renders(RENDERED, seed + 1)).numpy())
+    return joined(made, judge.features(renders(RENDERED, seed + 1, mini)).numpy())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +127,13 @@ def pipeline_of(mini: Architecture, dtype: torch.dtype | None = None) -> Any:
     return pipeline
 
 
-def renders(count: int, seed: int) -> list[Image]:
+def renders(count: int, seed: int, mini: Architecture = "flux") -> list[Image]:
     """Draw what `count` held-out prompts ask for, as the training pictures were drawn; needs the extra `train`."""
+    if mini == "flux-512":
+        from training.large.render import rendered_prompts
+
+        asked = language_of(mini).held_out(count, seed, background=True)
+        return [fromarray(pixels) for pixels in rendered_prompts(asked, seed, 512)]
     from training.small.render import draw, random_picture
 
     random = np.random.default_rng(seed)

@@ -57,7 +57,7 @@ def main(
 def _compared(search: Search, winner: Tried, tested: int) -> list[dict[str, Any]]:
     """Make held-out pictures by the winner and by the presets that are as fast; give what the winner is better by."""
     goal = search.goal.seconds or 0.0
-    bench = Workbench(search.workbench.source, held_out(tested, 0, background=True), None, None)
+    bench = Workbench(search.workbench.source, held_out(tested, 0, background=True), None, None, judged_for="tables")
     own = _made(bench, parse_stack(winner.stack))
     rows = []
     for preset in search.schedules:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from fastdit.engine.registry import Registry
     from fastdit.measure.timing import Progress
+    from fastdit.mini import Architecture
     from fastdit.step_cache.coefficients import Coefficients
     from fastdit.step_cache.curves import MagnitudeCurve
 
@@ -116,9 +117,12 @@ def demo(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts: about a minute, wider intervals.")] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="The embedded pipeline of 512 x 512 pixels: some twenty times the time.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 0,
 ) -> None:
-    """Make pictures with the embedded pipeline, plain and accelerated, and report speed and quality.
+    """Make pictures with an embedded pipeline, plain and accelerated, and report speed and quality.
 
     Results are written after every round: Ctrl-C ends the demo with those that are there.
     """
@@ -134,7 +138,9 @@ def demo(
 
     out.mkdir(parents=True, exist_ok=True)
     with _progress(Console(stderr=True)) as progress:
-        results = run_demo(out, extent=EXTENTS["quick" if quick else "full"], seed=seed, progress=progress)
+        extent = EXTENTS["quick" if quick else "full"]
+        architecture: Architecture = "flux-512" if large else "flux"
+        results = run_demo(out, extent=extent, architecture=architecture, seed=seed, progress=progress)
     interrupted = results.settings.get("interrupted")
     if as_json:
         typer.echo(results.dumps())
@@ -182,8 +188,8 @@ def matrix(
     pipe: Annotated[
         str,
         typer.Argument(
-            help="mini, mini:sd3, a folder, a hub's name: what goes together on it. Else a part of the names of "
-            "diffusers' pipelines, of which tiny models are run; all if left out."
+            help="mini, mini:flux-512, mini:sd3, a folder, a hub's name: what goes together on it. Else a part of "
+            "the names of diffusers' pipelines, of which tiny models are run; all if left out."
         ),
     ] = "",
     part: Annotated[

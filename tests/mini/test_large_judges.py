@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.large.damages import DAMAGES
-from training.large.judges import AttentiveJudge, ConvolutionalJudge, Verdict, score
+from fastdit.mini.large.judges import DAMAGES, AttentiveJudge, ConvolutionalJudge, Verdict, score
+from fastdit.mini.large.scenes import GROUNDS, LIGHTS, OBJECTS, Scene, random_scene
 from training.large.judging import losses, truth
 from training.large.render import Picture, random_picture, random_pictures
-from training.large.scenes import GROUNDS, LIGHTS, OBJECTS, Scene, random_scene
 
 
 def _certain(numbers: Tensor, choices: int) -> Tensor:

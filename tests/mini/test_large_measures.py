@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdit.mini.large.scenes import Scene
 from training.large import measures
 from training.large.damages import DAMAGES
 from training.large.measures import edge_width, fit_ground, palette_distance
 from training.large.render import coverage, pack, random_pictures, render
-from training.large.scenes import Scene
 
 _SIDE = 128
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.large import scenes
+from fastdit.mini.large import scenes
+from fastdit.mini.large.scenes import Scene, parse, random_scene, vocabulary
 from training.large.grounds import FORMS
 from training.large.render import Picture, light_of, pack, random_picture, random_pictures, render
-from training.large.scenes import Scene, parse, random_scene, vocabulary
 
 
 def _pictures(count: int, seed: int = 0) -> list[Picture]:

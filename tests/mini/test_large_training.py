@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from training.large import autoencoder, checkpoint, latents, sample, text, transformer
+from fastdit.mini.large.scenes import held_out, parse, training
+from training.large import autoencoder, checkpoint, latents, text, transformer
 from training.large.latents import Size
 from training.large.run import Run
 from training.large.transformer import Phase, Trainer
@@ -129,6 +130,6 @@ def test_every_prompt_fits_the_text_encoders_and_prompts_of_samples_are_held_out
     assert ids.shape == (2, text.LENGTH)
     assert ids[0, -1] == tokenizer.eos_token_id
     assert tokenizer.unk_token_id not in ids
-    from training.large.scenes import parse
-
-    assert all(parse(prompt).held_out for prompt in sample.held_out_prompts(20))
+    assert all(parse(prompt).held_out for prompt in held_out(20))
+    assert not any(parse(prompt).held_out for prompt in training(20))
+    assert all(parse(prompt).ground for prompt in held_out(20, background=True))

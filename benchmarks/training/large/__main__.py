@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from fastdit.mini.large.judges import Purpose
 from training.large import autoencoder as autoencoder_stage
 from training.large import checkpoint as checkpoint_stage
 from training.large import judging as judging_stage
@@ -85,7 +86,7 @@ def go_on(minutes: Minutes, directory: Directory = DIRECTORY, device: Device = D
 
 @app.command()
 def judge(
-    purpose: Annotated[judging_stage.Purpose, typer.Argument(help="The judge of searches or the one of tables.")],
+    purpose: Annotated[Purpose, typer.Argument(help="The judge of searches or the one of tables.")],
     minutes: Minutes,
     directory: Directory = DIRECTORY,
     cooldown: Cooldown = 0.0,
@@ -114,6 +115,12 @@ def sample(
 def publish(directory: Directory = DIRECTORY) -> None:
     """Write the checkpoint that is kept with the recipe, from which training goes on elsewhere."""
     checkpoint_stage.publish(directory)
+
+
+@app.command()
+def deliver(directory: Directory = DIRECTORY) -> None:
+    """Write the weights that come with the package."""
+    checkpoint_stage.deliver(directory)
 
 
 @app.command()

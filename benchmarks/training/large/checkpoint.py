@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastdit.mini.large.pipeline import WEIGHTS
+
 FOLDER = Path(__file__).parent / "checkpoint"
 _PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler")
 _TRANSFORMER = "transformer.safetensors"
@@ -47,6 +49,24 @@ def publish(directory: Path, folder: Path | None = None) -> None:
         if path.stem == "transformer":
             _halve(state["average"], folder / _TRANSFORMER)
     (folder / _PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+
+
+def deliver(directory: Path, package: Path = WEIGHTS) -> None:
+    """Write the package's weights, all in float16, from a working directory; judges where they are trained."""
+    from training.large.transformer import build
+
+    package.mkdir(parents=True, exist_ok=True)
+    for part in _PARTS:
+        shutil.rmtree(package / part, ignore_errors=True)
+        shutil.copytree(directory / part, package / part)
+        for path in (package / part).glob("*.safetensors"):
+            _halve(load_file(path), path)
+    state = torch.load(directory / "transformer.pt", weights_only=True, map_location="cpu")
+    transformer = build()
+    transformer.load_state_dict(state["average"])
+    transformer.half().save_pretrained(package / "transformer")
+    for path in directory.glob("judge-*.safetensors"):
+        shutil.copy(path, package / path.name)
 
 
 def numbers_of(stage: str, folder: Path | None = None) -> dict[str, float] | None:

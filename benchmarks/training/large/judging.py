@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderTiny
@@ -11,14 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdit.mini.large.judges import Purpose, Verdict, build_judge
+from fastdit.mini.large.scenes import GROUNDS, LIGHTS, OBJECTS
 from training.large import checkpoint
 from training.large.damages import DAMAGES
-from training.large.judges import AttentiveJudge, ConvolutionalJudge, Verdict
 from training.large.render import Picture, coverage, pack, random_pictures, render
 from training.large.run import Run, working_dtype
-from training.large.scenes import GROUNDS, LIGHTS, OBJECTS
-
-Purpose = Literal["search", "tables"]
 
 _BATCHES = {256: 12, 512: 4}
 _RATE = 1e-3
@@ -26,11 +23,6 @@ _DAMAGED_SHARE = 0.6
 _DECODED_SHARE = 0.5
 #: Pictures as damaged as this aren't asked for what they show.
 _READABLE = 0.6
-
-
-def build(purpose: Purpose) -> nn.Module:
-    """Make an untrained judge for a purpose."""
-    return ConvolutionalJudge() if purpose == "search" else AttentiveJudge()
 
 
 def truth(pictures: list[Picture], severities: Tensor) -> Verdict:
@@ -80,7 +72,7 @@ def train(purpose: Purpose, directory: Path, device: torch.device, minutes: floa
     run = Run(f"judge-{purpose}", directory, minutes, device, cooldown=cooldown)
     checkpoint.unpack(directory)
     vae = AutoencoderTiny.from_pretrained(directory / "vae").float().eval().to(device)
-    judge = build(purpose).to(device)
+    judge = build_judge(purpose).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=_RATE, weight_decay=0.02)
     if (state := run.resume(device)) is not None:
         judge.load_state_dict(state["judge"])

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdit.mini.large.scenes import OBJECTS
 from training.large import sprites
 from training.large.grounds import FORMS, texture_coordinates
-from training.large.scenes import OBJECTS
 
 _COARSE = 64
 _FINE = 128

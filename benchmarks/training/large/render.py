@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit.mini.large.scenes import GROUNDS, KINDS, LIGHTS, OBJECTS, Scene, parse, random_scene
 from training.large import sprites
 from training.large.grounds import FORMS, texture_coordinates
-from training.large.scenes import GROUNDS, KINDS, LIGHTS, OBJECTS, Scene, random_scene
 
 Color = tuple[float, float, float]
 
@@ -172,6 +172,14 @@ def render(batch: Batch, pixels: int, windows: Tensor | None = None) -> Tensor:
             below = canvas[chosen] * (1 - batch.shadow[chosen][:, None, None, None] * shade)
             canvas[chosen] = below * (1 - layer[:, 3:]) + layer[:, :3]
     return (canvas * light_of(batch, x, y)).clamp(0, 1)
+
+
+def rendered_prompts(prompts: Sequence[str], seed: int, pixels: int) -> list[np.ndarray]:
+    """Draw what prompts ask for, each [pixels, pixels, 3] in 8 bits."""
+    random = np.random.default_rng(seed)
+    pictures = (random_picture(parse(prompt), random) for prompt in prompts)
+    drawn = (render(pack([picture]), pixels)[0] for picture in pictures)
+    return [(image * 255.0).round().byte().permute(1, 2, 0).numpy() for image in drawn]
 
 
 @torch.no_grad()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image, ImageDraw
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from fastdit.mini.large.scenes import held_out
 from training.large import checkpoint, text
-from training.large.scenes import random_scene
 from training.large.transformer import build, phase_of
 
 
@@ -44,12 +43,6 @@ def pipeline(directory: Path, device: torch.device) -> tuple[FluxPipeline, int]:
     return made.to(device), samples
 
 
-def held_out_prompts(count: int, seed: int = 0) -> list[str]:
-    """Give prompts that training never used."""
-    random = np.random.default_rng((5, seed))
-    return [random_scene(random, held_out=True).prompt() for _ in range(count)]
-
-
 def sheet(
     directory: Path,
     device: torch.device,
@@ -62,7 +55,7 @@ def sheet(
 ) -> Path:
     """Write a sheet of pictures of held-out prompts (or of the given ones) and give its path."""
     made, samples = pipeline(directory, device)
-    words = prompts or held_out_prompts(count)
+    words = prompts or held_out(count)
     # until guidance is learned as an input, a second prediction guides
     learned = phase_of(samples).guided
     settings = {"guidance_scale": guidance} if learned else {"true_cfg_scale": guidance, "negative_prompt": ""}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from training.large.scenes import OBJECTS
+from fastdit.mini.large.scenes import OBJECTS
 
 FOLDER = Path(__file__).parent / "sprites"
 #: The sides of the stored levels of every sprite; a picture takes the one that is fine enough.

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from training.large.run import Run
-from training.large.scenes import (
+from fastdit.mini.large.scenes import (
     COUNTS,
     GROUNDS,
     LIGHTS,
@@ -30,6 +29,7 @@ from training.large.scenes import (
     random_scene,
     vocabulary,
 )
+from training.large.run import Run
 
 #: The longest prompt has eleven words; an end follows it.
 LENGTH = 12

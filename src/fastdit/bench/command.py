@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from fastdit.errors import InvalidConfig
+from fastdit.mini.language import language_of
 
 if TYPE_CHECKING:
     from fastdit.bench.experiment import Experiment, Group
@@ -32,7 +33,7 @@ MINI_PROMPTS = 4
 def bench(
     pipe: Annotated[
         str | None,
-        typer.Argument(help="mini, mini:sd3, a folder, a hub's name, or a .toml file that holds the experiment."),
+        typer.Argument(help="mini, mini:flux-512, mini:sd3, a folder, a hub's name, or an experiment's .toml file."),
     ] = None,
     stack: Annotated[
         list[str] | None, typer.Option(help="A stack, such as 'RALU 4x, TeaCache .25, Compile'; as often as you like.")
@@ -191,11 +192,9 @@ def _prompts(given: Sequence[str] | None, file: Path | None, source: Any) -> lis
             return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidConfig(f"{file} can't be read: {error}") from error
-    if given or not source.embedded:
+    if given or source.architecture is None:
         return list(given or ())
-    from fastdit.mini.prompts import held_out
-
-    return list(held_out(MINI_PROMPTS, 0))
+    return language_of(source.architecture).held_out(MINI_PROMPTS, 0)
 
 
 def pixels(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from fastdit.bench.experiment import Group, Row
 from fastdit.bench.store import Cell, Store
 from fastdit.measure.results import Metric
 from fastdit.measure.statistics import mean
+from fastdit.mini.language import judge_of, language_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,18 +52,16 @@ def quality(store: Store, group: Group, own: Made) -> dict[str, Metric]:
     if not pictures:
         return {}
     samples = {"sharpness": sharpness([image for _, image in pictures])}
-    if not group.source.embedded:
+    if (architecture := group.source.architecture) is None:
         return _metrics(samples)
-    from fastdit.mini.judge import load_judge
-    from fastdit.mini.prompts import parse
-
     prompts = [prompt for prompt, _ in pictures]
     try:
         for prompt in prompts:
-            parse(prompt)
+            language_of(architecture).parse(prompt)
     except ValueError:
         return _metrics(samples)
-    return _metrics({**samples, "judge": load_judge().score([image for _, image in pictures], prompts).tolist()})
+    judge = judge_of(architecture, "tables")
+    return _metrics({**samples, "judge": judge.score([image for _, image in pictures], prompts).tolist()})
 
 
 def _pictures(store: Store, group: Group, row: Row, cells: list[Cell]) -> list[tuple[str, Image]]:

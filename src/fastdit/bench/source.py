@@ -8,8 +8,14 @@ from typing import Annotated, Any, Literal
 
 from fastdit.config import Config, Range
 from fastdit.errors import InvalidConfig
+from fastdit.mini import Architecture, load_mini
 
-_EMBEDDED = {"mini": "flux", "mini:flux": "flux", "mini:sd3": "sd3"}
+_EMBEDDED: dict[str, Architecture] = {
+    "mini": "flux",
+    "mini:flux": "flux",
+    "mini:flux-512": "flux-512",
+    "mini:sd3": "sd3",
+}
 _SIDE = 16  # pixels of a token of the embedded pipelines
 
 
@@ -18,9 +24,9 @@ class Source(Config):
     """A pipeline by name, and what its users set up beside.
 
     Args:
-        name: "mini" or "mini:sd3" for an embedded pipeline, "random:flux-dev@0.1" for a published one's architecture
-            with random weights, here at a tenth of its parameters, a folder that `save_pretrained` wrote, or a hub's
-            name.
+        name: "mini", "mini:flux-512" or "mini:sd3" for an embedded pipeline, "random:flux-dev@0.1" for a published
+            one's architecture with random weights, here at a tenth of its parameters, a folder that `save_pretrained`
+            wrote, or a hub's name.
         variant: the weights' variant, such as "fp16".
         dtype: "float32", "bfloat16" or "float16"; the pipeline's own if left out.
         device: "cuda", "cuda:1", "cpu"; a GPU if there is one.
@@ -57,9 +63,14 @@ class Source(Config):
             raise InvalidConfig(f"{self.name!r} is neither a folder that exists, nor mini, nor a hub's owner/name")
 
     @property
+    def architecture(self) -> Architecture | None:
+        """Which of the embedded pipelines it is, if any."""
+        return _EMBEDDED.get(self.name)
+
+    @property
     def embedded(self) -> bool:
         """Whether the pipeline is one that comes with fastdit."""
-        return self.name in _EMBEDDED
+        return self.architecture is not None
 
     @property
     def token_pixels(self) -> int | None:
@@ -72,10 +83,8 @@ class Source(Config):
 
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         pipeline: Any
-        if self.embedded:
-            from fastdit.mini import load_mini
-
-            pipeline = load_mini(_EMBEDDED[self.name], torch_dtype=dtype)  # type: ignore[call-overload]
+        if self.architecture is not None:
+            pipeline = load_mini(self.architecture, torch_dtype=dtype)
         elif self.name.startswith("random:"):
             from fastdit.bench.random_pipeline import load_random
 

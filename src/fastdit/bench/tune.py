@@ -31,6 +31,8 @@ from fastdit.errors import FastditError, FastditWarning, InvalidConfig
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import Interval, mean_difference
 from fastdit.measure.timing import timed
+from fastdit.mini import Architecture
+from fastdit.mini.language import Judge, Purpose, judge_of, language_of
 from fastdit.predict.cost import CostModel, keep_model, kept_model
 from fastdit.predict.estimate import predict
 from fastdit.stack import Stack
@@ -120,14 +122,27 @@ class Cliff:
 
 
 class Workbench:
-    """Makes and judges pictures: an embedded pipeline's by its judge, others' by their SSIM to the plain pipeline's."""
+    """Makes and judges pictures: an embedded pipeline's by its judge, others' by their SSIM to the plain pipeline's.
 
-    def __init__(self, source: Source, prompts: Sequence[str], size: tuple[int, int] | None, steps: int | None) -> None:
+    Of an embedded pipeline's judges it is the one for searches, unless what was found is `judged_for` tables.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prompts: Sequence[str],
+        size: tuple[int, int] | None,
+        steps: int | None,
+        *,
+        judged_for: Purpose = "search",
+    ) -> None:
         self.source, self.prompts, self.size, self.steps = source, list(prompts), size, steps
         if len(self.prompts) < EARLY:
             raise InvalidConfig(f"a search compares at least {EARLY} prompts, got {len(self.prompts)}")
-        if source.embedded:
-            _check_readable(self.prompts)
+        self._judge: Judge | None = None
+        if source.architecture is not None:
+            _check_readable(source.architecture, self.prompts)
+            self._judge = judge_of(source.architecture, judged_for)
         self.pipeline = source.load()
         self._references: list[Image] = []
 
@@ -146,10 +161,8 @@ class Workbench:
 
     def quality(self, number: int, image: Image) -> float:
         """Judge the picture of a prompt."""
-        if self.source.embedded:
-            from fastdit.mini.judge import load_judge
-
-            return float(load_judge().score([image], [self.prompts[number]])[0])
+        if self._judge is not None:
+            return float(self._judge.score([image], [self.prompts[number]])[0])
         from fastdit.measure.images import ssim
 
         while len(self._references) <= number:
@@ -471,14 +484,12 @@ class Search:
         return paths
 
 
-def _check_readable(prompts: Sequence[str]) -> None:
-    """Raise `InvalidConfig` for a prompt that the embedded pipelines' judge can't read."""
-    from fastdit.mini.prompts import parse
-
+def _check_readable(architecture: Architecture, prompts: Sequence[str]) -> None:
+    """Raise `InvalidConfig` for a prompt that an embedded pipeline's judge can't read."""
     prompt = ""
     try:
         for prompt in prompts:
-            parse(prompt)
+            language_of(architecture).parse(prompt)
     except ValueError as error:
         raise InvalidConfig(f"the judge can't read the prompt {prompt!r}: {error}; take another") from error
 

@@ -9,6 +9,7 @@ import typer
 
 from fastdit.bench.command import pixels, run_experiment
 from fastdit.errors import InvalidConfig
+from fastdit.mini.language import language_of
 
 if TYPE_CHECKING:
     from fastdit.bench.source import Source
@@ -19,7 +20,7 @@ SEARCHED, REPORTED = 16, 16
 
 
 def tune(
-    pipe: Annotated[str, typer.Argument(help="mini, mini:sd3, a folder, or a hub's name.")],
+    pipe: Annotated[str, typer.Argument(help="mini, mini:flux-512, mini:sd3, a folder, or a hub's name.")],
     seconds: Annotated[float | None, typer.Option(help="A call takes at most so long.")] = None,
     floor: Annotated[float | None, typer.Option(help="Quality of at least this: the judge, or SSIM.")] = None,
     budget: Annotated[int | None, typer.Option(help="Search a mask of exactly so many computed steps.")] = None,
@@ -94,10 +95,9 @@ def _budget(source: Source, searched: list[str], budget: int, shape: Any, asked:
 
 def _prompts(source: Source, file: Path | None, test: Path | None) -> tuple[list[str], list[str]]:
     """Give the prompts of the search and those of the report."""
-    if source.embedded and file is None and test is None:
-        from fastdit.mini.prompts import held_out, training
-
-        return training(SEARCHED, 0, background=True), held_out(REPORTED, 0, background=True)
+    if source.architecture is not None and file is None and test is None:
+        language = language_of(source.architecture)
+        return language.training(SEARCHED, 0, background=True), language.held_out(REPORTED, 0, background=True)
     if file is None:
         raise InvalidConfig(f"{source.name} needs --prompts to search with, and --test-prompts for the report")
     return _lines(file), [] if test is None else _lines(test)

@@ -1,4 +1,4 @@
-"""What `fastdit demo` measures: the embedded pipeline on fixed prompts, plain and accelerated, in turns."""
+"""What `fastdit demo` measures: an embedded pipeline on fixed prompts, plain and accelerated, in turns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from fastdit.measure.experiment import Configuration, Experiment, plain
 from fastdit.measure.report import write_report
 from fastdit.measure.results import Results
 from fastdit.measure.timing import Progress, silent
-from fastdit.mini import load_mini
-from fastdit.mini.judge import load_judge
-from fastdit.mini.prompts import held_out
+from fastdit.mini import Architecture, load_mini
+from fastdit.mini.language import judge_of, language_of
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.stack import Stack
 from fastdit.step_cache.forecasters.taylor import Taylor
@@ -47,12 +46,20 @@ def accelerated_configurations() -> list[Configuration]:
     ]
 
 
-def run_demo(directory: Path, *, extent: Extent, seed: int = 0, progress: Progress = silent) -> Results:
+def run_demo(
+    directory: Path,
+    *,
+    extent: Extent,
+    architecture: Architecture = "flux",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Results:
     """Measure, and write pictures, results.json (after every round) and report.html into a directory that is there."""
-    pipeline = load_mini()
+    pipeline = load_mini(architecture)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = held_out(extent.prompts, seed, background=True)
-    experiment = Experiment(pipeline, prompts, seed=seed, judge=load_judge(), progress=progress)
+    prompts = language_of(architecture).held_out(extent.prompts, seed, background=True)
+    judge = judge_of(architecture, "tables")
+    experiment = Experiment(pipeline, prompts, seed=seed, judge=judge, progress=progress)
     accelerated = accelerated_configurations()
     rival = experiment.rival(experiment.fastest(accelerated), rounds=extent.rival_rounds)
     full = plain(FULL_STEPS)

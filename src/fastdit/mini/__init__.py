@@ -1,8 +1,9 @@
 """The embedded pipelines: small text-to-image models in the real FLUX and SD3 classes that need no download.
 
 `load_mini()` gives a `FluxPipeline`, `load_mini("sd3")` a `StableDiffusion3Pipeline`; both make 256 x 256 pictures of
-one or two objects, and `fastdit.mini.judge` says whether they show what was asked. The recipe is in the repository's
-benchmarks/training/small.
+one or two objects, and `fastdit.mini.judge` says whether they show what was asked. `load_mini("flux-512")` gives a
+larger `FluxPipeline` of 512 x 512 pictures with textured grounds, one to three objects, and two judges. The recipes are
+in the repository's benchmarks/training.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from typing import TYPE_CHECKING, Literal, overload
 if TYPE_CHECKING:
     import torch
 
+    from fastdit.mini.large.pipeline import LargeMiniFluxPipeline
     from fastdit.mini.pipeline_flux import MiniFluxPipeline
     from fastdit.mini.pipeline_sd3 import MiniStableDiffusion3Pipeline
 
 __all__ = ["load_mini"]
 
-Architecture = Literal["flux", "sd3"]
+Architecture = Literal["flux", "flux-512", "sd3"]
 
 
 @overload
 def load_mini(architecture: Literal["flux"] = ..., *, torch_dtype: torch.dtype | None = ...) -> MiniFluxPipeline: ...
+@overload
+def load_mini(architecture: Literal["flux-512"], *, torch_dtype: torch.dtype | None = ...) -> LargeMiniFluxPipeline: ...
 @overload
 def load_mini(
     architecture: Literal["sd3"], *, torch_dtype: torch.dtype | None = ...
@@ -37,17 +41,23 @@ def load_mini(
 ) -> MiniFluxPipeline | MiniStableDiffusion3Pipeline:
     """Load an embedded pipeline from the package, offline, in float32 or in `torch_dtype`.
 
-    `architecture` is "flux" (guidance as an input, 50 steps) or "sd3" (guided by a second prediction, 28 steps).
-    Raises `InvalidConfig` for any other.
+    `architecture` is "flux" (guidance as an input, 50 steps), "flux-512" (the same at 512 x 512 pixels) or "sd3"
+    (guided by a second prediction, 28 steps). Raises `InvalidConfig` for any other.
     """
     if architecture == "flux":
         from fastdit.mini.pipeline_flux import load as load_flux
 
         return load_flux(torch_dtype=torch_dtype)
+    if architecture == "flux-512":
+        from fastdit.mini.large.pipeline import load as load_large
+
+        return load_large(torch_dtype=torch_dtype)
     if architecture == "sd3":
         from fastdit.mini.pipeline_sd3 import load as load_sd3
 
         return load_sd3(torch_dtype=torch_dtype)
     from fastdit.errors import InvalidConfig
 
-    raise InvalidConfig(f"the embedded pipelines are 'flux' and 'sd3', got {architecture!r}; give one of them")
+    raise InvalidConfig(
+        f"the embedded pipelines are 'flux', 'flux-512' and 'sd3', got {architecture!r}; give one of them"
+    )

@@ -62,6 +62,8 @@ class WordsRemarked:
     """What the embedded pipelines do before they encode a prompt: say which of its words the model does not know."""
 
     tokenizer: PreTrainedTokenizerFast
+    vocabulary_at = "fastdit.mini.prompts.vocabulary()"
+    example = "a small apple on a blue background"
 
     def encode_prompt(self, prompt: object, *args: object, **kwargs: object) -> object:
         """Encode prompts as the pipeline's class does. Warns (`FastditWarning`) of words outside of the vocabulary."""
@@ -71,7 +73,7 @@ class WordsRemarked:
         if unknown := sorted(set(words) - self.tokenizer.get_vocab().keys()):
             warnings.warn(
                 f"the embedded model does not know {', '.join(map(repr, unknown))} and reads nothing there; write in "
-                "the words of fastdit.mini.prompts.vocabulary(), such as 'a small apple on a blue background'",
+                f"the words of {self.vocabulary_at}, such as {self.example!r}",
                 FastditWarning,
                 stacklevel=3,
             )

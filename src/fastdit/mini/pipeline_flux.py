@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.flux import FluxPipelineOutput
 
 NAME = "fastdit-mini"
+Pipeline = TypeVar("Pipeline", bound="MiniFluxPipeline")
 _SIDE = 32
 
 
@@ -43,9 +44,16 @@ class MiniFluxPipeline(parts.WordsRemarked, FluxPipeline):  # type: ignore[misc]
 
 def load(*, torch_dtype: torch.dtype | None = None, directory: Path = parts.WEIGHTS) -> MiniFluxPipeline:
     """Load the pipeline's parts from a directory, without a network."""
-    dtype = torch_dtype or torch.float32
+    pipeline = assemble(MiniFluxPipeline, directory, torch_dtype or torch.float32)
+    pipeline.default_sample_size = _SIDE
+    parts.finish(pipeline, NAME)
+    return pipeline
+
+
+def assemble(kind: type[Pipeline], directory: Path, dtype: torch.dtype) -> Pipeline:
+    """Make a pipeline of the parts in a directory."""
     with parts.quiet():
-        pipeline = MiniFluxPipeline(
+        return kind(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(directory / "scheduler", **parts.LOCAL),
             vae=parts.load_autoencoder(directory, dtype),
             text_encoder=parts.load_clip(directory, dtype),
@@ -56,6 +64,3 @@ def load(*, torch_dtype: torch.dtype | None = None, directory: Path = parts.WEIG
                 directory / "transformer", torch_dtype=dtype, **parts.LOCAL
             ),
         )
-    pipeline.default_sample_size = _SIDE
-    parts.finish(pipeline, NAME)
-    return pipeline

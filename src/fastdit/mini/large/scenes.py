@@ -149,6 +149,25 @@ def random_scene(random: np.random.Generator, *, held_out: bool = False) -> Scen
     raise RuntimeError("no scene of the wanted split in 1000 draws")
 
 
+def held_out(count: int, seed: int = 0, *, background: bool = False) -> list[str]:
+    """`count` prompts that training never used, in a fixed random order, in which one may come twice.
+
+    `background` keeps to prompts that name a ground.
+    """
+    return _draw(count, seed, background, held_out=True)
+
+
+def training(count: int, seed: int = 0, *, background: bool = False) -> list[str]:
+    """`count` prompts of training, for whatever is tuned or calibrated; else as `held_out`."""
+    return _draw(count, seed, background, held_out=False)
+
+
+def _draw(count: int, seed: int, background: bool, *, held_out: bool) -> list[str]:
+    random = np.random.default_rng((5, seed))
+    scenes = (random_scene(random, held_out=held_out) for _ in itertools.count())
+    return [scene.prompt() for scene in itertools.islice((s for s in scenes if s.ground or not background), count)]
+
+
 def all_scenes() -> Iterator[Scene]:
     """Every scene that can be said, in a fixed order."""
     surroundings = list(itertools.product((None, *GROUNDS), (None, *LIGHTS)))

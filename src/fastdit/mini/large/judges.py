@@ -14,14 +14,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.large.damages import DAMAGES
-from training.large.scenes import GROUNDS, KINDS, LIGHTS, OBJECTS, Scene
+from fastdit.errors import InvalidConfig
+from fastdit.mini.judge import as_pixels
+from fastdit.mini.large.scenes import GROUNDS, KINDS, LIGHTS, OBJECTS, Scene, parse
 
+if TYPE_CHECKING:
+    from fastdit.mini.judge import Images
+
+Purpose = Literal["search", "tables"]
+
+#: What judges were taught to see as damage, graded.
+DAMAGES = ("blur", "aliasing", "seams", "glow", "bleaching", "doubled edges")
+
+WEIGHTS = Path(__file__).parent / "weights"
+_READ_TOGETHER = 8
 _MOST = 3
 #: Per object: the logits of 0 to 3 of it, then x, y and size (as parts of the side), then a logit of being covered.
 _PER_OBJECT = _MOST + 1 + 4
@@ -148,6 +161,73 @@ class AttentiveJudge(nn.Module):
         return torch.cat([waves[0][:, None].expand(size), waves[1][None].expand(size)], dim=-1).flatten(0, 1)
 
 
+class LargeJudge:
+    """A judge as the embedded pipelines' are used: it reads pictures and the prompts that they were made of."""
+
+    def __init__(self, network: ConvolutionalJudge | AttentiveJudge) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def verdicts(self, images: Images) -> list[Verdict]:
+        """Read pictures, a few at a time."""
+        return [self.network(batch) for batch in as_pixels(images).split(_READ_TOGETHER)]
+
+    def features(self, images: Images) -> Tensor:
+        """Give features for a Frechet distance, float32 [B, F]."""
+        return torch.cat([verdict.features for verdict in self.verdicts(images)])
+
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Give each picture's soft score in [0, 1], float32 [B]; see `score`."""
+        scenes = [parse(prompt) for prompt in prompts]
+        verdicts = self.verdicts(images)
+        if sum(len(verdict.features) for verdict in verdicts) != len(scenes):
+            raise ValueError(f"give one prompt a picture; got {len(scenes)} prompts")
+        starts = range(0, len(scenes), _READ_TOGETHER)
+        return torch.cat(
+            [score(one, scenes[start : start + _READ_TOGETHER]) for one, start in zip(verdicts, starts, strict=True)]
+        )
+
+    def parts(self, images: Images, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Say whether the likeliest reading of each picture is right, float32 [B], NaN where a prompt doesn't ask.
+
+        `objects_right` is for the objects, their number and their order, `background_right` for the ground; `intact` is
+        what the damages leave.
+        """
+        scenes = [parse(prompt) for prompt in prompts]
+        rows: list[dict[str, float]] = []
+        for verdict in self.verdicts(images):
+            for row in range(len(verdict.features)):
+                scene = scenes[len(rows)]
+                said = objects_probability(verdict, row, scene)
+                found = {
+                    "objects_right": float(said.min() > 0.5),
+                    "intact": float((1 - verdict.damages[row].sigmoid()).prod()),
+                }
+                if scene.ground:
+                    ground = int(verdict.ground[row].argmax())
+                    found["background_right"] = float(ground == list(GROUNDS).index(scene.ground))
+                rows.append(found)
+        names = sorted({name for row in rows for name in row})
+        return {name: torch.tensor([row.get(name, float("nan")) for row in rows]) for name in names}
+
+
+def load_judge(purpose: Purpose, directory: Path = WEIGHTS) -> LargeJudge:
+    """Load the judge for searches or the one for tables. Raises `InvalidConfig` for any other purpose."""
+    from safetensors.torch import load_file
+
+    if purpose not in ("search", "tables"):
+        raise InvalidConfig(f"the judges are for 'search' and for 'tables', got {purpose!r}; give one of them")
+    network = build_judge(purpose)
+    weights = load_file(directory / f"judge-{purpose}.safetensors")
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return LargeJudge(network)
+
+
+def build_judge(purpose: Purpose) -> ConvolutionalJudge | AttentiveJudge:
+    """Make an untrained judge for a purpose."""
+    return ConvolutionalJudge() if purpose == "search" else AttentiveJudge()
+
+
 def score(verdict: Verdict, scenes: Sequence[Scene]) -> Tensor:
     """Give how well each picture [B] is what its scene asks for, in [0, 1].
 
@@ -160,26 +240,35 @@ def score(verdict: Verdict, scenes: Sequence[Scene]) -> Tensor:
     return means * intact
 
 
+def objects_probability(verdict: Verdict, row: int, scene: Scene) -> Tensor:
+    """Give the probabilities [1 or 2] that the objects are those of a scene and no others, and in their order."""
+    counts = verdict.counts[row].softmax(dim=-1)
+    first, second = _asked_for(scene)
+    if second is None:
+        return _exactly(counts, {first: scene.count})[None]
+    one, two = (_likeliest(counts, members) for members in (first, second))
+    apart = verdict.places[row, two] - verdict.places[row, one]
+    if scene.relation == "behind":
+        ordered = verdict.covered[row, one].sigmoid() * (-verdict.covered[row, two]).sigmoid()
+    else:
+        ordered = (apart[0 if scene.relation == "left of" else 1] / _SOFTNESS).sigmoid()
+    return torch.stack([_exactly(counts, {first: 1, second: 1}), ordered])
+
+
+def _asked_for(scene: Scene) -> tuple[frozenset[int], frozenset[int] | None]:
+    """The objects that each noun may be: "a fruit left of an apple" asks for another fruit."""
+    first, *others = (_members(noun) for noun in scene.nouns)
+    if not others:
+        return first, None
+    second = others[0] - first if len(first) < len(others[0]) else others[0]
+    return first - second, second
+
+
 def _asked(verdict: Verdict, row: int, scene: Scene) -> list[Tensor]:
     """The probability of everything that a scene says."""
     counts = verdict.counts[row].softmax(dim=-1)
-    first, *others = (_members(noun) for noun in scene.nouns)
-    parts = []
-    if scene.relation is None:
-        parts.append(_exactly(counts, {first: scene.count}))
-    else:
-        # "a fruit left of an apple" asks for another fruit
-        second = others[0] - first if len(first) < len(others[0]) else others[0]
-        first = first - second
-        parts.append(_exactly(counts, {first: 1, second: 1}))
-        one, two = (_likeliest(counts, members) for members in (first, second))
-        apart = verdict.places[row, two] - verdict.places[row, one]
-        if scene.relation == "left of":
-            parts.append((apart[0] / _SOFTNESS).sigmoid())
-        elif scene.relation == "above":
-            parts.append((apart[1] / _SOFTNESS).sigmoid())
-        else:
-            parts.append(verdict.covered[row, one].sigmoid() * (-verdict.covered[row, two]).sigmoid())
+    first, _ = _asked_for(scene)
+    parts = list(objects_probability(verdict, row, scene))
     if scene.size or scene.place:
         x, y, size = verdict.places[row, _likeliest(counts, first)]
         if scene.size:
