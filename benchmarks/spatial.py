@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
 from fastdit.schedule.bottleneck_sampling import BottleneckSampling
 from fastdit.schedule.lifts.latent import LatentLift
+from fastdit.schedule.lifts.spectral import SpectralLift
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
@@ -29,17 +30,18 @@ from measurements import load, with_baseline, with_pictures_of
 
 RESULTS = Path("benchmarks/results")
 DTYPE = torch.bfloat16
-SIDE = 256
+SIDES: dict[Architecture, int] = {"flux": 256, "flux-512": 512, "sd3": 256}
 HALF_STEPS = 14
 
 #: Plain step counts around the times of the schedules, the baseline first.
 PLAIN: dict[Architecture, tuple[int, ...]] = {
     "flux": (50, 18, 16, 10, 9, 8, 7, 5, 4),
+    "flux-512": (50, 28, 20, 17, 14, 10, 9, 7, 6, 5),
     "sd3": (50, 28, 18, 14, 12, 7, 5),
 }
 
 #: Steps of the rivals that take as long as a preset: the paper's recipe, BottleneckSampling, a progressive schedule.
-RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {
+RIVALS: dict[Literal["flux", "sd3"], dict[str, tuple[RALU, tuple[int, int, int], tuple[int, int]]]] = {
     "flux": {
         "4x": (RALU.paper("4x", steps=(6, 7, 8)), (4, 15, 5), (22, 7)),
         "7x": (RALU.paper("7x", steps=(3, 4, 6)), (2, 11, 3), (14, 4)),
@@ -54,24 +56,42 @@ RIVALS: dict[Architecture, dict[str, tuple[RALU, tuple[int, int, int], tuple[int
     },
 }
 
+#: At 1,024 tokens: every schedule by the steps that make it so many times faster than 50 steps.
+AT: dict[str, dict[str, tuple[int, ...]]] = {
+    "3x": {"RALU": (10, 8, 10), "RALU.paper": (10, 8, 10), "ProgressiveResolution": (24, 11), "Bottleneck": (4, 20, 8)},
+    "5x": {"RALU": (7, 5, 6), "RALU.paper": (7, 5, 6), "ProgressiveResolution": (16, 6), "Bottleneck": (2, 14, 5)},
+    "7x": {"RALU": (5, 3, 4), "RALU.paper": (5, 3, 4), "ProgressiveResolution": (12, 4), "Bottleneck": (2, 9, 3)},
+    "10x": {"RALU": (4, 2, 3), "RALU.paper": (4, 2, 3), "ProgressiveResolution": (9, 3), "Bottleneck": (1, 7, 2)},
+}
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class HalfSize:
     """Pictures of half the size, enlarged: what a schedule must be better than, since the judge looks no closer."""
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline, self.transformer = pipeline, pipeline.transformer
+    def __init__(self, pipeline: Any, side: int) -> None:
+        self.pipeline, self.transformer, self.side = pipeline, pipeline.transformer, side
 
     def __call__(self, **call: Any) -> Any:
-        made = self.pipeline(height=SIDE // 2, width=SIDE // 2, **call)
-        made.images = [image.resize((SIDE, SIDE), Resampling.BICUBIC) for image in made.images]
+        made = self.pipeline(height=self.side // 2, width=self.side // 2, **call)
+        made.images = [image.resize((self.side, self.side), Resampling.BICUBIC) for image in made.images]
         return made
 
 
 def configurations(mini: Architecture) -> list[Configuration]:
     """Plain sampling, and the presets, each with the rivals that take as long."""
-    half = {"pipeline": HalfSize(pipeline_of(mini, DTYPE)), "call": {"num_inference_steps": HALF_STEPS}}
+    half = {"pipeline": HalfSize(pipeline_of(mini, DTYPE), SIDES[mini]), "call": {"num_inference_steps": HALF_STEPS}}
+    schedules = large_schedules() if mini == "flux-512" else small_schedules(mini)
+    return [
+        *map(plain, PLAIN[mini]),
+        Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
+        *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
+    ]
+
+
+def small_schedules(mini: Literal["flux", "sd3"]) -> dict[str, Accelerator]:
+    """The presets, each with the rivals that take as long."""
     schedules: dict[str, Accelerator] = {}
     for preset, (recipe, bottleneck, progressive) in RIVALS[mini].items():
         schedules |= {
@@ -80,11 +100,25 @@ def configurations(mini: Architecture) -> list[Configuration]:
             f"{preset} rival: BottleneckSampling, {_listed(bottleneck)}": BottleneckSampling(bottleneck),
             f"{preset} rival: latents enlarged, {_listed(progressive)}": enlarged(progressive),
         }
-    return [
-        *map(plain, PLAIN[mini]),
-        Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
-        *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
-    ]
+    return schedules
+
+
+def large_schedules() -> dict[str, Accelerator]:
+    """Every spatial schedule at each speed."""
+    schedules: dict[str, Accelerator] = {}
+    for speed, steps in AT.items():
+        two = steps["ProgressiveResolution"]
+        schedules |= {
+            f"{speed} RALU, {_listed(steps['RALU'])}": RALU("4x", steps=steps["RALU"]),
+            f"{speed} RALU.paper, {_listed(steps['RALU.paper'])}": RALU.paper("4x", steps=steps["RALU.paper"]),
+            f"{speed} ProgressiveResolution, {_listed(two)}": ProgressiveResolution("4x", steps=two),
+            f"{speed} spectral, {_listed(two)}": ProgressiveResolution("4x", steps=two, lift=SpectralLift()),
+            f"{speed} latents enlarged, {_listed(two)}": ProgressiveResolution(
+                steps=two, lift=LatentLift(resize="bicubic", noise="fresh")
+            ),
+            f"{speed} BottleneckSampling, {_listed(steps['Bottleneck'])}": BottleneckSampling(steps["Bottleneck"]),
+        }
+    return schedules
 
 
 def enlarged(steps: tuple[int, int]) -> ProgressiveResolution:
@@ -96,7 +130,7 @@ def _listed(steps: tuple[int, ...]) -> str:
     return " + ".join(map(str, steps))
 
 
-MiniOption = Annotated[Architecture, typer.Option(help="Which embedded pipeline: flux or sd3.")]
+MiniOption = Annotated[Architecture, typer.Option(help="Which embedded pipeline: flux, flux-512 or sd3.")]
 OutOption = Annotated[Path | None, typer.Option(help="The JSON file; one by the pipeline's name in the results.")]
 
 
