@@ -29,15 +29,17 @@ _GUIDED_SHARE = 0.4
 _GUIDANCE_RANGE = (1.0, 6.0)
 _WARMUP_STEPS = 50
 _LOGGED_STEPS = 20
+#: Noise levels up to which it is seen where objects are, and from which on it isn't.
+_SEEN, _UNSEEN = 0.45, 0.8
 
 
 @dataclass(frozen=True)
 class Phase:
     """What is trained until so many samples were seen: the shares of the sizes in the steps, and whether guided.
 
-    A token that objects cover weighs 1 + `emphasis` times as much as one of the bare ground. Grounds fill most of a
-    picture and are learned long before shapes are; but weights that depend on the picture move what is learned towards
-    pictures with more of objects, so the last phases have none.
+    A token that objects cover weighs 1 + `emphasis` times as much as one of the bare ground, where there is so little
+    noise that the objects are seen: grounds fill most of a picture and are learned long before shapes are. Where objects
+    are still to be decided, such weights would have more of them drawn than were asked for.
     """
 
     until: float
@@ -178,7 +180,8 @@ class Trainer:
                 without = self._velocity(self.average, noisy[:share], sigma[:share], one, empty, size.side)
             target[:share] += (guidance[:share, None, None] - 1.0) * (given - without)
         predicted = self._velocity(self._trained, noisy, sigma, guidance, prompt, size.side)
-        weights = 1.0 + phase.emphasis * objects
+        seen = ((_UNSEEN - sigma) / (_UNSEEN - _SEEN)).clamp(0.0, 1.0)
+        weights = 1.0 + phase.emphasis * seen[:, None] * objects
         return ((predicted - target).square().mean(dim=-1) * weights).mean() / weights.mean()
 
     def _velocity(
