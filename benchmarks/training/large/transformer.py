@@ -38,7 +38,7 @@ class Phase:
     """What is trained until so many samples were seen: the shares of the sizes in the steps, and whether guided.
 
     A token that objects cover weighs 1 + `emphasis` times as much as one of the bare ground, where there is so little
-    noise that objects are seen: grounds fill most of a picture and are learned long before shapes are. Where it is still
+    noise that objects are seen: grounds fill most of a picture and are learned long before shapes are. Where it is yet
     to be decided what there is, such weights would have more objects drawn than were asked for.
     """
 
