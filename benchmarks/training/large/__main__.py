@@ -118,6 +118,14 @@ def publish(directory: Directory = DIRECTORY) -> None:
 
 
 @app.command()
+def evaluate(prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 300) -> None:
+    """Judge what the package's weights draw, by steps and sizes."""
+    from training.large.evaluation import evaluate as evaluate_all
+
+    evaluate_all(prompts)
+
+
+@app.command()
 def deliver(directory: Directory = DIRECTORY) -> None:
     """Write the weights that come with the package."""
     checkpoint_stage.deliver(directory)
