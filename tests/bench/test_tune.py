@@ -61,6 +61,20 @@ def test_a_search_goes_on_and_keeps_stacks_that_can_be_loaded(workbench: Workben
         Search(workbench, Goal(seconds=1.0), tmp_path)
 
 
+@pytest.mark.parametrize("free", ["free", "free regions"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_suggested_of_a_schedule_s_free_parameters_is_a_stack(
+    workbench: Workbench, tmp_path: Path, free: str, seed: int
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    search = Search(workbench, Goal(seconds=60.0), tmp_path)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    study.enqueue_trial({"schedule": free, "cache": ""})
+    stack = search.suggested(study.ask())
+    assert type(stack.schedule).__name__ == {"free": "ProgressiveResolution", "free regions": "RALU"}[free]
+    assert accelerate(workbench.pipeline, stack).fastdit.plan(256, 256, None).steps == sum(stack.schedule.steps)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("workbench")  # whose costs are kept
 def test_the_example_of_a_search_finds_a_stack_and_reports_it_on_other_prompts(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ DOUBT = 1.1
 #: A loss of quality by a neighbour's threshold that is called a cliff, and how far away neighbours are.
 CLIFF, NEIGHBOURS = 0.05, (0.9, 1.1)
 
+#: What stands for a schedule's free parameters, where some preset of it fits.
+_FREE = {"ProgressiveResolution": "free", "RALU": "free regions"}
 _PRESETS = ("2x", "3x", "4x", "5x", "6x", "7x", "9x", "10x", "14x")
 _GATES = {"TeaCache": (0.05, 1.0), "FirstBlockCache": (0.01, 0.5), "EasyCache": (0.01, 0.5), "Interval": (2, 8)}
 
@@ -252,7 +254,7 @@ class Search:
         self._check_same()
         if not self.study.trials:
             for schedule in self.schedules:
-                if schedule != "free":
+                if schedule not in _FREE.values():
                     self.study.enqueue_trial({"schedule": schedule, "cache": ""}, skip_if_exists=True)
         self._begin_lost_trials_again()
         self.model = self._costs() if workers is None else None
@@ -288,8 +290,7 @@ class Search:
         names = [f"{kind} {preset}" for kind in ("ProgressiveResolution", "RALU") for preset in _PRESETS]
         fits = [name for name in names if self._fits(name)]
         yield from fits
-        if any(name.startswith("ProgressiveResolution") for name in fits):
-            yield "free"
+        yield from (free for kind, free in _FREE.items() if any(name.startswith(kind) for name in fits))
 
     def _possible_gates(self) -> Iterator[str]:
         yield ""
@@ -430,12 +431,23 @@ class Search:
         return parse_stack(", ".join(part for part in parts if part))
 
     def _schedule(self, name: str, trial: Any) -> str:
-        if name != "free":
+        if name == _FREE["RALU"]:
+            return self._regions(trial)
+        if name != _FREE["ProgressiveResolution"]:
             return name
         coarse, fine = trial.suggest_int("coarse", 3, 30), trial.suggest_int("fine", 1, 12)
         end = round(trial.suggest_float("end", 0.3, 0.8), 2)
         start = round(min(trial.suggest_float("start", 0.05, 0.5), end), 2)
         return f"ProgressiveResolution(steps=({coarse}, {fine}), ends=({end},), starts=({start},))"
+
+    def _regions(self, trial: Any) -> str:
+        most = {"coarse": 14, "mixed": 8, "fine": 12}
+        steps = tuple(trial.suggest_int(f"{stage} steps", 1, count) for stage, count in most.items())
+        first = round(trial.suggest_float("first end", 0.1, 0.6), 2)
+        second = round(first + trial.suggest_float("second end", 0.05, 0.35), 2)
+        ratio = round(trial.suggest_float("ratio", 0.1, 0.5), 2)
+        lift = trial.suggest_categorical("lift", ("TokenCopy", "PixelLift"))
+        return f"RALU(steps={steps}, ends=({first}, {second}), ratio={ratio}, lift={lift}())"
 
     def finished(self) -> list[Tried]:
         """Give the trials that made all of their pictures."""
