@@ -147,6 +147,8 @@ def demo(
     else:
         console = Console()
         console.print(rich_table(results, narrow=console.width < WIDE))
+        if console.width < WIDE:
+            console.print(f"The report has more columns, and so has a terminal of {WIDE} characters.")
         for remark in remarks(results):
             console.print(remark)
         console.print(

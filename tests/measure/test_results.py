@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastdit.measure.environment import Environment
 from fastdit.measure.results import Metric, ResultsError
@@ -75,6 +77,11 @@ def test_every_row_of_the_table_has_a_cell_for_every_column() -> None:
     results = make_results()
     assert {len(row.cells) for row in rows(results)} == {len(header(results))}
     assert rich_table(results, narrow=True).row_count == len(results.configurations)
+    written = StringIO()
+    Console(width=80, file=written).print(rich_table(results, narrow=True))
+    assert "…" not in written.getvalue() and all(
+        title in written.getvalue() for title in ("s/image", "speed-up", "PSNR dB")
+    )
 
 
 def test_where_flops_can_t_be_counted_the_table_has_none_and_the_rest_stands() -> None:

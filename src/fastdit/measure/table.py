@@ -20,7 +20,10 @@ Verdict = Literal["wins", "loses", "ties", ""]
 Show = Callable[[Interval, str], str]
 
 _ABSENT = "-"
+_CELL_WIDTH = 11  # characters of any other cell in a narrow one: "vs 15 steps"
 _NAME_WIDTH = 11  # characters that a configuration's name keeps in any terminal
+#: The columns of a narrow terminal.
+_NARROW = ("run", "s/image", "speed-up", "judge", "judge vs plain at its time", "PSNR dB")
 _STYLES: dict[Verdict, str] = {"wins": "green", "loses": "red", "ties": "dim", "": ""}
 
 
@@ -50,17 +53,20 @@ def rows(results: Results, show: Show = format) -> list[Row]:
 
 
 def rich_table(results: Results, *, narrow: bool = False) -> Table:
-    """The table for the terminal; a narrow one (80 columns) breaks its cells and shows half the intervals' widths."""
+    """The table for the terminal; a narrow one (80 characters) has fewer columns, and half the intervals' widths."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=results.title, title_justify="left", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(header(results)):
-        title = re.sub(r"(?<=[-/])| ", "\n", name) if narrow else name
-        table.add_column(title, justify="right" if index else "left", min_width=None if index else _NAME_WIDTH)
+    names = header(results)
+    shown = [index for index, name in enumerate(names) if not narrow or name in _NARROW]
+    for index in shown:
+        widths = {"max_width": _CELL_WIDTH if narrow else None} if index else {"min_width": _NAME_WIDTH}
+        table.add_column(names[index], justify="right" if index else "left", **widths)
     for row in rows(results, _broken if narrow else format):
-        cells = [re.sub(r" (?=vs |too |\()", "\n", cell) if narrow else cell for cell in row.cells]
+        cells = [row.cells[index] for index in shown]
+        cells = [re.sub(r" (?=vs |too |\()", "\n", cell) if narrow else cell for cell in cells]
         table.add_row(*(Text(cell, style=_STYLES[row.verdict] if "vs " in cell else "") for cell in cells))
     return table
 
@@ -128,7 +134,9 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
             columns["Frechet vs plain at its time"] = against_plain("frechet", named=False)
     columns |= {"sharpness": sharpness, "PSNR dB": likeness("psnr", ".1f"), "SSIM": likeness("ssim", ".3f")}
     networks = {"lpips": "LPIPS", "dinov2": "DINOv2"}
-    return columns | {title: likeness(name, ".3f") for name, title in networks.items() if name in names}
+    columns |= {title: likeness(name, ".3f") for name, title in networks.items() if name in names}
+    truths = {"residue": "ground's residue", "palette": "palette", "edges": "edges, px"}
+    return columns | {title: measured(name) for name, title in truths.items() if name in names}
 
 
 def _broken(interval: Interval, spec: str) -> str:
