@@ -71,7 +71,8 @@ def train(purpose: Purpose, directory: Path, device: torch.device, minutes: floa
     torch.manual_seed(11 if purpose == "search" else 12)
     run = Run(f"judge-{purpose}", directory, minutes, device, cooldown=cooldown)
     checkpoint.unpack(directory)
-    vae = AutoencoderTiny.from_pretrained(directory / "vae").float().eval().to(device)
+    vae = AutoencoderTiny.from_pretrained(directory / "vae").float().eval()
+    vae = vae.to(device, memory_format=torch.channels_last)
     judge = build_judge(purpose).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=_RATE, weight_decay=0.02)
     if (state := run.resume(device)) is not None:
@@ -115,8 +116,11 @@ def _batch(purpose: Purpose, run: Run, vae: AutoencoderTiny, device: torch.devic
     decoded = torch.from_numpy(random.random(len(images)) < _DECODED_SHARE).to(device)
     with torch.no_grad():
         if decoded.any():
-            seen = vae.decode(vae.encode(images[decoded] * 2 - 1).latents).sample
-            images[decoded] = ((seen + 1) / 2).clamp(0, 1)
+            dtype = working_dtype(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                given = (images[decoded] * 2 - 1).contiguous(memory_format=torch.channels_last)
+                seen = vae.decode(vae.encode(given).latents).sample
+            images[decoded] = ((seen.float() + 1) / 2).clamp(0, 1)
         severities = torch.zeros(len(images), len(DAMAGES), device=device)
         objects = coverage(batch, pixels)
         chances = torch.Generator(device).manual_seed(int(random.integers(2**62)))
