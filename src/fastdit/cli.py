@@ -25,8 +25,10 @@ from typer.core import TyperGroup
 import fastdit
 from fastdit.bench.command import bench, compare, doctor
 from fastdit.bench.plan_command import plan
+from fastdit.bench.source import EMBEDDED
 from fastdit.bench.tune_command import tune
 from fastdit.errors import FastditError, InvalidConfig
+from fastdit.mini.language import language_of
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +227,7 @@ def matrix(
 class Calibration:
     """Measure what TeaCache or MagCache must know of a model, in runs that skip nothing."""
 
-    pipe: Annotated[str, typer.Argument(help="'mini' (the embedded pipeline), or a directory or hub name to load.")]
+    pipe: Annotated[str, typer.Argument(help="mini, mini:flux-512, mini:sd3, or a directory or hub name to load.")]
     method: Annotated[Method, typer.Option(help="The accelerator whose numbers are measured.")]
     out: Annotated[Path, typer.Option(help="The JSON file to write.")]
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None
@@ -280,8 +282,11 @@ class Calibration:
         kind = self.dtype or ("float32" if place.type == "cpu" else "bfloat16")
         if kind not in dtypes:
             raise InvalidConfig(f"--dtype is one of {', '.join(dtypes)}, got {self.dtype!r}")
-        pipeline = (
-            fastdit.load_mini(torch_dtype=dtypes[kind]) if self.pipe == "mini" else _saved(self.pipe, dtypes[kind])
+        architecture = EMBEDDED.get(self.pipe)
+        pipeline: DiffusionPipeline = (
+            _saved(self.pipe, dtypes[kind])
+            if architecture is None
+            else fastdit.load_mini(architecture, torch_dtype=dtypes[kind])
         )
         try:
             pipeline.to(place)
@@ -355,15 +360,13 @@ def _registry(directory: Path | None) -> Registry:
 
 
 def read_prompts(pipe: str, file: Path | None) -> list[str]:
-    """Read the prompts, one a line; without a file the embedded pipeline takes some that it was trained on."""
+    """Read the prompts, one a line; without a file an embedded pipeline takes some that it was trained on."""
     if file is None:
-        if pipe != "mini":
+        if pipe not in EMBEDDED:
             raise InvalidConfig(
                 f"{pipe} needs prompts to be calibrated on; give a text file with --prompts, one a line"
             )
-        from fastdit.mini.prompts import training
-
-        return training(MINI_PROMPTS, background=True)
+        return language_of(EMBEDDED[pipe]).training(MINI_PROMPTS, background=True)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

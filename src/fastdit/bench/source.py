@@ -10,7 +10,8 @@ from fastdit.config import Config, Range
 from fastdit.errors import InvalidConfig
 from fastdit.mini import Architecture, load_mini
 
-_EMBEDDED: dict[str, Architecture] = {
+#: The embedded pipelines by the names that commands know.
+EMBEDDED: dict[str, Architecture] = {
     "mini": "flux",
     "mini:flux": "flux",
     "mini:flux-512": "flux-512",
@@ -51,7 +52,7 @@ class Source(Config):
         folder = Path(self.name)
         if self.name.startswith("mini"):
             if not self.embedded:
-                raise InvalidConfig(f"the embedded pipelines are {', '.join(_EMBEDDED)}, got {self.name!r}")
+                raise InvalidConfig(f"the embedded pipelines are {', '.join(EMBEDDED)}, got {self.name!r}")
         elif self.name.startswith("random:"):
             from fastdit.bench.random_pipeline import parsed
 
@@ -65,7 +66,7 @@ class Source(Config):
     @property
     def architecture(self) -> Architecture | None:
         """Which of the embedded pipelines it is, if any."""
-        return _EMBEDDED.get(self.name)
+        return EMBEDDED.get(self.name)
 
     @property
     def embedded(self) -> bool:
