@@ -21,6 +21,7 @@ from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
 from fastdit.schedule.bottleneck_sampling import BottleneckSampling
+from fastdit.schedule.just_in_time import JustInTime
 from fastdit.schedule.lifts.latent import LatentLift
 from fastdit.schedule.lifts.spectral import SpectralLift
 from fastdit.schedule.progressive_resolution import ProgressiveResolution
@@ -58,10 +59,34 @@ RIVALS: dict[Literal["flux", "sd3"], dict[str, tuple[RALU, tuple[int, int, int],
 
 #: At 1,024 tokens: every schedule by the steps that make it so many times faster than 50 steps.
 AT: dict[str, dict[str, tuple[int, ...]]] = {
-    "3x": {"RALU": (10, 8, 10), "RALU.paper": (10, 8, 10), "ProgressiveResolution": (24, 11), "Bottleneck": (4, 20, 8)},
-    "5x": {"RALU": (7, 5, 6), "RALU.paper": (7, 5, 6), "ProgressiveResolution": (16, 6), "Bottleneck": (2, 14, 5)},
-    "7x": {"RALU": (5, 3, 4), "RALU.paper": (5, 3, 4), "ProgressiveResolution": (12, 4), "Bottleneck": (2, 9, 3)},
-    "10x": {"RALU": (4, 2, 3), "RALU.paper": (4, 2, 3), "ProgressiveResolution": (9, 3), "Bottleneck": (1, 7, 2)},
+    "3x": {
+        "RALU": (10, 8, 10),
+        "RALU.paper": (10, 8, 10),
+        "ProgressiveResolution": (24, 11),
+        "BottleneckSampling": (4, 20, 8),
+        "JustInTime": (11, 9, 7),
+    },
+    "5x": {
+        "RALU": (7, 5, 6),
+        "RALU.paper": (7, 5, 6),
+        "ProgressiveResolution": (16, 6),
+        "BottleneckSampling": (2, 14, 5),
+        "JustInTime": (7, 5, 4),
+    },
+    "7x": {
+        "RALU": (5, 3, 4),
+        "RALU.paper": (5, 3, 4),
+        "ProgressiveResolution": (12, 4),
+        "BottleneckSampling": (2, 9, 3),
+        "JustInTime": (5, 3, 3),
+    },
+    "10x": {
+        "RALU": (4, 2, 3),
+        "RALU.paper": (4, 2, 3),
+        "ProgressiveResolution": (9, 3),
+        "BottleneckSampling": (1, 7, 2),
+        "JustInTime": (4, 2, 2),
+    },
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -116,7 +141,10 @@ def large_schedules() -> dict[str, Accelerator]:
             f"{speed} latents enlarged, {_listed(two)}": ProgressiveResolution(
                 steps=two, lift=LatentLift(resize="bicubic", noise="fresh")
             ),
-            f"{speed} BottleneckSampling, {_listed(steps['Bottleneck'])}": BottleneckSampling(steps["Bottleneck"]),
+            f"{speed} JustInTime, {_listed(steps['JustInTime'])}": JustInTime(steps["JustInTime"]),
+            f"{speed} BottleneckSampling, {_listed(steps['BottleneckSampling'])}": BottleneckSampling(
+                steps["BottleneckSampling"]
+            ),
         }
     return schedules
 
