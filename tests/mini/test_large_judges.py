@@ -85,7 +85,7 @@ def test_a_judge_is_small_reads_every_size_and_learns_of_everything(
         said = made(torch.rand(3, 3, pixels, pixels))
         assert said.counts.shape == (3, len(OBJECTS), 4)
         assert 0 <= score(said, [picture.scene for picture in pictures]).min() <= 1
-    found = losses(said, truth(pictures, torch.zeros(3, len(DAMAGES))))
+    found = losses(said, truth(pictures, torch.zeros(3, len(DAMAGES)), cells=8))
     torch.stack(list(found.values())).sum().backward()
     assert all(value.isfinite() for value in found.values())
     assert all(parameter.grad is not None for parameter in made.parameters())

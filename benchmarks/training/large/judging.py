@@ -23,17 +23,27 @@ _DAMAGED_SHARE = 0.6
 _DECODED_SHARE = 0.5
 #: Pictures as damaged as this aren't asked for what they show.
 _READABLE = 0.6
+#: How far maps fall off around an object's middle, in cells.
+_BLUR = 1.0
 
 
-def truth(pictures: list[Picture], severities: Tensor) -> Verdict:
-    """Give what a judge should say: numbers in place of logits, places only where there is one of an object."""
+def truth(pictures: list[Picture], severities: Tensor, cells: int = 16) -> Verdict:
+    """Give what a judge should say: numbers in place of logits, places only where there is one of an object.
+
+    Maps [B, objects, cells, cells] are 1 in the cell of an object's middle and fall off around it.
+    """
     counts = torch.zeros(len(pictures), len(OBJECTS), dtype=torch.long)
     places = torch.full((len(pictures), len(OBJECTS), 3), float("nan"))
     covered = torch.full((len(pictures), len(OBJECTS)), float("nan"))
+    maps = torch.zeros(len(pictures), len(OBJECTS), cells, cells)
+    steps = torch.arange(cells)
     for row, picture in enumerate(pictures):
         for order, place in enumerate(picture.placements):
             index = OBJECTS.index(place.name)
             counts[row, index] += 1
+            column, line = (min(cells - 1, max(0, int(at * cells))) for at in (place.x, place.y))
+            distance = (steps - column)[None, :].square() + (steps - line)[:, None].square()
+            maps[row, index] = torch.maximum(maps[row, index], (-distance / (2 * _BLUR**2)).exp())
             places[row, index] = torch.tensor([place.x, place.y, place.size])
             covered[row, index] = float(picture.scene.relation == "behind" and order == 0)
         several = counts[row] > 1
@@ -46,6 +56,7 @@ def truth(pictures: list[Picture], severities: Tensor) -> Verdict:
         ground=torch.tensor([list(GROUNDS).index(picture.ground.name) for picture in pictures]),
         light=torch.tensor(lights),
         damages=severities,
+        maps=maps,
         features=torch.zeros(len(pictures), 0),
     )
 
@@ -61,9 +72,22 @@ def losses(said: Verdict, true: Verdict) -> dict[str, Tensor]:
         "ground": functional.cross_entropy(said.ground[readable], true.ground[readable]),
         "light": functional.cross_entropy(said.light[readable], true.light[readable]),
         "places": 4 * functional.smooth_l1_loss(said.places[known], true.places[known], beta=0.05),
+        "maps": _focal(said.maps[readable], true.maps[readable]),
         "covered": functional.binary_cross_entropy_with_logits(said.covered[known], true.covered[known]),
     }
     return {name: loss if loss.isfinite() else said.damages.sum() * 0.0 for name, loss in found.items()}
+
+
+def _focal(logits: Tensor, heat: Tensor) -> Tensor:
+    """CenterNet's loss (arXiv 1904.07850) of maps that are almost everywhere empty, over the number of middles.
+
+    What is near a middle counts little, and so does what is said surely and rightly.
+    """
+    sure = logits.sigmoid()
+    middle = heat == 1.0
+    there = (1 - sure).square() * functional.logsigmoid(logits)
+    empty = (1 - heat).pow(4) * sure.square() * functional.logsigmoid(-logits)
+    return -torch.where(middle, there, empty).sum() / middle.sum().clamp(min=1)
 
 
 def train(purpose: Purpose, directory: Path, device: torch.device, minutes: float, *, cooldown: float = 0.0) -> None:
@@ -131,6 +155,6 @@ def _batch(purpose: Purpose, run: Run, vae: AutoencoderTiny, device: torch.devic
                 damage = list(DAMAGES.values())[which]
                 one = slice(row, row + 1)
                 images[one] = damage(images[one], objects[one], severities[one, which], chances)
-    true = truth(pictures, severities)
+    true = truth(pictures, severities, pixels // 16)
     moved = {name: getattr(true, name).to(device) for name in true.__dataclass_fields__}
     return images, Verdict(**moved)

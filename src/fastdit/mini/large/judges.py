@@ -43,6 +43,8 @@ _GLOBAL = len(GROUNDS) + len(LIGHTS) + 1 + len(DAMAGES)
 _SOFTNESS = 0.02
 _SIZE_SOFTNESS = 0.006
 _SMALL, _BIG = 0.31, 0.57
+#: The logit of an object's middle before anything is learned, and the heat below which a peak is none.
+_RARE, _FAINT = -4.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Verdict:
     ground: Tensor  # logits [B, grounds]
     light: Tensor  # logits [B, 1 + lights], daylight first
     damages: Tensor  # logits of the severities [B, damages]
+    maps: Tensor  # logits of where the middle of each object is [B, objects, height / 16, width / 16]
     features: Tensor  # [B, F]
 
 
-def _verdict(per_object: Tensor, whole: Tensor, features: Tensor) -> Verdict:
+def _verdict(found: tuple[Tensor, Tensor], whole: Tensor, features: Tensor) -> Verdict:
+    per_object, maps = found
     ground, light, damages = whole.split_with_sizes([len(GROUNDS), len(LIGHTS) + 1, len(DAMAGES)], dim=1)
     return Verdict(
         counts=per_object[..., : _MOST + 1],
@@ -67,8 +71,34 @@ def _verdict(per_object: Tensor, whole: Tensor, features: Tensor) -> Verdict:
         ground=ground,
         light=light,
         damages=damages,
+        maps=maps,
         features=features,
     )
+
+
+class _ObjectReader(nn.Module):
+    """Finds objects by maps of where their middles may be: each is read at its peaks, which are also counted."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(width, len(OBJECTS), 1)
+        with torch.no_grad():
+            self.maps.bias.fill_(_RARE)  # type: ignore[union-attr]
+        self.read = nn.Linear(width + 2, _PER_OBJECT)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what is said of each object [B, objects, ..] and the maps, of hidden states [B, C, h, w]."""
+        maps = self.maps(hidden_states).float()
+        heat = maps.sigmoid()
+        peaks = torch.where(heat >= functional.max_pool2d(heat, 3, stride=1, padding=1), heat - _FAINT, 0.0)
+        number = peaks.clamp(min=0.0).flatten(2).sum(dim=2, keepdim=True) / (1.0 - _FAINT)
+        weights = (2.0 * maps).flatten(2).softmax(dim=2)
+        seen = weights @ hidden_states.flatten(2).mT.float()
+        per_object = self.read(torch.cat([seen, number, heat.flatten(2).amax(dim=2, keepdim=True)], dim=2))
+        row, column = ((torch.arange(size, device=maps.device) + 0.5) / size for size in maps.shape[2:])
+        grid = weights.unflatten(2, maps.shape[2:])
+        middle = torch.stack([(grid.sum(dim=2) * column).sum(dim=-1), (grid.sum(dim=3) * row).sum(dim=-1)], dim=-1)
+        return per_object + functional.pad(middle, (_MOST + 1, 2)), maps
 
 
 class _Residual(nn.Module):
@@ -84,46 +114,40 @@ class _Residual(nn.Module):
 
 
 class ConvolutionalJudge(nn.Module):
-    """Convolutions; every object has a map of where it may be, and is read where its map is high."""
+    """Convolutions at a quarter to a thirty-second of the size; objects are found at a sixteenth."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 112, 144)) -> None:
+    def __init__(self, widths: tuple[int, int, int, int] = (32, 64, 112, 144)) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 6, stride=4, padding=1), _Residual(widths[0])]
-        for narrow, wide in pairwise(widths):
-            layers += [nn.Conv2d(narrow, wide, 2, stride=2), _Residual(wide), _Residual(wide)]
-        self.body = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.GELU())
-        self.maps = nn.Conv2d(widths[-1], len(OBJECTS), 1)
-        self.read = nn.Linear(widths[-1], _PER_OBJECT)
-        self.named = nn.Parameter(torch.zeros(len(OBJECTS), _PER_OBJECT))
-        # fine texture is gone from the last level: damages are read from the first ones, too
+        self.first = nn.Sequential(nn.Conv2d(3, widths[0], 6, stride=4, padding=1), _Residual(widths[0]))
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(narrow, wide, 2, stride=2), _Residual(wide), _Residual(wide))
+            for narrow, wide in pairwise(widths)
+        )
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.enlarge = nn.ConvTranspose2d(widths[-1], widths[-2], 2, stride=2)
+        self.merged = nn.Sequential(_Residual(widths[-2]), nn.GroupNorm(8, widths[-2]), nn.GELU())
+        self.objects = _ObjectReader(widths[-2])
+        # fine texture is gone from the last level: damages are read from the first one, too
         self.fine = nn.Linear(2 * widths[0], len(DAMAGES))
         self.whole = nn.Linear(2 * widths[-1], _GLOBAL)
 
     def forward(self, pixels: Tensor) -> Verdict:
-        """Read pictures [B, 3, H, W] in [0, 1]."""
-        early = self.body[:2](pixels * 2 - 1)
-        hidden_states = self.body[2:](early)
-        maps = self.maps(hidden_states)
-        weights = maps.flatten(2).softmax(dim=2)
-        seen = weights @ hidden_states.flatten(2).mT
-        # how many is told by how much of the map is high, beside what is there
-        amount = maps.flatten(2).sigmoid().mean(dim=2, keepdim=True)
-        per_object = self.read(seen) + self.named * (1 + amount)
-        row, column = (
-            (torch.arange(size, device=pixels.device) + 0.5) / size for size in (maps.shape[2], maps.shape[3])
-        )
-        across = (weights.unflatten(2, maps.shape[2:]).sum(dim=2) * column).sum(dim=-1)
-        down = (weights.unflatten(2, maps.shape[2:]).sum(dim=3) * row).sum(dim=-1)
-        middle = torch.stack([across, down], dim=-1)
-        per_object = per_object + functional.pad(middle, (_MOST + 1, 2))
-        mean, highest = hidden_states.mean(dim=(2, 3)), hidden_states.amax(dim=(2, 3))
+        """Read pictures [B, 3, H, W] in [0, 1], H and W multiples of 32."""
+        early = self.first(pixels * 2 - 1)
+        hidden_states, passed = early, []
+        for level in self.levels:
+            hidden_states = level(hidden_states)
+            passed.append(hidden_states)
+        last = functional.gelu(self.norm(hidden_states))
+        found = self.objects(self.merged(passed[-2] + self.enlarge(last)))
+        mean, highest = last.mean(dim=(2, 3)), last.amax(dim=(2, 3))
         whole = self.whole(torch.cat([mean, highest], dim=1))
         texture = self.fine(torch.cat([early.mean(dim=(2, 3)), early.abs().mean(dim=(2, 3))], dim=1))
-        return _verdict(per_object, whole + functional.pad(texture, (_GLOBAL - len(DAMAGES), 0)), mean)
+        return _verdict(found, whole + functional.pad(texture, (_GLOBAL - len(DAMAGES), 0)), mean)
 
 
 class AttentiveJudge(nn.Module):
-    """A transformer over squares of 16 pixels; queries of the objects and one of the whole read its tokens."""
+    """A transformer over squares of 16 pixels; a query of the whole reads its tokens, which tell where objects are."""
 
     def __init__(self, width: int = 160, layers: int = 4, heads: int = 5) -> None:
         super().__init__()
@@ -135,10 +159,10 @@ class AttentiveJudge(nn.Module):
             nn.TransformerEncoderLayer(width, heads, norm_first=True, **settings)  # type: ignore[arg-type]
             for _ in range(layers)
         )
-        self.queries = nn.Parameter(torch.randn(len(OBJECTS) + 1, width) * width**-0.5)
+        self.query = nn.Parameter(torch.randn(1, width) * width**-0.5)
         self.reader = nn.TransformerDecoderLayer(width, heads, norm_first=True, **settings)  # type: ignore[arg-type]
         self.norm = nn.LayerNorm(width)
-        self.per_object = nn.Linear(width, _PER_OBJECT)
+        self.objects = _ObjectReader(width)
         self.whole = nn.Linear(width, _GLOBAL)
 
     def forward(self, pixels: Tensor) -> Verdict:
@@ -147,8 +171,10 @@ class AttentiveJudge(nn.Module):
         tokens = grid.flatten(2).mT + self.where(self._places(grid))
         for layer in self.layers:
             tokens = layer(tokens)
-        read = self.norm(self.reader(self.queries.expand(len(pixels), -1, -1), tokens))
-        return _verdict(self.per_object(read[:, :-1]), self.whole(read[:, -1]), tokens.mean(dim=1))
+        tokens = self.norm(tokens)
+        read = self.reader(self.query.expand(len(pixels), -1, -1), tokens)[:, 0]
+        found = self.objects(tokens.mT.unflatten(2, grid.shape[2:]))
+        return _verdict(found, self.whole(read), tokens.mean(dim=1))
 
     def _places(self, grid: Tensor) -> Tensor:
         row, column = ((torch.arange(size, device=grid.device) + 0.5) / size for size in (grid.shape[2], grid.shape[3]))
