@@ -18,7 +18,7 @@ from fastdit.measure.results import Metric, Results
 from fastdit.measure.statistics import mean
 from fastdit.measure.timing import time_interleaved
 from fastdit.mini import Architecture, load_mini
-from fastdit.mini.language import judge_of, language_of
+from fastdit.mini.language import Judge, judge_of, language_of
 from fastdit.mini.prompts import held_out, parse
 from frechet import frechet_distance, influences, jackknife
 from measurements import with_seconds
@@ -60,7 +60,7 @@ def compare(
     `first` leaves out that many held-out prompts at the start, for a comparison on fresh ones. A prompt has `each`
     pictures, whose scores are averaged, and which are left out of the distance together.
     """
-    judge, pipeline = judge_of(mini, "tables"), pipeline_of(mini, dtype)
+    judge, pipeline = judge_for_tables(mini), pipeline_of(mini, dtype)
     asked = language_of(mini).held_out(first + prompts, seed, background=True)[first:]
     made = []
     for number in range(each):
@@ -135,6 +135,14 @@ def clock(
     tasks = {entry.name: experiment.task(entry) for entry in configurations}
     timed = time_interleaved(tasks, rounds=rounds, progress=lambda done, total: _say("timing", done, total))
     return dataclasses.replace(with_seconds(results, timed), environment=Environment.capture())
+
+
+def judge_for_tables(mini: Architecture) -> Judge:
+    """Load the judge that tables are made with. Ends where there is none."""
+    judge = judge_of(mini, "tables")
+    if judge is None:
+        raise SystemExit(f"{mini} has no judge yet: train it by the recipe in benchmarks/training")
+    return judge
 
 
 def pipeline_of(mini: Architecture, dtype: torch.dtype | None = None) -> Any:

@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 from PIL.Image import Image, fromarray
 
+from common import judge_for_tables
 from fastdit.measure.environment import Environment
 from fastdit.measure.statistics import Interval, mean, mean_difference
 from fastdit.mini import load_mini
-from fastdit.mini.language import Judge, judge_of
+from fastdit.mini.language import Judge
 from fastdit.mini.large.scenes import Scene, held_out, parse
 from frechet import frechet_distance, jackknife
 from training.large.render import rendered_prompts
@@ -43,7 +44,7 @@ def evaluate(
     """
     pipeline = load_mini("flux-512", torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
-    judge = judge_of("flux-512", "tables")
+    judge = judge_for_tables("flux-512")
     words = held_out(prompts, background=True)
     report: dict[str, Any] = {"environment": Environment.capture(), "prompts": prompts, "sides": {}}
     for side in sides:

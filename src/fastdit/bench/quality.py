@@ -61,6 +61,8 @@ def quality(store: Store, group: Group, own: Made) -> dict[str, Metric]:
     except ValueError:
         return _metrics(samples)
     judge = judge_of(architecture, "tables")
+    if judge is None:
+        return _metrics(samples)
     return _metrics({**samples, "judge": judge.score([image for _, image in pictures], prompts).tolist()})
 
 

@@ -124,7 +124,7 @@ class Cliff:
 
 
 class Workbench:
-    """Makes and judges pictures: an embedded pipeline's by its judge, others' by their SSIM to the plain pipeline's.
+    """Makes and judges pictures: an embedded pipeline's by a judge, others' by their SSIM to the plain pipeline's.
 
     Of an embedded pipeline's judges it is the one for searches, unless what was found is `judged_for` tables.
     """
@@ -143,8 +143,9 @@ class Workbench:
             raise InvalidConfig(f"a search compares at least {EARLY} prompts, got {len(self.prompts)}")
         self._judge: Judge | None = None
         if source.architecture is not None:
-            _check_readable(source.architecture, self.prompts)
             self._judge = judge_of(source.architecture, judged_for)
+        if source.architecture is not None and self._judge is not None:
+            _check_readable(source.architecture, self.prompts)
         self.pipeline = source.load()
         self._references: list[Image] = []
 
@@ -160,6 +161,11 @@ class Workbench:
             warnings.simplefilter("ignore", FastditWarning)
             seconds, output = timed(lambda _: pipeline(**call, generator=generator), 0, pipeline._execution_device)
         return seconds, output.images[0]
+
+    @property
+    def quality_is(self) -> str:
+        """What `quality` gives."""
+        return "SSIM to the plain run" if self._judge is None else "the judge's score"
 
     def quality(self, number: int, image: Image) -> float:
         """Judge the picture of a prompt."""
@@ -487,7 +493,7 @@ class Search:
                 "trials": len(self.study.trials),
                 "seconds": one.seconds,
                 "quality": one.quality,
-                "quality_is": "the judge's score" if self.workbench.source.embedded else "SSIM to the plain run",
+                "quality_is": self.workbench.quality_is,
                 "environment": asdict(Environment.capture()),
                 "cliffs": [str(cliff) for cliff in cliffs] if winner and one.stack == winner.stack else [],
             }

@@ -65,12 +65,16 @@ def language_of(architecture: Architecture) -> Language:
     return prompts
 
 
-def judge_of(architecture: Architecture, purpose: Purpose) -> Judge:
-    """Load the judge of an embedded pipeline's pictures that is meant for searches or for tables."""
+def judge_of(architecture: Architecture, purpose: Purpose) -> Judge | None:
+    """Load the judge of an embedded pipeline's pictures that is meant for searches or for tables.
+
+    None where the package has none yet; pictures are then compared with the full run's alone.
+    """
     if architecture == "flux-512":
+        from fastdit.mini.large.judges import is_trained
         from fastdit.mini.large.judges import load_judge as load_large_judge
 
-        return load_large_judge(purpose)
+        return load_large_judge(purpose) if is_trained(purpose) else None
     from fastdit.mini.judge import load_judge
 
     return load_judge()

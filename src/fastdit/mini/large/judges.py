@@ -237,6 +237,11 @@ class LargeJudge:
         return {name: torch.tensor([row.get(name, float("nan")) for row in rows]) for name in names}
 
 
+def is_trained(purpose: Purpose, directory: Path = WEIGHTS) -> bool:
+    """Whether a judge comes with the package."""
+    return (directory / f"judge-{purpose}.safetensors").is_file()
+
+
 def load_judge(purpose: Purpose, directory: Path = WEIGHTS) -> LargeJudge:
     """Load the judge for searches or the one for tables. Raises `InvalidConfig` for any other purpose."""
     from safetensors.torch import load_file
