@@ -20,6 +20,7 @@ from measurements import load
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINI = Path(fastdit.__file__).parent / "mini"
+LARGE_EVALUATION = ROOT / "benchmarks" / "training" / "large" / "evaluation.json"
 EVALUATIONS = {"FLUX": MINI / "evaluation.json", "SD3": MINI / "evaluation-sd3.json"}
 
 
@@ -272,6 +273,35 @@ def evaluation(data: Mapping[str, Any], architecture: str) -> list[str]:
     ]
 
 
+def large_evaluation(data: Mapping[str, Any]) -> list[str]:
+    parts = [
+        "## The larger embedded FLUX pipeline itself",
+        f"{data['prompts']} held-out prompts, by the judge for tables and by what the renderer knows (lower is better "
+        "for the residue, the palette and the Frechet distance). Curvature is a trajectory's length over the distance "
+        "between its ends, less 1.",
+    ]
+    for side, found in data["sides"].items():
+        rows = {**{f"{steps} steps": row for steps, row in found["steps"].items()}, "renders": found["renders"]}
+        names = list(next(iter(rows.values())))
+        lines = [
+            f"| {side} px | {' | '.join(name.replace('_', ' ') for name in names)} |",
+            f"|---|{'--:|' * len(names)}",
+        ]
+        for name, row in rows.items():
+            cells = (interval(row[measure], 3) if measure in row else "-" for measure in names)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+        if found["falls"]:
+            names = list(next(iter(found["falls"].values())))
+            lines = [f"| steps | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+            lines += [
+                f"| {steps} | {' | '.join(interval(fall[name], 4) for name in names)} |"
+                for steps, fall in found["falls"].items()
+            ]
+            parts += ["What fewer plain steps lose, paired by picture (positive is worse):", "\n".join(lines)]
+    return [*parts, machine(data)]
+
+
 SECTIONS = (
     ("flops", flops),
     ("flops-sd3-medium", flops),
@@ -296,6 +326,8 @@ def main() -> None:
     for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
         if (path := RESULTS / f"spatial-{mini}.json").exists():
             parts += spatial(load(path), title)
+    if (path := RESULTS / "spatial-flux-512.json").exists():
+        parts += quality(load(path), "Spatial schedules on the larger embedded pipeline")
     if (path := RESULTS / "parts.json").exists():
         parts += exchanged(load(path))
     if (path := RESULTS / "caching.json").exists():
@@ -305,6 +337,8 @@ def main() -> None:
     for architecture, path in EVALUATIONS.items():
         if path.exists():
             parts += evaluation(json.loads(path.read_text(encoding="utf-8")), architecture)
+    if LARGE_EVALUATION.exists():
+        parts += large_evaluation(json.loads(LARGE_EVALUATION.read_text(encoding="utf-8")))
     pages.write()
     (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
