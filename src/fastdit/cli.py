@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from fastdit.engine.registry import Registry
     from fastdit.measure.timing import Progress
-    from fastdit.mini import Architecture
     from fastdit.step_cache.coefficients import Coefficients
     from fastdit.step_cache.curves import MagnitudeCurve
 
@@ -119,12 +118,9 @@ def demo(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts: about a minute, wider intervals.")] = False,
-    large: Annotated[
-        bool, typer.Option("--large", help="The embedded pipeline of 512 x 512 pixels: some twenty times the time.")
-    ] = False,
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 0,
 ) -> None:
-    """Make pictures with an embedded pipeline, plain and accelerated, and report speed and quality.
+    """Make pictures with the embedded pipeline, plain and accelerated, and report speed and quality.
 
     Results are written after every round: Ctrl-C ends the demo with those that are there.
     """
@@ -140,10 +136,8 @@ def demo(
 
     out.mkdir(parents=True, exist_ok=True)
     with _progress(Console(stderr=True)) as progress:
-        extent = EXTENTS["quick" if quick else "full"]
-        architecture: Architecture = "flux-512" if large else "flux"
-        results = run_demo(out, extent=extent, architecture=architecture, seed=seed, progress=progress)
-    interrupted = results.settings.get("interrupted")
+        results = run_demo(out, extent=EXTENTS["quick" if quick else "full"], seed=seed, progress=progress)
+    interrupted, left_out = (results.settings.get(name) for name in ("interrupted", "left_out"))
     if as_json:
         typer.echo(results.dumps())
     else:
@@ -158,6 +152,8 @@ def demo(
             "intervals."
         )
         console.print(f"Report: {out / REPORT}   Numbers: {out / RESULTS}")
+    if left_out:
+        typer.echo(f"Left out: {left_out}", err=True)
     if interrupted:
         typer.echo(f"Interrupted {interrupted}; what was measured until then is kept in {out}.", err=True)
         raise typer.Exit(130)
@@ -192,7 +188,7 @@ def matrix(
     pipe: Annotated[
         str,
         typer.Argument(
-            help="mini, mini:flux-512, mini:sd3, a folder, a hub's name: what goes together on it. Else a part of "
+            help="mini, mini:sd3, a folder, a hub's name: what goes together on it. Else a part of "
             "the names of diffusers' pipelines, of which tiny models are run; all if left out."
         ),
     ] = "",
@@ -227,7 +223,7 @@ def matrix(
 class Calibration:
     """Measure what TeaCache or MagCache must know of a model, in runs that skip nothing."""
 
-    pipe: Annotated[str, typer.Argument(help="mini, mini:flux-512, mini:sd3, or a directory or hub name to load.")]
+    pipe: Annotated[str, typer.Argument(help="mini, mini:sd3, or a directory or hub name to load.")]
     method: Annotated[Method, typer.Option(help="The accelerator whose numbers are measured.")]
     out: Annotated[Path, typer.Option(help="The JSON file to write.")]
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline
 
 import fastdit
-from fastdit import FastditWarning, InvalidConfig, ProgressiveResolution, TeaCache, accelerate
+from fastdit import FastditWarning, InvalidConfig, ProgressiveResolution, TeaCache, UnsupportedModel, accelerate
 from fastdit.mini.language import judge_of, language_of
 from fastdit.mini.large.judges import DAMAGES, is_trained, load_judge
 from fastdit.mini.large.scenes import parse
@@ -19,6 +19,13 @@ from training.large import damages
 from training.large.render import rendered_prompts
 
 WEIGHTS = Path(fastdit.__file__).parent / "mini" / "large" / "weights"
+trained = pytest.mark.skipif(not (WEIGHTS / "transformer").is_dir(), reason="it is not trained to its end yet")
+
+
+@pytest.mark.skipif((WEIGHTS / "transformer").is_dir(), reason="it is there")
+def test_a_model_that_is_not_trained_yet_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match=r"not trained to its end; take load_mini\(\)"):
+        fastdit.load_mini("flux-512")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,7 @@ def large() -> Any:
     return pipeline
 
 
+@trained
 def test_it_loads_within_four_seconds_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     fastdit.load_mini("flux-512")
 
@@ -40,12 +48,14 @@ def test_it_loads_within_four_seconds_without_a_network(monkeypatch: pytest.Monk
     assert time.perf_counter() - start < 4.0
 
 
+@trained
 def test_weights_and_judges_stay_below_their_limits() -> None:
     sizes = {path: path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
     assert sum(sizes.values()) < 40 * 2**20
     assert all(size < 5 * 2**20 for path, size in sizes.items() if path.name.startswith("judge-"))
 
 
+@trained
 @pytest.mark.parametrize(("size", "tokens"), [(512, 1024), (256, 256)])
 def test_it_makes_pictures_at_both_sizes(large: Any, size: int, tokens: int) -> None:
     call = {"height": size, "width": size, "num_inference_steps": 2, "output_type": "latent"}
@@ -54,11 +64,13 @@ def test_it_makes_pictures_at_both_sizes(large: Any, size: int, tokens: int) -> 
     assert torch.isfinite(latents).all()
 
 
+@trained
 def test_the_defaults_are_the_model_s_own(large: Any) -> None:
     assert large("an owl on wood", num_inference_steps=1).images[0].size == (512, 512)
     assert accelerate(large).fastdit.plan().steps == 50
 
 
+@trained
 def test_a_schedule_and_a_cache_act_on_it(large: Any) -> None:
     fast = accelerate(large, [ProgressiveResolution(steps=(3, 2), ends=(0.5,), starts=(0.3,)), TeaCache(0.0)])
     image = fast("two owls on wood", generator=torch.Generator().manual_seed(0)).images[0]
@@ -66,6 +78,7 @@ def test_a_schedule_and_a_cache_act_on_it(large: Any) -> None:
     assert [step.tokens for step in fast.fastdit.last_run.steps] == [256, 256, 256, 1024, 1024]
 
 
+@trained
 def test_words_that_it_does_not_know_are_said(large: Any) -> None:
     with pytest.warns(FastditWarning, match=r"does not know 'fox' and .* large.scenes.vocabulary\(\)"):
         large("a fox on wood", num_inference_steps=1, output_type="latent", height=128, width=128)

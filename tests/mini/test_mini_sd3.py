@@ -54,7 +54,7 @@ def test_it_loads_without_a_network_and_without_a_word(
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(InvalidConfig, match="'flux', 'flux-512' and 'sd3', got 'sd4'"):
+    with pytest.raises(InvalidConfig, match="'flux' and 'sd3', got 'sd4'"):
         fastdit.load_mini("sd4")  # type: ignore[call-overload]
 
 

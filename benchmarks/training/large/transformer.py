@@ -51,8 +51,8 @@ class Phase:
 SIZES = {size.pixels: size for size in (Size(128, 64, 1.65), Size(256, 20, 1.9), Size(512, 6, 3.2))}
 PHASES = (
     Phase(1.3e5, {128: 1.0}),
-    Phase(2.5e5, {128: 0.5, 256: 0.5}, emphasis=3.0),
-    Phase(2.65e5, {128: 0.1, 256: 0.45, 512: 0.45}, emphasis=2.0),
+    Phase(6.0e5, {128: 0.5, 256: 0.5}, emphasis=3.0),
+    Phase(6.6e5, {128: 0.1, 256: 0.45, 512: 0.45}, emphasis=2.0),
     Phase(float("inf"), {128: 0.1, 256: 0.45, 512: 0.45}, emphasis=2.0, guided=True),
 )
 

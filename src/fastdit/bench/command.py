@@ -33,7 +33,7 @@ MINI_PROMPTS = 4
 def bench(
     pipe: Annotated[
         str | None,
-        typer.Argument(help="mini, mini:flux-512, mini:sd3, a folder, a hub's name, or an experiment's .toml file."),
+        typer.Argument(help="mini, mini:sd3, a folder, a hub's name, or an experiment's .toml file."),
     ] = None,
     stack: Annotated[
         list[str] | None, typer.Option(help="A stack, such as 'RALU 4x, TeaCache .25, Compile'; as often as you like.")

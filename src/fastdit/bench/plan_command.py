@@ -20,9 +20,7 @@ DEFAULT = "ProgressiveResolution 4x, TeaCache"
 def plan(
     pipe: Annotated[
         str,
-        typer.Argument(
-            help="mini, mini:flux-512, mini:sd3, a folder, a hub's name; a saved stack's folder plans it for mini."
-        ),
+        typer.Argument(help="mini, mini:sd3, a folder, a hub's name; a saved stack's folder plans it for mini."),
     ] = "mini",
     stack: Annotated[str | None, typer.Option(help="A stack as text, or the folder of a saved one.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels: 512, or 512x768 for height x width.")] = None,

@@ -25,7 +25,7 @@ class Source(Config):
     """A pipeline by name, and what its users set up beside.
 
     Args:
-        name: "mini", "mini:flux-512" or "mini:sd3" for an embedded pipeline, "random:flux-dev@0.1" for a published
+        name: "mini" or "mini:sd3" for an embedded pipeline, "random:flux-dev@0.1" for a published
             one's architecture with random weights, here at a tenth of its parameters, a folder that `save_pretrained`
             wrote, or a hub's name.
         variant: the weights' variant, such as "fp16".

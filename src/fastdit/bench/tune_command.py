@@ -20,7 +20,7 @@ SEARCHED, REPORTED = 16, 16
 
 
 def tune(
-    pipe: Annotated[str, typer.Argument(help="mini, mini:flux-512, mini:sd3, a folder, or a hub's name.")],
+    pipe: Annotated[str, typer.Argument(help="mini, mini:sd3, a folder, or a hub's name.")],
     seconds: Annotated[float | None, typer.Option(help="A call takes at most so long.")] = None,
     floor: Annotated[float | None, typer.Option(help="Quality of at least this: the judge, or SSIM.")] = None,
     budget: Annotated[int | None, typer.Option(help="Search a mask of exactly so many computed steps.")] = None,

@@ -1,9 +1,9 @@
 """The embedded pipelines: small text-to-image models in the real FLUX and SD3 classes that need no download.
 
 `load_mini()` gives a `FluxPipeline`, `load_mini("sd3")` a `StableDiffusion3Pipeline`; both make 256 x 256 pictures of
-one or two objects, and `fastdit.mini.judge` says whether they show what was asked. `load_mini("flux-512")` gives a
-larger `FluxPipeline` of 512 x 512 pictures with textured grounds, one to three objects, and two judges. The recipes are
-in the repository's benchmarks/training.
+one or two objects, and `fastdit.mini.judge` says whether they show what was asked. `load_mini("flux-512")` is for a
+larger `FluxPipeline` of 512 x 512 pictures, which is still being trained. The recipes are in the repository's
+benchmarks/training.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def load_mini(
 ) -> MiniFluxPipeline | MiniStableDiffusion3Pipeline:
     """Load an embedded pipeline from the package, offline, in float32 or in `torch_dtype`.
 
-    `architecture` is "flux" (guidance as an input, 50 steps), "flux-512" (the same at 512 x 512 pixels) or "sd3"
-    (guided by a second prediction, 28 steps). Raises `InvalidConfig` for any other.
+    `architecture` is "flux" (guidance as an input, 50 steps) or "sd3" (guided by a second prediction, 28 steps). Raises
+    `InvalidConfig` for any other, and `UnsupportedModel` for "flux-512", whose weights aren't part of this version.
     """
     if architecture == "flux":
         from fastdit.mini.pipeline_flux import load as load_flux
@@ -58,6 +58,4 @@ def load_mini(
         return load_sd3(torch_dtype=torch_dtype)
     from fastdit.errors import InvalidConfig
 
-    raise InvalidConfig(
-        f"the embedded pipelines are 'flux', 'flux-512' and 'sd3', got {architecture!r}; give one of them"
-    )
+    raise InvalidConfig(f"the embedded pipelines are 'flux' and 'sd3', got {architecture!r}; give one of them")

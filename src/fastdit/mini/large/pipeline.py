@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastdit.errors import UnsupportedModel
 from fastdit.mini import parts, pipeline_flux
 from fastdit.mini.pipeline_flux import MiniFluxPipeline
 
@@ -46,7 +47,12 @@ class LargeMiniFluxPipeline(MiniFluxPipeline):
 
 
 def load(*, torch_dtype: torch.dtype | None = None, directory: Path = WEIGHTS) -> LargeMiniFluxPipeline:
-    """Load the pipeline's parts from a directory, without a network."""
+    """Load the pipeline's parts from a directory, without a network. Raises `UnsupportedModel` where there are none."""
+    if not (directory / "transformer").is_dir():
+        raise UnsupportedModel(
+            "the larger embedded model is no part of this version, since it is not trained to its end; take "
+            "load_mini() or load_mini('sd3'), or train it by the recipe in the repository's benchmarks/training/large"
+        )
     pipeline = pipeline_flux.assemble(LargeMiniFluxPipeline, directory, torch_dtype or torch.float32)
     pipeline.default_sample_size = _SIDE
     parts.finish(pipeline, NAME)
