@@ -21,6 +21,7 @@ from fastdit.mini import Architecture, load_mini
 from fastdit.mini.language import Judge, judge_of, language_of
 from fastdit.mini.prompts import held_out, parse
 from frechet import frechet_distance, influences, jackknife
+from grounds import residues
 from measurements import with_seconds
 
 #: Renders that pictures are compared with by their Frechet distance.
@@ -68,22 +69,23 @@ def compare(
         start = seed + first + number * prompts
         experiment = Experiment(pipeline, asked, seed=start, batch=batch, judge=judge, progress=_say)
         results, images = experiment.run(configurations, title=title, baseline=configurations[0].name)
-        if mini == "flux-512":
-            results = with_truth(results, images)
+        results = with_truth(results, images, mini)
         made.append(Pass(results, {name: judge.features(pictures).numpy() for name, pictures in images.items()}))
     return joined(made, judge.features(renders(RENDERED, seed + 1, mini)).numpy())
 
 
-def with_truth(results: Results, images: Mapping[str, Sequence[Image]]) -> Results:
-    """Add what is wrong with pictures by what their renderer knows, and by the judge's parts."""
-    from truth import truth
-
+def with_truth(results: Results, images: Mapping[str, Sequence[Image]], mini: Architecture) -> Results:
+    """Add what is wrong with pictures by what their renderer knows, which no search has seen."""
     rows = []
     for entry in results.configurations:
-        measured = truth(images[entry.name], results.prompts, FITTED)
+        if mini == "flux-512":
+            from truth import truth
+
+            measured = truth(images[entry.name], results.prompts, FITTED)
+        else:
+            measured = {"residue": residues(images[entry.name])}
         own = {name: Metric(mean(samples), tuple(samples)) for name, samples in measured.items()}
         rows.append(dataclasses.replace(entry, metrics={**entry.metrics, **own}))
-        _say(f"measuring {entry.name}", len(rows), len(rows))
     return dataclasses.replace(results, configurations=tuple(rows))
 
 

@@ -1,6 +1,7 @@
 """What is wrong with pictures of the larger embedded model, by what its renderer knows: no network, and no search.
 
-`residue` is what the best fit of the named ground's form leaves of a picture far from its objects, root mean square;
+`residue` is what the best fit of the named ground's form leaves of a picture far from its objects, root mean square
+in thousandths of white;
 `palette` how far an object's colours are from its true ones; `edges` how many pixels the strongest edges take.
 """
 
@@ -34,7 +35,7 @@ def truth(images: Sequence[Image], prompts: Sequence[str], fitted: int) -> dict[
         assert scene.ground is not None
         pixels = _pixels(image.resize((_FITTED, _FITTED), Resampling.BOX))
         fit = fit_ground(pixels, scene.ground)
-        found["residue"].append(fit.residue)
+        found["residue"].append(1000.0 * fit.residue)
         if _of_one_object(scene):
             found["palette"].append(palette_distance(pixels, fit.objects, scene.nouns[0]))
     return found

@@ -135,7 +135,7 @@ def _columns(results: Results, show: Show) -> dict[str, Callable[[ConfigurationR
     columns |= {"sharpness": sharpness, "PSNR dB": likeness("psnr", ".1f"), "SSIM": likeness("ssim", ".3f")}
     networks = {"lpips": "LPIPS", "dinov2": "DINOv2"}
     columns |= {title: likeness(name, ".3f") for name, title in networks.items() if name in names}
-    truths = {"residue": "ground's residue", "palette": "palette", "edges": "edges, px"}
+    truths = {"residue": "ground's residue, 1/1000", "palette": "palette", "edges": "edges, px"}
     return columns | {title: measured(name) for name, title in truths.items() if name in names}
 
 
