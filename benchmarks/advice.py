@@ -122,7 +122,7 @@ def purposes() -> str:
     ):
         speed, judged, said = _fared(found, found[name])
         rows.append((purpose, stack, speed, said if judged == "-" else f"judge {judged}; can draw faint spots"))
-    return _table(("you want it", "take", "times faster", "measured"), rows, left=(0, 1, 3))
+    return _table(("you want it", "take", "times faster, at 50 steps", "measured"), rows, left=(0, 1, 3))
 
 
 def presets(model: str) -> str:

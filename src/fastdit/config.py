@@ -121,8 +121,9 @@ def _decoded(data: Any, where: str) -> Any:
     cls = find_type(name) if isinstance(name, str) else None
     if cls is None:
         raise InvalidConfig(
-            f"{where}: unknown type {shown(name)}; the allowed types are {', '.join(known_types())}, and those of "
-            "adapters once installed"
+            f"{where}: unknown type {shown(name)}; a class of your own has to be imported first, or named as an entry "
+            "point of fastdit.accelerators in a package that is installed, as adapters are; the known ones are "
+            f"{', '.join(known_types())}"
         )
     allowed = _saved_fields(cls)
     for field in dataclasses.fields(cls):

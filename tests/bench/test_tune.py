@@ -16,6 +16,7 @@ from fastdit.bench.cost import CostMeter
 from fastdit.bench.grammar import parse_stack
 from fastdit.bench.source import Source
 from fastdit.bench.tune import Cliff, Goal, Search, Tried, Workbench, _beats, _loses, neighbours
+from fastdit.bench.tune_command import fewer_steps
 from fastdit.cli import app
 from fastdit.measure.statistics import Interval
 from fastdit.mini.prompts import training
@@ -97,7 +98,7 @@ def test_what_can_t_be_in_time_is_thrown_out_before_it_runs(workbench: Workbench
         search.workbench.tried = before  # type: ignore[method-assign]
     assert not made and not search.finished()
     assert all("hopeless" in one.user_attrs for one in search.study.trials if one.state.is_finished())
-    assert search.counted().startswith("2 trials; 2 would take ")
+    assert search.counted().startswith("2 trials; 2 not run, since they would take ")
 
 
 def test_a_prompt_that_the_judge_can_t_read_is_refused_before_anything_is_loaded() -> None:
@@ -164,3 +165,13 @@ def test_a_budget_finds_a_mask_of_exactly_so_many_that_is_no_worse_than_even_one
     assert twin.fastdit.last_run.computed == 3
     with pytest.raises(InvalidConfig, match="more than the run's 2 steps"):
         Budget(3).search(pipeline, [given], 2)
+
+
+def test_plain_steps_that_reach_the_goal_too_are_named_beside_the_winner() -> None:
+    from tests.measure.samples import make_results
+
+    results = make_results()
+    fastest_plain = min(one.median_seconds for one in results.configurations if one.stack is None)
+    (line,) = fewer_steps(results, "RALU 4x", 100.0)
+    assert "reaches the goal, too; the winner is" in line and "judge" in line
+    assert list(fewer_steps(results, "RALU 4x", 0.5 * fastest_plain)) == []

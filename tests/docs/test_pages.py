@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import CodeType
 
@@ -116,6 +117,17 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for cell in cells("code"):
         exec(compile(cell, "first-steps.ipynb", "exec"), space)
     assert (tmp_path / "stack" / "stack.json").exists()
+
+
+def test_the_classes_to_write_a_method_from_are_where_the_page_says() -> None:
+    page = (ROOT / "docs" / "writing-a-method.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    assert len(rows) >= 8
+    for row in rows:
+        classes, modules = (re.sub(r"[`|]", "", cell).split(";") for cell in row[1:3])
+        for names, module in zip(classes, modules, strict=True):
+            for name in names.split(","):
+                assert hasattr(import_module(module.strip()), name.strip()), (module, name)
 
 
 def test_what_the_readme_links_to_is_there() -> None:

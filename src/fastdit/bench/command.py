@@ -246,6 +246,7 @@ def compare(
 
 def doctor(
     pipe: Annotated[str, typer.Argument(help="A pipeline, as `bench` takes it.")] = "mini",
+    whole: Annotated[bool, typer.Option("--whole", help="Also of each attention kernel that can't, why.")] = False,
 ) -> None:
     """Say what can work here and on a pipeline, and for whatever can't, why and what mends it."""
     from fastdit.bench.doctor import accelerators, environment
@@ -253,5 +254,16 @@ def doctor(
 
     for finding in environment():
         typer.echo(finding)
+    kernels = []
     for finding in accelerators(Source(pipe).load()):
+        if finding.works or not finding.what.startswith("Attention("):
+            typer.echo(finding)
+        else:
+            kernels.append(finding)
+    if kernels and not whole:
+        names = ", ".join(re.sub(r".*'(.*)'.*", r"\1", one.what) for one in kernels)
+        typer.echo(
+            f"no  {len(kernels)} attention kernels of diffusers: {names} -> fastdit doctor {pipe} --whole says why"
+        )
+    for finding in kernels if whole else ():
         typer.echo(finding)

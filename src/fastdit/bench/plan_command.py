@@ -59,7 +59,7 @@ def plan(
     pipeline = Source(pipe).load()
     if measure:
         _measure(pipeline, chosen, {"prompt": prompt}, steps)
-    typer.echo(_explained(pipeline, chosen, (tall, wide, steps), batch))
+    typer.echo(_explained(pipe, pipeline, chosen, (tall, wide, steps), batch))
 
 
 def _stack(text: str | None) -> Stack:
@@ -92,14 +92,16 @@ def _measure(pipeline: Any, stack: Stack, call: dict[str, Any], steps: int | Non
         typer.echo(model.warning, err=True)
 
 
-def _explained(pipeline: Any, stack: Stack, asked: tuple[int | None, int | None, int | None], batch: int) -> str:
+def _explained(
+    name: str, pipeline: Any, stack: Stack, asked: tuple[int | None, int | None, int | None], batch: int
+) -> str:
     from fastdit.acceleration import accelerate
     from fastdit.predict.cost import kept_model
     from fastdit.predict.estimate import predict
 
     made = accelerate(pipeline, stack).fastdit.plan(*asked)
     if (model := kept_model(pipeline)) is None:
-        return f"{made}\n  costs are not known here: fastdit plan ... --measure takes them in a minute, once"
+        return f"{made}\n  costs are not known here: fastdit plan {name} --measure takes them in a minute, once"
     if batch == 1:
         return str(made)
     return "\n".join([str(made), *predict(model, pipeline, made, batch=batch).lines(), f"(for {batch} images a call)"])

@@ -334,7 +334,7 @@ class Search:
         """Say how many trials ended, and how many of them were thrown out before they made a picture."""
         ended = [one for one in self.study.trials if one.state.is_finished()]
         hopeless = [one.user_attrs["hopeless"] for one in ended if "hopeless" in one.user_attrs]
-        told = f"; {len(hopeless)} would take {min(hopeless):.2f} s and more" if hopeless else ""
+        told = f"; {len(hopeless)} not run, since they would take {min(hopeless):.2f} s or more" if hopeless else ""
         return f"{len(ended)} trials{told}"
 
     def _trials(self, count: int) -> None:

@@ -12,8 +12,11 @@ from fastdit.errors import InvalidConfig
 from fastdit.mini.language import language_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastdit.bench.source import Source
     from fastdit.bench.workers import Workers
+    from fastdit.measure.results import Results
 
 #: Prompts of an embedded pipeline: those of the search, and those of the report.
 SEARCHED, REPORTED = 16, 16
@@ -30,6 +33,7 @@ def tune(
     steps: Annotated[int | None, typer.Option(help="Of stacks without a schedule; the pipeline's own.")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="An engine to try, such as Compile.")] = None,
     minutes: Annotated[float, typer.Option(help="How long trials begin for.")] = 30.0,
+    report_minutes: Annotated[float, typer.Option(help="How long the report's rounds go on for; 0 for none.")] = 5.0,
     trials: Annotated[int | None, typer.Option(help="At most so many.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster for the trials: auto, HOST:PORT, or local.")] = None,
@@ -48,6 +52,7 @@ def tune(
     shape = None if size is None else pixels(size)
     if budget is not None and ray is not None:
         raise InvalidConfig("a mask of a budget is searched on one machine, without --ray")
+    best: tuple[str, Path] | None = None
     with workers_at(ray) as workers:
         if budget is not None:
             stacks = _budget(source, searched, budget, shape, (steps, trials, out))
@@ -68,8 +73,15 @@ def tune(
             if winner is None:
                 typer.echo(f"nothing reaches the goal ({search.counted()}); search longer, or ask for less")
             stacks = {one.stack: path for one, path in zip(search.front(), saved, strict=True) if one.stack}
-        if stacks and reported:
-            _report(source, stacks, reported, (shape, steps), out, workers)
+            if winner is not None and winner.stack:
+                best = winner.stack, stacks[winner.stack]
+        if stacks and reported and report_minutes > 0:
+            measured = _report(source, stacks, reported, (shape, steps, report_minutes), out, workers)
+            if best is not None and seconds is not None and measured is not None:
+                for line in fewer_steps(measured, best[0], seconds):
+                    typer.echo(line)
+    if best is not None:
+        typer.echo(f'The winner is {best[0]}: accelerate(pipe, Stack.from_pretrained("{best[1]}"))')
 
 
 def _budget(source: Source, searched: list[str], budget: int, shape: Any, asked: Any) -> dict[str, Path]:
@@ -111,19 +123,47 @@ def _lines(file: Path) -> list[str]:
 
 
 def _report(
-    source: Source, stacks: dict[str, Path], prompts: list[str], asked: Any, out: Path, workers: Workers | None
-) -> None:
-    """Measure what was found on the prompts of the report."""
+    source: Source,
+    stacks: dict[str, Path],
+    prompts: list[str],
+    asked: tuple[Any, ...],
+    out: Path,
+    workers: Workers | None,
+) -> Results | None:
+    """Measure what was found on the prompts of the report, print and write it; None where nothing was finished."""
     from fastdit.bench.experiment import Experiment
+    from fastdit.bench.outcome import outcomes, results
     from fastdit.bench.store import Store
     from fastdit.stack import Stack
 
-    shape, steps = asked
+    shape, steps, minutes = asked
     experiment = Experiment(
         (source,),
         {name: Stack.from_pretrained(path) for name, path in stacks.items()},
         tuple(prompts),
         sizes=None if shape is None else (shape,),
         steps=None if steps is None else (steps,),
+        minutes=minutes,
     )
-    run_experiment(experiment, Store(out / "report"), False, workers)
+    store = Store(out / "report")
+    run_experiment(experiment, store, False, workers)
+    group = next(experiment.groups())
+    rows = outcomes(experiment, group, store)
+    finished = any(row.rounds for row in rows if not row.row.plain)
+    return results(experiment, group, store, rows) if finished else None
+
+
+def fewer_steps(measured: Results, winner: str, goal: float) -> Iterator[str]:
+    """Say how a winner compares with the most plain steps that reach the goal in seconds, too, if any do."""
+    plain = [one for one in measured.configurations if one.stack is None and one.median_seconds <= goal]
+    if not plain:
+        return
+    rival = max(plain, key=lambda one: one.median_seconds)
+    metric = next((name for name in ("judge", "ssim") if name in measured[winner].metrics), None)
+    advantage = None if metric is None else measured.advantage(winner, rival.name, metric)
+    shown = advantage is not None and advantage.low > 0
+    yield (
+        f"{rival.name} takes {rival.median_seconds:.3f} s, which reaches the goal, too; the winner "
+        f"{'is better' if shown else 'is not shown to be better'}"
+        + ("" if advantage is None else f" ({metric} {advantage:+.3f})")
+    )

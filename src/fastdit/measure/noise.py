@@ -47,9 +47,23 @@ def remarks(results: Results) -> Iterator[str]:
             f"Too noisy: the speed-up of {', '.join(noisy)} has an interval wider than its effect; run again with "
             "nothing else running, or with more prompts."
         )
+    if alone := [name for name in names if results[name].stack is not None and results.rival(name) is None]:
+        nearest = ", ".join(f"{name} ({_nearest_plain(results, name)})" for name in alone)
+        yield f"No plain run takes as long, to a tenth, as {nearest}; so none is compared with it."
     advantages = [results.advantage(name, results.rival(name), "judge") for name in names]
+    pictures = max(
+        (len(one.metrics["judge"].samples) for one in results.configurations if "judge" in one.metrics), default=0
+    )
     if spreads := [advantage.spread for advantage in advantages if advantage is not None]:
         yield (
-            f"With {len(results.prompts)} prompts, differences of the judge's score below {max(spreads):.3f} could not "
+            f"With {pictures} pictures of each, differences of the judge's score below {max(spreads):.3f} could not "
             "have shown."
         )
+
+
+def _nearest_plain(results: Results, name: str) -> str:
+    """Name the plain run whose time is nearest to a stack's, with how far it is."""
+    own = results[name].median_seconds
+    plain = [entry for entry in results.configurations if entry.stack is None]
+    nearest = min(plain, key=lambda entry: abs(entry.median_seconds - own))
+    return f"{nearest.name}: {nearest.median_seconds / own - 1:+.0%}"
