@@ -155,15 +155,16 @@ def _report(
 
 def fewer_steps(measured: Results, winner: str, goal: float) -> Iterator[str]:
     """Say how a winner compares with the most plain steps that reach the goal in seconds, too, if any do."""
+    from fastdit.measure.table import verdict
+
     plain = [one for one in measured.configurations if one.stack is None and one.median_seconds <= goal]
     if not plain:
         return
     rival = max(plain, key=lambda one: one.median_seconds)
     metric = next((name for name in ("judge", "ssim") if name in measured[winner].metrics), None)
     advantage = None if metric is None else measured.advantage(winner, rival.name, metric)
-    shown = advantage is not None and advantage.low > 0
+    said = {"wins": "is better", "loses": "is worse, so take that"}.get(verdict(advantage), "is not shown to be better")
     yield (
-        f"{rival.name} takes {rival.median_seconds:.3f} s, which reaches the goal, too; the winner "
-        f"{'is better' if shown else 'is not shown to be better'}"
+        f"{rival.name} takes {rival.median_seconds:.3f} s, which reaches the goal, too; the winner {said}"
         + ("" if advantage is None else f" ({metric} {advantage:+.3f})")
     )
