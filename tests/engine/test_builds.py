@@ -21,6 +21,7 @@ from torch import nn
 
 from fastdit import Compile, EngineWarning, NeverFired, accelerate
 from fastdit.engine import packaged
+from fastdit.engine.inductor import forget_other_builds
 from fastdit.engine.piece import Execute, PieceCall
 from fastdit.engine.scratch import scratch
 from fastdit.engine.sealed import manifest_of, seal
@@ -195,3 +196,16 @@ def test_a_build_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.warns(EngineWarning), pytest.warns(NeverFired):
         pieces.run(twin, pieces.inputs())
     assert {*scratch().iterdir()} == before
+
+
+def test_what_was_found_of_a_processor_s_bfloat16_is_forgotten_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    class Instructions:
+        _is_bfloat16_supported = False
+
+    found = Instructions()
+    found._is_bfloat16_supported = True
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [found])
+    forget_other_builds()
+    assert not found._is_bfloat16_supported

@@ -27,7 +27,8 @@ _HEADER_FOLDERS, _HEADER_MAKER = ("_HEADER_DIR", "_HEADER_LOCK_DIR"), "_precompi
 def forget_other_builds() -> None:
     """Let Inductor write all that an engine needs: what it holds in memory of another one it would not write again.
 
-    So it is with the vector instructions that it found to work here: a new process would try them once more.
+    So it is with the vector instructions that it found to work here: a new process would try them once more, and begin
+    without what was found of bfloat16's.
     """
     from torch._inductor import cpu_vec_isa
     from torch._inductor.utils import clear_inductor_caches
@@ -37,6 +38,9 @@ def forget_other_builds() -> None:
     for held in (*vars(cpu_vec_isa).values(), *(member for kind in kinds for member in vars(kind).values())):
         if hasattr(held, "cache_clear"):
             held.cache_clear()
+    for isa in getattr(cpu_vec_isa, "supported_vec_isa_list", ()):
+        for name in [name for name in vars(isa) if name.startswith("_is_") and name.endswith("_supported")]:
+            setattr(isa, name, getattr(type(isa), name))
 
 
 @contextmanager
