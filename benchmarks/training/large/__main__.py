@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from fastdit.mini.large.judges import Purpose
+from fastdit.mini.language import Purpose
 from training.large import autoencoder as autoencoder_stage
 from training.large import checkpoint as checkpoint_stage
 from training.large import judging as judging_stage

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdit.mini.large.judges import Purpose, Verdict, build_judge
+from fastdit.mini.language import Purpose
+from fastdit.mini.large.judges import Verdict, build_judge
 from fastdit.mini.large.scenes import GROUNDS, LIGHTS, OBJECTS
 from training.large import checkpoint
 from training.large.damages import DAMAGES

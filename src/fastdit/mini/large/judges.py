@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from torch.nn import functional
 
 from fastdit.errors import InvalidConfig
 from fastdit.mini.judge import as_pixels
+from fastdit.mini.language import Purpose
 from fastdit.mini.large.scenes import GROUNDS, KINDS, LIGHTS, OBJECTS, Scene, parse
 
 if TYPE_CHECKING:
     from fastdit.mini.judge import Images
-
-Purpose = Literal["search", "tables"]
 
 #: What judges were taught to see as damage, graded.
 DAMAGES = ("blur", "aliasing", "seams", "glow", "bleaching", "doubled edges")
