@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -24,6 +25,7 @@ from fastdit.layout import FineLayout
 from fastdit.models.components import (
     BARE,
     grid_of,
+    guiders_of,
     is_transformer,
     pipeline_type,
     require_family,
@@ -31,6 +33,7 @@ from fastdit.models.components import (
     transformers_of,
 )
 from fastdit.models.family import family_of
+from fastdit.models.turns import in_turn
 from fastdit.nested import Args, Kwargs, Value, call_signature, named_arguments, replaced
 from fastdit.plan import Plan, fewest_steps, make_plan, schedule_plan
 from fastdit.predict.estimate import remarks
@@ -119,13 +122,14 @@ class Acceleration:
         return str(self.plan(height, width, num_inference_steps))
 
     def component(self, name: str) -> Value:
-        """Give the component that the twin shows: transformers' and scheduler's twins, the base's own otherwise."""
+        """Give the component that the twin shows: transformers' and scheduler's twins, the base's own otherwise,
+        those that keep something of a call in turn."""
         if isinstance(self.base, nn.Module):
             return self._twins[name][1]
         if self.open_run is not None and name in self.open_run.components:
             return self.open_run.components[name]
         value = self._replaced[name] if name in self._replaced else getattr(self.base, name)
-        return self._twin_of(name, value) if is_transformer(self.base, name, value) else value
+        return self._twin_of(name, value) if is_transformer(self.base, name, value) else in_turn(value)
 
     def replace(self, name: str, value: Value) -> None:
         """Take a component assigned on the twin; the base keeps its own."""
@@ -283,6 +287,7 @@ class Acceleration:
     def _stand_ins(self, run: Run, stages: StagePass | None) -> Kwargs:
         """Make what stands in for components in a run: the scheduler, and those that get latents of an early stage."""
         made: Kwargs = {name: scheduler_twin(self.component(name), run, stages) for name in schedulers_of(self.base)}
+        made |= {name: copy(self.component(name)) for name in guiders_of(self.base)}
         for name in () if stages is None else _lifted(self.twin, self.stack):
             if "." in name:
                 component, method = name.split(".")

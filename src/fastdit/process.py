@@ -12,15 +12,26 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
-_switching = threading.RLock()
+_turns: WeakSet[Turn] = WeakSet()
+
+
+class Turn:
+    """Something that one thread does at a time: `with turn.lock`. A thread may take it again while it has it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        _turns.add(self)
 
 
 def _renew() -> None:
-    """Give a forked child a lock of its own: the thread that held the parent's is not there to let it go."""
-    global _switching
-    _switching = threading.RLock()
+    """Give a forked child locks of its own: the threads that held the parent's are not there to let them go."""
+    for turn in _turns:
+        turn.lock = threading.RLock()
 
+
+_switching = Turn()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
@@ -41,7 +52,7 @@ def undoing(undo: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def switching() -> Iterator[None]:
     """Be the one thread that changes something of the process, and has it back as it was at the end."""
-    with _switching:
+    with _switching.lock:
         yield
 
 

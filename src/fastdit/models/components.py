@@ -30,6 +30,12 @@ def schedulers_of(base: Pipeline | nn.Module) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if _is_scheduler(part)}
 
 
+def guiders_of(base: Pipeline | nn.Module) -> dict[str, Any]:
+    """List the parts of a pipeline that are told at each step where its run stands, by name."""
+    parts = {} if isinstance(base, nn.Module) else parts_of(base)
+    return {name: part for name, part in parts.items() if hasattr(type(part), "prepare_inputs")}
+
+
 def _is_scheduler(part: Any) -> bool:
     return hasattr(type(part), "set_timesteps") and hasattr(type(part), "step")
 
