@@ -43,6 +43,7 @@ RESULT = ROOT / "benchmarks" / "results" / "mutation.json"
 
 _CALLS = ("core/test_run", "core/test_clock", "core/test_idle", "step_cache/test_scopes")
 _CACHES = (
+    "step_cache/test_values",
     "step_cache/test_decision",
     "step_cache/test_gates",
     "step_cache/test_options_together",
@@ -60,9 +61,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "step_cache.tally": (*_CACHES, "core/test_idle"),
     "step_cache.gates.interval": _CACHES,
     "step_cache.gates.threshold": _CACHES,
-    "step_cache.gates.teacache": ("step_cache/test_teacache",),
+    "step_cache.gates.teacache": ("step_cache/test_teacache", "step_cache/test_values"),
     "step_cache.gates.first_block_cache": ("step_cache/test_first_block_cache", *_CACHES),
-    "step_cache.gates.dbcache": ("step_cache/test_gates", "step_cache/test_options_together"),
+    "step_cache.gates.dbcache": _CACHES,
     "step_cache.gates.easycache": _CACHES,
     "step_cache.gates.magcache": ("step_cache/test_curves", *_CACHES),
     "step_cache.gates.seacache": _CACHES,

@@ -46,7 +46,7 @@ def test_without_a_preset_it_takes_the_first_of_the_pipeline_s_family() -> None:
 
 def test_what_is_given_beside_a_preset_takes_the_place_of_its_own() -> None:
     late = ProgressiveResolution("4x", ends=(0.8,))
-    whole = {"steps": (22, 6), "starts": (0.15,), "shifts": (2.0, 0.6), "lift": PixelLift()}
+    whole = {"steps": (22, 6), "starts": (0.3,), "shifts": (2.0, 0.6), "lift": PixelLift()}
     assert late.recipe == ProgressiveResolution(**whole, ends=(0.8,)).recipe
     assert late.plan(8, 8, None).stages[0].sigmas[-1] == pytest.approx(0.2)
 

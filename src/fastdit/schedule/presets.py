@@ -24,7 +24,7 @@ def _whole(
     family: str,
     *,
     end: float = 0.50,
-    start: float = 0.15,
+    start: float = 0.30,
     lift: Lift = PixelLift(),  # noqa: B008  a frozen dataclass
 ) -> Recipe:
     return Recipe(WHOLE, steps, (end,), starts=(start,), lift=lift, shifts=shifts, family=family)
@@ -41,16 +41,17 @@ RALU_PRESETS = {
 }
 
 #: The same for two stages of whole frames. The first stage has the family's own shift at half the size; the last one
-#: steps more evenly than plain sampling does.
+#: steps more evenly than plain sampling does. It starts late: from nearly pure noise, its few steps leave faint spots
+#: and glows beside objects.
 WHOLE_PRESETS = {
     "4x": _whole((22, 6), (2.0, 0.6), _FLUX),
     "5x": _whole((20, 4), (2.0, 0.8), _FLUX),
     "7x": _whole((14, 3), (2.0, 1.2), _FLUX),
-    "10x": _whole((10, 2), (2.0, 1.2), _FLUX, start=0.20),
-    "14x": _whole((5, 2), (2.0, 1.2), _FLUX, start=0.20),
-    "2x": _whole((28, 6), (3.0, 0.4), _SD3),
-    "3x": _whole((20, 4), (3.0, 0.6), _SD3),
-    "6x": _whole((7, 3), (3.0, 0.6), _SD3),
+    "10x": _whole((10, 2), (2.0, 1.2), _FLUX),
+    "14x": _whole((5, 2), (2.0, 1.2), _FLUX),
+    "2x": _whole((28, 6), (3.0, 0.4), _SD3, start=0.15),
+    "3x": _whole((20, 4), (3.0, 0.6), _SD3, start=0.15),
+    "6x": _whole((7, 3), (3.0, 0.6), _SD3, start=0.15),
     "9x": _whole((5, 2), (3.0, 1.0), _SD3, start=0.20),
 }
 

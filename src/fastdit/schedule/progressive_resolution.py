@@ -32,7 +32,8 @@ class ProgressiveResolution(PresetSchedule):
             needed.
         steps: how many in each of the two stages, each at least 1.
         ends: the time at which the first stage ends, between 0 and 1; (.5,) where no preset says otherwise.
-        starts: the time at which the last one starts; (.15,) where no preset says otherwise.
+        starts: the time at which the last one starts; (.3,) where no preset says otherwise. Earlier ones draw
+            more anew, and leave faint spots where there are few steps.
         lift: what happens at the switch: `PixelLift()` (the default), `LatentLift()`, `CorrectedLift()`,
             `SpectralLift()` or `TokenCopy()`.
 
@@ -51,7 +52,7 @@ class ProgressiveResolution(PresetSchedule):
 
     layouts: ClassVar = WHOLE
     presets: ClassVar = WHOLE_PRESETS
-    own: ClassVar = {"ends": (0.5,), "starts": (0.15,), "lift": PixelLift()}
+    own: ClassVar = {"ends": (0.5,), "starts": (0.3,), "lift": PixelLift()}
 
     @classmethod
     def published(cls, name: str) -> ProgressiveResolution:

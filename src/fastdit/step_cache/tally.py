@@ -21,19 +21,19 @@ class Tally:
     saved: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     tokens: int | None = None
-    computed: int = 0
-    reused: int = 0
-    forecast: int = 0
+    computed: bool = False
+    reused: bool = False
+    forecast: bool = False
 
     def add(self, verdicts: Sequence[Verdict], groups: Sequence[GroupState], segment: int) -> None:
-        """Count what was decided for each group."""
+        """Note what was decided for each group."""
         for verdict, group in zip(verdicts, groups, strict=True):
             if verdict.compute:
-                self.computed += 1
+                self.computed = True
             elif group.histories[segment].extrapolates:
-                self.forecast += 1
+                self.forecast = True
             else:
-                self.reused += 1
+                self.reused = True
         if len(verdicts) == 1:
             self.reasons.append(verdicts[0].reason)
         else:
@@ -66,7 +66,7 @@ class Gains:
         """Add up one forward, and give what was done in it."""
         self._forwards += 1
         self._steps = max(self._steps, step + 1)
-        self._skipped += bool(tally.reused or tally.forecast)
+        self._skipped += tally.reused or tally.forecast
         return tally.outcome
 
     def idle(self) -> str | None:
