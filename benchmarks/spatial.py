@@ -28,6 +28,7 @@ from fastdit.schedule.progressive_resolution import ProgressiveResolution
 from fastdit.schedule.ralu import RALU
 from fastdit.stack import Stack
 from measurements import load, with_baseline, with_pictures_of
+from peers import Peer
 
 RESULTS = Path("benchmarks/results")
 DTYPE = torch.bfloat16
@@ -110,7 +111,7 @@ def configurations(mini: Architecture) -> list[Configuration]:
     schedules = large_schedules() if mini == "flux-512" else small_schedules(mini)
     return [
         *map(plain, PLAIN[mini]),
-        Configuration(f"half the size, {HALF_STEPS} steps, enlarged", **half),
+        Peer(f"half the size, {HALF_STEPS} steps, enlarged", **half),
         *(Configuration(name, Stack([schedule])) for name, schedule in schedules.items()),
     ]
 

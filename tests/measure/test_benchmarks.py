@@ -9,6 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from fastdit import load_mini
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 
@@ -33,3 +35,14 @@ def test_the_readme_names_every_script() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SCRIPTS))
 def test_what_scripts_share_imports(name: str) -> None:
     assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("script", "given"),
+    [("spatial", ["flux"]), ("spatial", ["sd3"]), ("quality", []), ("caching", []), ("parts", [])],
+)
+def test_what_a_script_compares_can_be_made(script: str, given: list[str]) -> None:
+    made = importlib.import_module(script).configurations(*given)
+    pipeline = load_mini("sd3" if given == ["sd3"] else "flux")
+    assert len({entry.name for entry in made}) == len(made) > 1
+    assert all(callable(entry.open(pipeline)) for entry in made)
