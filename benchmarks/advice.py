@@ -121,7 +121,7 @@ def purposes() -> str:
         ("fastest", '`[ProgressiveResolution("14x")]`', results("spatial-flux"), "ProgressiveResolution 14x"),
     ):
         speed, judged, said = _fared(found, found[name])
-        rows.append((purpose, stack, speed, said if judged == "-" else f"judge {judged}; can draw faint spots"))
+        rows.append((purpose, stack, speed, said if judged == "-" else f"judge {judged}; {_ground(found, name)}"))
     return _table(("you want it", "take", "times faster, at 50 steps", "measured"), rows, left=(0, 1, 3))
 
 
@@ -199,6 +199,12 @@ def _fared(found: Results, run: ConfigurationResult) -> tuple[str, str, str]:
         return speed, "-", "no plain run takes as long"
     slower, likeness = _slower(found, run)
     return speed, "-", f"{_likeness(found, run.name)} to 50 steps; {slower}: {likeness}"
+
+
+def _ground(found: Results, name: str) -> str:
+    """What is left of a background whose form is known, beside that of the full run."""
+    run, full = (found[one].metrics["residue"].interval.estimate for one in (name, found.baseline))
+    return f"even grounds off by {run:.1f} thousandths, at 50 steps {full:.1f}"
 
 
 def _slower(found: Results, run: ConfigurationResult) -> tuple[str, str]:

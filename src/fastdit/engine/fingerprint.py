@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import itertools
 import operator
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -46,8 +46,10 @@ class Structure:
     """
 
     def __init__(self, module: nn.Module, *, values: bool = False) -> None:
-        self._held: list[Iterable[object]] = []
-        parts = [_part(name, part, self._held) for name, part in module.named_modules()]
+        held: list[Collection[object]] = []
+        parts = [_part(name, part, held) for name, part in module.named_modules()]
+        self._bare = [place for place in held if not place]  # most hooks and buffers: quicker asked than listed
+        self._held = [place for place in held if place]
         self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
         self._attributes = [vars(part) for part in module.modules()]
         self._read = [operator.itemgetter("training", *own.keys() - _ASIDE) for own in self._attributes]
@@ -61,6 +63,8 @@ class Structure:
     @property
     def unchanged(self) -> bool:
         """Whether nothing was put in the place of anything that the digest was made of."""
+        if any(self._bare):
+            return False
         try:
             now = self._now()
         except KeyError:  # an attribute is gone
@@ -87,7 +91,7 @@ def structure_of(module: nn.Module) -> str:
     return Structure(module).digest
 
 
-def _part(name: str, part: nn.Module, held: list[Iterable[object]]) -> tuple[object, ...]:
+def _part(name: str, part: nn.Module, held: list[Collection[object]]) -> tuple[object, ...]:
     hooks = part._forward_hooks, part._forward_pre_hooks  # which no engine may leave out
     held += [place.values() for place in (part._parameters, part._buffers, part._modules, *hooks)]
     passed_over = _INTERNALS | _PEFT_NOTES if type(part).__module__.startswith("peft.") else _INTERNALS
@@ -110,7 +114,7 @@ def _tensor(tensor: torch.Tensor | None) -> object:
     return (own, [(name, _tensor(part)) for name, part in held.items()], _described(how, _DEPTH, [])) if held else own
 
 
-def _described(value: object, depth: int, held: list[Iterable[object]]) -> object:
+def _described(value: object, depth: int, held: list[Collection[object]]) -> object:
     """Describe an attribute: plain values as they are, tensors by content, objects by class and attributes.
 
     What could be exchanged in it is added to `held`, as something that gives its items whenever it is walked through.

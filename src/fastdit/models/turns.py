@@ -1,7 +1,7 @@
 """Parts of a pipeline that keep something of a call in themselves, for twins in several threads that share them.
 
-A tokenizer sets its padding and its truncation before it reads a prompt, an autoencoder of videos remembers the frames
-before, some text encoders remember positions. Such a part serves one twin after the other.
+A tokenizer sets its padding and its truncation before it reads a prompt; an autoencoder of videos remembers the frames
+before. Such a part serves one twin after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from fastdit.structure import same_object_twin
 
 _READING = ("__call__", "encode", "encode_plus", "batch_encode_plus", "tokenize", "pad", "apply_chat_template")
 _CODING = ("encode", "decode", "forward")
-_WRITING = ("generate", "forward")
 
 #: Tokenizers are inside of other parts, too, and are quick, so that all of them take turns with one another.
 _tokenizing = Turn()
@@ -44,8 +43,6 @@ def _keeping(part: Value) -> tuple[str, ...]:
         return _READING
     if _has(part, "clear_cache", "decode"):
         return _CODING
-    if _has(part, "generate") and hasattr(getattr(part, "model", part), "rope_deltas"):
-        return _WRITING
     return ()
 
 
