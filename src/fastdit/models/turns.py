@@ -32,8 +32,8 @@ def in_turn(part: Value) -> Value:
     methods = _keeping(part)
     if not methods:
         return part
-    if part not in _shown:
-        _shown[part] = _taking_turns(part, methods, Turn() if methods is not _READING else _tokenizing)
+    if part not in _shown:  # of two threads that find it missing, both are given what the first one made
+        _shown.setdefault(part, _taking_turns(part, methods, Turn() if methods is not _READING else _tokenizing))
     return _shown[part]
 
 
