@@ -416,12 +416,13 @@ def main(
         (module, index, *(own_tests(module, change.function, tests, limit) for limit in (seconds, 8 * seconds)))
         for module, index, change in drawn
     ]
-    for module in modules:
-        first = next(quick for name, _, quick, _ in asked if name == module)
-        if (found := verdict(module, None, first)) not in ("survived", "untested"):
-            raise SystemExit(f"{module}: as it is, it is {found} by {first}")
     mutants: list[Mutant] = []
+    firsts = [next(quick for name, _, quick, _ in asked if name == module) for module in modules]
     with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        unchanged = pool.map(verdict, modules, [None] * len(modules), firsts)
+        for module, first, found in zip(modules, firsts, unchanged, strict=True):
+            if found not in ("survived", "untested"):
+                raise SystemExit(f"{module}: as it is, it is {found} by {first}")
         for (module, _, change), found in zip(drawn, pool.map(verdict, *zip(*asked, strict=True)), strict=True):
             mutants.append(Mutant(module, change.function, change.line, change.what, found))
             print(f"{found}: {module}:{change.line} {change.function}: {change.what}", flush=True)
