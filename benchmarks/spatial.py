@@ -170,6 +170,7 @@ def pictures(
     each: Annotated[int, typer.Option(help="Pictures of each prompt, from as many seeds.")] = 1,
     batch: int = 8,
     seed: int = 0,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="What the pictures are made in.")] = "bfloat16",
     only: Annotated[
         str,
         typer.Option(help="Rows whose names match this; they join the results that are there, or take their place."),
@@ -179,7 +180,14 @@ def pictures(
     """Make and score the pictures of everything; the seconds are of a machine as it is."""
     chosen = [entry for entry in configurations(mini) if re.search(only, entry.name)]
     results = compare(
-        chosen, title=f"schedules, {mini}", prompts=prompts, each=each, batch=batch, seed=seed, mini=mini, dtype=DTYPE
+        chosen,
+        title=f"schedules, {mini}",
+        prompts=prompts,
+        each=each,
+        batch=batch,
+        seed=seed,
+        mini=mini,
+        dtype=getattr(torch, dtype),
     )
     path = _path(mini, out)
     (with_pictures_of(load(path), results) if only else results).save(path)

@@ -7,8 +7,8 @@ before. Such a part serves one twin after the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from fastdit.nested import Value
@@ -29,7 +29,7 @@ def in_turn(part: Value) -> Value:
 
     What is given is the same object in another class: whatever is set on either is set on both.
     """
-    methods = _keeping(part)
+    methods = _keeping(cast(Hashable, type(part)))
     if not methods:
         return part
     if part not in _shown:  # of two threads that find it missing, both are given what the first one made
@@ -37,17 +37,12 @@ def in_turn(part: Value) -> Value:
     return _shown[part]
 
 
-def _keeping(part: Value) -> tuple[str, ...]:
-    """Name the methods during which a part keeps something of a call in itself."""
-    if _has(part, "convert_tokens_to_ids") or (_has(part, "apply_chat_template") and hasattr(part, "tokenizer")):
+@functools.lru_cache(maxsize=256)
+def _keeping(cls: type) -> tuple[str, ...]:
+    """Name the methods during which a class's objects keep something of a call in themselves."""
+    if hasattr(cls, "convert_tokens_to_ids") or hasattr(cls, "apply_chat_template"):
         return _READING
-    if _has(part, "clear_cache", "decode"):
-        return _CODING
-    return ()
-
-
-def _has(part: Value, *names: str) -> bool:
-    return all(hasattr(type(part), name) for name in names)
+    return _CODING if hasattr(cls, "clear_cache") and hasattr(cls, "decode") else ()
 
 
 def _taking_turns(part: Any, methods: tuple[str, ...], turn: Turn) -> Any:

@@ -5,9 +5,12 @@ Stages of whole frames need less of a pipeline than that (`fastdit.models.whole_
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import typing
+from collections.abc import Hashable
+from typing import Any, cast
 
 from fastdit.models.family import Pipeline
 
@@ -93,19 +96,24 @@ def why_not(pipeline: type[Pipeline]) -> str:
     return _no_flow(schedulers) or "no family describes how it lays its tokens out"
 
 
-def _no_flow(schedulers: list[str]) -> str | None:
+def _no_flow(schedulers: tuple[str, ...]) -> str | None:
     if not schedulers or any("FlowMatch" in name for name in schedulers):
         return None
     return f"RALU re-noises along a flow, and {schedulers[0]} is no flow-matching scheduler"
 
 
-def annotated(pipeline: type[Pipeline], part: str) -> list[str]:
+def annotated(pipeline: type[Pipeline], part: str) -> tuple[str, ...]:
     """Name the classes that a pipeline's constructor declares for a part, None left out."""
+    return _annotated(cast(Hashable, pipeline), part)
+
+
+@functools.lru_cache(maxsize=256)
+def _annotated(pipeline: Any, part: str) -> tuple[str, ...]:
     parameter = inspect.signature(pipeline.__init__).parameters.get(part)
     if parameter is None or parameter.annotation is inspect.Parameter.empty:
-        return []
+        return ()
     if isinstance(parameter.annotation, str):
         names = re.findall(r"\w+", parameter.annotation)
     else:
         names = [kind.__name__ for kind in typing.get_args(parameter.annotation) or (parameter.annotation,)]
-    return [name for name in names if name not in ("None", "NoneType", "Optional", "Union")]
+    return tuple(name for name in names if name not in ("None", "NoneType", "Optional", "Union"))
