@@ -227,9 +227,9 @@ def noticed() -> str:
     """Say how many small changes to the code its tests notice."""
     data = json.loads(MUTATION.read_text(encoding="utf-8"))
     return (
-        f"What keeps it so: of {data['mutants']} small changes to {len(data['modules'])} of the modules that decide "
-        f"what a run does, drawn at random, {data['killed']:.1%} are noticed by the modules' own fast tests "
-        "(`benchmarks/mutation.py`). Drawn and tried in parts; survivors of a first pass were given longer."
+        f"What keeps it so: of {data['mutants']} small changes to the {len(data['modules'])} modules that decide what "
+        f"a run does, drawn at random, {data['killed']:.1%} are noticed by the modules' own fast tests "
+        "(`benchmarks/mutation.py`)."
     )
 
 
