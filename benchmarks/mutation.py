@@ -50,6 +50,7 @@ _CACHES = (
     "step_cache/test_scopes",
 )
 _STAGES = ("schedule/test_recipe", "schedule/test_edges", "schedule/test_ralu", "schedule/test_progressive")
+_RUNS = ("schedule/test_from_pictures", "schedule/test_text_attention", "schedule/test_ralu_reference")
 #: The modules that are changed, each with the files of its own tests.
 TARGETS: dict[str, tuple[str, ...]] = {
     "run": (*_CALLS, "core/test_records"),
@@ -73,10 +74,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "step_cache.gates.taylorseer": ("step_cache/test_forecasters", *_CACHES),
     "schedule.recipe": ("schedule/test_matching", *_STAGES),
     "schedule.matching": ("schedule/test_matching", *_STAGES),
-    "schedule.presets": _STAGES,
+    "schedule.presets": (*_STAGES, "schedule/test_marginals"),
     "schedule.preset_schedule": _STAGES,
-    "schedule.staged": (*_STAGES, "schedule/test_from_pictures"),
-    "schedule.stage_pass": (*_STAGES, "schedule/test_from_pictures", "schedule/test_whole_frames"),
+    "schedule.staged": (*_STAGES, *_RUNS, "predict/test_codings"),
+    "schedule.stage_pass": (*_STAGES, *_RUNS, "schedule/test_whole_frames"),
 }
 
 #: The seconds after which tests of a mutant do not come to an end.

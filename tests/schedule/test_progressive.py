@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from counting import RunFlops, Stage
@@ -125,3 +126,18 @@ def test_a_stack_that_was_saved_under_its_old_name_is_refused_with_the_new_one(o
 def test_a_bad_configuration_is_refused_when_it_is_written(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig):
         ProgressiveResolution(**arguments)
+
+
+def test_the_loop_s_scheduler_holds_the_sigmas_of_all_stages_and_one_zero() -> None:
+    pipe, call = tiny.flux(steps=5)
+    fast = accelerate(pipe, [ProgressiveResolution(steps=(3, 2))])
+    seen: list[torch.Tensor] = []
+
+    def look(twin: Any, _: int, __: Any, values: Any) -> Any:
+        seen.append(twin.scheduler.sigmas.clone())
+        return values
+
+    tiny.run(fast, call, callback_on_step_end=look)
+    first, last = fast.fastdit.plan().stages
+    for sigmas in seen:
+        assert sigmas.tolist() == pytest.approx([*first.sigmas[:-1], *last.sigmas[:-1], 0.0])

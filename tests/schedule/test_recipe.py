@@ -127,6 +127,32 @@ def test_published_settings_have_their_published_numbers_at_any_multiple_of_the_
     assert matching.solve((5, 6, 7), (0.30, 0.45), 2.0, 6.316913).shifts != given.shifts
 
 
+def test_presets_of_regions_are_the_paper_s() -> None:
+    assert {name: (one.steps, one.ends, one.ratio, one.family) for name, one in RALU_PRESETS.items()} == {
+        "4x": ((5, 6, 7), (0.3, 0.45), 0.3, "FLUX.1"),
+        "5x": ((4, 5, 6), (0.3, 0.45), 0.2, "FLUX.1"),
+        "7x": ((2, 3, 5), (0.2, 0.3), 0.1, "FLUX.1"),
+        "2x": ((5, 6, 9), (0.2, 0.3), 0.3, "Stable Diffusion 3"),
+        "3x": ((3, 3, 6), (0.25, 0.3), 0.2, "Stable Diffusion 3"),
+    }
+
+
+def test_presets_of_whole_frames_are_what_was_measured() -> None:
+    """A stack that names one draws the same picture tomorrow."""
+    assert {name: (one.steps, one.starts, one.shifts) for name, one in WHOLE_PRESETS.items()} == {
+        "4x": ((22, 6), (0.3,), (2.0, 0.6)),
+        "5x": ((20, 4), (0.3,), (2.0, 0.8)),
+        "7x": ((14, 3), (0.3,), (2.0, 1.2)),
+        "10x": ((10, 2), (0.3,), (2.0, 1.2)),
+        "14x": ((5, 2), (0.3,), (2.0, 1.2)),
+        "2x": ((28, 6), (0.15,), (3.0, 0.4)),
+        "3x": ((20, 4), (0.15,), (3.0, 0.6)),
+        "6x": ((7, 3), (0.15,), (3.0, 0.6)),
+        "9x": ((5, 2), (0.2,), (3.0, 1.0)),
+    }
+    assert {one.ends for one in WHOLE_PRESETS.values()} == {(0.5,)}
+
+
 def test_every_preset_can_be_laid_out() -> None:
     every = [*RALU_PRESETS.items(), *WHOLE_PRESETS.items(), *PUBLISHED.items()]
     for name, recipe in every:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from fastdit import (
     FORA,
@@ -25,9 +26,11 @@ from fastdit import (
     TaylorSeer,
     TeaCache,
 )
+from fastdit.layout import FineLayout
 from fastdit.step import StepContext
 from fastdit.step_cache.base import StepCache
 from fastdit.step_cache.curves import MagnitudeCurve
+from fastdit.step_cache.site import Site
 from fastdit.step_cache.tally import Gains, Tally
 
 #: Without arguments: own values by name, and the policy.
@@ -131,3 +134,47 @@ def test_a_run_in_which_a_step_could_have_been_skipped_and_none_was_is_idle() ->
     assert gains.idle() is not None
     gains.adding(Tally(reused=True), 3)
     assert gains.idle() is None
+
+
+@pytest.mark.parametrize("method", ALONE, ids=lambda method: method.__name__)
+def test_a_scope_that_a_method_s_signal_has_not_is_refused(method: type[StepCache]) -> None:
+    for scope in ("stack", "list", "forward", "elsewhere"):
+        if scope in method.scopes:
+            assert method(scope=scope).scope == scope
+        else:
+            with pytest.raises(InvalidConfig, match="scope"):
+                method(scope=scope)
+
+
+@pytest.mark.parametrize(
+    ("cache", "follows"),
+    [
+        (DBCache(first=5), {"policy": SkipPolicy(5, 0)}),
+        (TaylorSeer(5, 2, first=4), {"policy": SkipPolicy(4, 0), "forecast": PublishedTaylor(2)}),
+    ],
+    ids=["DBCache", "TaylorSeer"],
+)
+def test_what_follows_from_other_values_is_neither_given_nor_shown(cache: StepCache, follows: dict[str, Any]) -> None:
+    for name, value in follows.items():
+        assert getattr(cache, name) == value
+        assert name not in repr(cache)
+        with pytest.raises(TypeError, match=name):
+            type(cache)(**{name: value})
+
+
+def test_a_mask_skips_what_it_says_within_the_limits_of_its_policy() -> None:
+    mask = (1, 0, 0, 1, 0)
+    assert StepMask(mask).skippable(5) == 3
+    assert StepMask(mask).skippable(3) == 2
+    assert StepMask(mask, policy=SkipPolicy(0, 0, max_skipped=2)).skippable(5) == 2
+    assert StepMask(mask, policy=SkipPolicy(2, 1)).skippable(5) == 1
+    assert StepMask(mask).outlook(5) is None
+    assert StepMask(mask, policy=SkipPolicy(0, 4)).outlook(5) is not None
+
+
+@pytest.mark.parametrize("known", [{"sigma": 0.5}, {"layout": FineLayout(2, 2)}], ids=["noise level", "grid"])
+def test_seacache_is_refused_where_the_noise_level_or_the_grid_is_unknown(known: dict[str, Any]) -> None:
+    tokens = torch.zeros(1, 4, 3)
+    site = Site(tokens, tokens, None, (), {}, at(3), **known)
+    with pytest.raises(InvalidConfig, match="noise level on the tokens' grid"):
+        SeaCache().signal(site)
