@@ -7,8 +7,8 @@ before. Such a part serves one twin after the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from fastdit.nested import Value
@@ -23,13 +23,16 @@ _tokenizing = Turn()
 
 _shown: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
+#: Weak, as a twin's class holds what is behind the twin.
+_known: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
 
 def in_turn(part: Value) -> Value:
     """Give a part that serves one thread at a time while it keeps something of a call; any other part is its own.
 
     What is given is the same object in another class: whatever is set on either is set on both.
     """
-    methods = _keeping(cast(Hashable, type(part)))
+    methods = _keeping(type(part))
     if not methods:
         return part
     if part not in _shown:  # of two threads that find it missing, both are given what the first one made
@@ -37,9 +40,14 @@ def in_turn(part: Value) -> Value:
     return _shown[part]
 
 
-@functools.lru_cache(maxsize=256)
 def _keeping(cls: type) -> tuple[str, ...]:
     """Name the methods during which a class's objects keep something of a call in themselves."""
+    if cls not in _known:
+        _known[cls] = _found(cls)
+    return _known[cls]
+
+
+def _found(cls: type) -> tuple[str, ...]:
     if hasattr(cls, "convert_tokens_to_ids") or hasattr(cls, "apply_chat_template"):
         return _READING
     return _CODING if hasattr(cls, "clear_cache") and hasattr(cls, "decode") else ()

@@ -5,18 +5,19 @@ Stages of whole frames need less of a pipeline than that (`fastdit.models.whole_
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import typing
-from collections.abc import Hashable
-from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from fastdit.models.family import Pipeline
 
 _FRAMES = "its tokens fill planes of several frames, and a token layout describes one plane"
 _CODES = "it picks discrete codes and has no flow of latents to re-noise"
 _SOUND = "it makes no picture, so its tokens have no rows and columns"
+
+#: What was read of constructors. Weak, as a twin's class holds what is behind the twin.
+_annotations: WeakKeyDictionary[type[Pipeline], dict[str, tuple[str, ...]]] = WeakKeyDictionary()
 
 #: By the pipeline's class, where the class itself and not its transformer is the reason.
 BY_PIPELINE: dict[str, str] = {
@@ -104,11 +105,13 @@ def _no_flow(schedulers: tuple[str, ...]) -> str | None:
 
 def annotated(pipeline: type[Pipeline], part: str) -> tuple[str, ...]:
     """Name the classes that a pipeline's constructor declares for a part, None left out."""
-    return _annotated(cast(Hashable, pipeline), part)
+    known = _annotations.setdefault(pipeline, {})
+    if part not in known:
+        known[part] = _annotated(pipeline, part)
+    return known[part]
 
 
-@functools.lru_cache(maxsize=256)
-def _annotated(pipeline: Any, part: str) -> tuple[str, ...]:
+def _annotated(pipeline: type[Pipeline], part: str) -> tuple[str, ...]:
     parameter = inspect.signature(pipeline.__init__).parameters.get(part)
     if parameter is None or parameter.annotation is inspect.Parameter.empty:
         return ()
