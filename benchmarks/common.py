@@ -20,7 +20,7 @@ from fastdit.measure.timing import time_interleaved
 from fastdit.mini import Architecture, load_mini
 from fastdit.mini.language import Judge, judge_of, language_of
 from fastdit.mini.prompts import held_out, parse
-from frechet import frechet_distance, influences, jackknife
+from frechet import frechet_distance, influences, interval_of
 from grounds import residues
 from measurements import with_seconds
 
@@ -115,7 +115,8 @@ def joined(passes: Sequence[Pass], target: np.ndarray) -> Results:
         def distance(chosen: np.ndarray, features: list[np.ndarray] = features) -> float:
             return frechet_distance(target, np.concatenate([one[chosen] for one in features]), regularisation=1e-3)
 
-        metrics["frechet"] = Metric(jackknife(distance, prompts), influences(distance, prompts))
+        moved = influences(distance, prompts)
+        metrics["frechet"] = Metric(interval_of(moved), moved)
         seconds = tuple(value for one in same for value in one.seconds)
         flops = tuple(value for one in same for value in one.flops)
         rows.append(dataclasses.replace(entry, metrics=metrics, seconds=seconds, flops=flops, records=()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -40,9 +40,13 @@ def jackknife(statistic: Statistic, count: int, *, groups: int = 20) -> Interval
 
     For statistics that repeated rows bias, such as a Frechet distance: no resample ever holds a row twice.
     """
-    values = influences(statistic, count, groups=groups)
+    return interval_of(influences(statistic, count, groups=groups))
+
+
+def interval_of(values: Sequence[float]) -> Interval:
+    """Give the jackknife's interval of influences."""
     estimate = float(np.mean(values))
-    reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * float(np.std(values, ddof=1)) / groups**0.5
+    reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return Interval(estimate, estimate - reach, estimate + reach)
 
 
