@@ -19,7 +19,16 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 #: Measurements at equal time on an embedded pipeline, and the model that it was.
-EQUAL_TIME = {"caching": "FLUX", "quality-fast": "FLUX", "spatial-flux": "FLUX", "spatial-sd3": "SD3"}
+EQUAL_TIME = {
+    "caching": "FLUX",
+    "quality-fast": "FLUX",
+    "presets-flux": "FLUX",
+    "spatial-flux": "FLUX",
+    "spatial-sd3": "SD3",
+}
+
+#: Where the presets of a family were measured as they are.
+PRESETS = {"flux": "presets-flux", "sd3": "spatial-sd3"}
 
 #: How many prompts the gallery shows: the first held-out ones of a single object, with a background.
 GALLERY = 8
@@ -41,12 +50,12 @@ class Shown:
 
 #: The runs of the gallery, each schedule before the plain run that takes as long; `figures.py` draws them.
 RUNS = (
-    Shown("plain-50", "spatial-flux", "50 steps"),
+    Shown("plain-50", "presets-flux", "50 steps"),
     Shown("teacache", "caching", "TeaCache .12, Taylor 1"),
-    Shown("progressive-4x", "spatial-flux", "ProgressiveResolution 4x"),
-    Shown("plain-16", "spatial-flux", "16 steps"),
-    Shown("progressive-14x", "spatial-flux", "ProgressiveResolution 14x"),
-    Shown("plain-5", "spatial-flux", "5 steps"),
+    Shown("progressive-4x", "presets-flux", "ProgressiveResolution 4x"),
+    Shown("plain-16", "presets-flux", "16 steps"),
+    Shown("progressive-14x", "presets-flux", "ProgressiveResolution 14x"),
+    Shown("plain-5", "presets-flux", "5 steps"),
 )
 
 _VERDICTS = {"wins": "ahead", "loses": "behind", "ties": "no difference shown"}
@@ -85,15 +94,15 @@ def measured(kind: str) -> str:
 
 def numbers() -> str:
     """Three numbers for somebody who looks for the first time."""
-    spatial, caching, parts = results("spatial-flux"), results("caching"), data("composition")["speed_ups"]
+    spatial, caching, parts = results("presets-flux"), results("caching"), data("composition")["speed_ups"]
     preset, cached, few = "ProgressiveResolution 4x", "TeaCache .18, Taylor 1", "15 steps"
-    rival = spatial.rival(preset)
+    rival, longer = _beside(spatial, spatial[preset])
     factors = " x ".join(f"{parts[part]['estimate']:.1f}" for part in ("ProgressiveResolution", "TeaCache", "engine"))
     return "\n".join(
         (
             f'* **{_faster(spatial, preset)} times** faster than 50 steps with `ProgressiveResolution("4x")`; a judge '
-            f"scores its pictures\n  {spatial.advantage(preset, rival, 'judge'):+.3f} to plain sampling that takes as "
-            f"long ({rival}).",
+            f"scores its pictures\n  {spatial.advantage(preset, rival, 'judge'):+.3f} to plain sampling that takes "
+            f"{'longer' if longer else 'as long'} ({rival}).",
             f"* **{_likeness(caching, cached)}** between the pictures of 50 steps and those of `TeaCache(0.18, "
             f"forecast=Taylor(1))`,\n  {_faster(caching, cached)} times faster; {few}, {_faster(caching, few)} times "
             f"faster, come to {_likeness(caching, few)}.",
@@ -117,8 +126,8 @@ def purposes() -> str:
     ]
     for purpose, stack, found, name in (
         ("near-lossless", "`[TeaCache(0.12, forecast=Taylor(1))]`", results("caching"), "TeaCache .12, Taylor 1"),
-        ("fast", '`[ProgressiveResolution("4x")]`', results("spatial-flux"), "ProgressiveResolution 4x"),
-        ("fastest", '`[ProgressiveResolution("14x")]`', results("spatial-flux"), "ProgressiveResolution 14x"),
+        ("fast", '`[ProgressiveResolution("4x")]`', results("presets-flux"), "ProgressiveResolution 4x"),
+        ("fastest", '`[ProgressiveResolution("14x")]`', results("presets-flux"), "ProgressiveResolution 14x"),
     ):
         speed, judged, said = _fared(found, found[name])
         rows.append((purpose, stack, speed, said if judged == "-" else f"judge {judged}; {_ground(found, name)}"))
@@ -127,7 +136,7 @@ def purposes() -> str:
 
 def presets(model: str) -> str:
     """A family's presets of `ProgressiveResolution`: FLOPs of the published model, time and score of the embedded."""
-    found, counted = results(f"spatial-{model}"), data({"flux": "flops", "sd3": "flops-sd3-medium"}[model])
+    found, counted = results(PRESETS[model]), data({"flux": "flops", "sd3": "flops-sd3-medium"}[model])
     plain = next(iter(counted["tflops"].values()))["transformer"]
     rows = [
         (
@@ -190,15 +199,26 @@ def _fared(found: Results, run: ConfigurationResult) -> tuple[str, str, str]:
 
     Where no plain run takes about as long, likeness to the full run says it, beside that of a slower plain run.
     """
-    rival = found.rival(run.name)
-    advantage = found.advantage(run.name, rival, "judge")
     speed = f"{found.speed_up(run.name):.2f}"
+    if "judge" in run.metrics and "psnr" not in run.metrics:
+        rival, longer = _beside(found, run)
+        advantage = found.advantage(run.name, rival, "judge")
+        assert advantage is not None
+        return speed, f"{advantage:+.3f} to {rival}{', slower' if longer else ''}", _VERDICTS[verdict(advantage)]
+    rival_of_its_time = found.rival(run.name)
+    advantage = found.advantage(run.name, rival_of_its_time, "judge")
     if advantage is not None:
-        return speed, f"{advantage:+.3f} to {rival}", _VERDICTS[verdict(advantage)]
+        return speed, f"{advantage:+.3f} to {rival_of_its_time}", _VERDICTS[verdict(advantage)]
     if "psnr" not in run.metrics:
         return speed, "-", "no plain run takes as long"
     slower, likeness = _slower(found, run)
     return speed, "-", f"{_likeness(found, run.name)} to 50 steps; {slower}: {likeness}"
+
+
+def _beside(found: Results, run: ConfigurationResult) -> tuple[str, bool]:
+    """Name the plain run that a run is compared with, and whether it takes longer: the next slower one, then."""
+    rival = found.rival(run.name)
+    return (rival, False) if rival is not None else (_next_slower(found, run), True)
 
 
 def _ground(found: Results, name: str) -> str:
@@ -209,10 +229,14 @@ def _ground(found: Results, name: str) -> str:
 
 def _slower(found: Results, run: ConfigurationResult) -> tuple[str, str]:
     """The fastest plain run that takes at least as long, by its name and speed, and its likeness to 50 steps."""
-    plain = [one for one in found.configurations if one.stack is None and one.median_seconds >= run.median_seconds]
-    slower = min(plain, key=lambda one: one.median_seconds).name
+    slower = _next_slower(found, run)
     likeness = _likeness(found, slower) if slower != found.baseline else "the same"
     return f"{slower}, {_faster(found, slower)} times faster", likeness
+
+
+def _next_slower(found: Results, run: ConfigurationResult) -> str:
+    plain = [one for one in found.configurations if one.stack is None and one.median_seconds >= run.median_seconds]
+    return min(plain, key=lambda one: one.median_seconds).name
 
 
 def _faster(found: Results, name: str) -> str:

@@ -126,15 +126,16 @@ def spatial(results: Results, title: str) -> list[str]:
     lines = ["| preset | speed-up | rival | its time | judge, preset - rival | Frechet distance, preset - rival |"]
     lines.append("|---|--:|---|--:|--:|--:|")
     for preset in (name for name in names if name.startswith("ProgressiveResolution ")):
-        own = preset.removeprefix("ProgressiveResolution ")
+        shown = preset.removeprefix("ProgressiveResolution ")
+        own = shown.partition(",")[0]
         plain = _plain_around(results, preset)
         others = [name for name in names if name.startswith(f"{own} rival: ")]
         for rival in plain + others:
             time = results[rival].median_seconds / results[preset].median_seconds
             scores = (results.advantage(preset, rival, metric) for metric in ("judge", "frechet"))
-            shown = " | ".join("-" if score is None else format(score, "+.3f") for score in scores)
+            told = " | ".join("-" if score is None else format(score, "+.3f") for score in scores)
             speed = format(results.speed_up(preset), ".2f")
-            lines.append(f"| {own} | {speed} | {rival.removeprefix(f'{own} rival: ')} | {time:.2f} | {shown} |")
+            lines.append(f"| {shown} | {speed} | {rival.removeprefix(f'{own} rival: ')} | {time:.2f} | {told} |")
     return [
         f"## {title}",
         f"{_pictures(results)} Each preset beside the schedules that take as long (*its time* is the rival's over the "
@@ -323,6 +324,8 @@ def main() -> None:
         parts += quality(load(path))
     if (path := RESULTS / "quality-fast.json").exists():
         parts += quality(load(path), "About six times faster, and more")
+    if (path := RESULTS / "presets-flux.json").exists():
+        parts += quality(load(path), "FLUX's presets on the embedded pipeline")
     for mini, title in (("flux", "Schedules on the embedded pipeline"), ("sd3", "Schedules on its SD3 sister")):
         if (path := RESULTS / f"spatial-{mini}.json").exists():
             parts += spatial(load(path), title)

@@ -20,6 +20,7 @@ from fastdit.accelerator import Accelerator
 from fastdit.measure.experiment import Configuration, plain
 from fastdit.measure.table import rich_table
 from fastdit.mini import Architecture
+from fastdit.mini.language import language_of
 from fastdit.schedule.bottleneck_sampling import BottleneckSampling
 from fastdit.schedule.just_in_time import JustInTime
 from fastdit.schedule.lifts.latent import LatentLift
@@ -179,6 +180,10 @@ def pictures(
 ) -> None:
     """Make and score the pictures of everything; the seconds are of a machine as it is."""
     chosen = [entry for entry in configurations(mini) if re.search(only, entry.name)]
+    path = _path(mini, out)
+    known = load(path) if only and path.exists() else None
+    if known is not None and known.prompts != tuple(language_of(mini).held_out(prompts, seed, background=True) * each):
+        raise SystemExit(f"{path} has {len(known.prompts)} pictures a row of other prompts; make all of it anew")
     results = compare(
         chosen,
         title=f"schedules, {mini}",
@@ -189,8 +194,7 @@ def pictures(
         mini=mini,
         dtype=getattr(torch, dtype),
     )
-    path = _path(mini, out)
-    (with_pictures_of(load(path), results) if only else results).save(path)
+    (results if known is None else with_pictures_of(known, results)).save(path)
 
 
 @app.command(name="clock")
