@@ -197,22 +197,17 @@ def pictures(folder: str, prompts: str, runs: str) -> str:
 def _fared(found: Results, run: ConfigurationResult) -> tuple[str, str, str]:
     """A run's speed-up, the judge's paired difference to plain steps of its time, and what that says.
 
-    Where no plain run takes about as long, likeness to the full run says it, beside that of a slower plain run.
+    Where no plain run takes about as long, a slower one stands for it: by likeness to the full run where the seed's
+    picture is kept, by the judge otherwise.
     """
     speed = f"{found.speed_up(run.name):.2f}"
-    if "judge" in run.metrics and "psnr" not in run.metrics:
-        rival, longer = _beside(found, run)
-        advantage = found.advantage(run.name, rival, "judge")
-        assert advantage is not None
-        return speed, f"{advantage:+.3f} to {rival}{', slower' if longer else ''}", _VERDICTS[verdict(advantage)]
-    rival_of_its_time = found.rival(run.name)
-    advantage = found.advantage(run.name, rival_of_its_time, "judge")
-    if advantage is not None:
-        return speed, f"{advantage:+.3f} to {rival_of_its_time}", _VERDICTS[verdict(advantage)]
-    if "psnr" not in run.metrics:
-        return speed, "-", "no plain run takes as long"
-    slower, likeness = _slower(found, run)
-    return speed, "-", f"{_likeness(found, run.name)} to 50 steps; {slower}: {likeness}"
+    if found.rival(run.name) is None and "psnr" in run.metrics:
+        slower, likeness = _slower(found, run)
+        return speed, "-", f"{_likeness(found, run.name)} to 50 steps; {slower}: {likeness}"
+    rival, longer = _beside(found, run)
+    advantage = found.advantage(run.name, rival, "judge")
+    assert advantage is not None, f"{run.name} or {rival} has no judge's scores"
+    return speed, f"{advantage:+.3f} to {rival}{', slower' if longer else ''}", _VERDICTS[verdict(advantage)]
 
 
 def _beside(found: Results, run: ConfigurationResult) -> tuple[str, bool]:

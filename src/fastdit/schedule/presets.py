@@ -41,8 +41,8 @@ RALU_PRESETS = {
 }
 
 #: The same for two stages of whole frames. The first stage has the family's own shift at half the size; the last one
-#: steps more evenly than plain sampling does. It starts late: from nearly pure noise, its few steps leave faint spots
-#: and glows beside objects.
+#: steps more evenly than plain sampling does. FLUX's starts late: from nearly pure noise, its few steps leave faint
+#: spots and glows beside objects.
 WHOLE_PRESETS = {
     "4x": _whole((22, 6), (2.0, 0.6), _FLUX),
     "5x": _whole((20, 4), (2.0, 0.8), _FLUX),
