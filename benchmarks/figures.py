@@ -75,7 +75,7 @@ def plots() -> None:
     found = results("spatial-flux")
     presets = {
         "fewer plain steps": [run.name for run in found.configurations if run.stack is None],
-        "ProgressiveResolution": [
+        "ProgressiveResolution, last stage from .15 or .2": [
             run.name for run in found.configurations if run.name.startswith("ProgressiveResolution ")
         ],
         "RALU, the paper's recipe": [run.name for run in found.configurations if "paper's recipe" in run.name],
@@ -136,14 +136,15 @@ def _series(axes: Axes, series: Series, colour: str) -> None:
     points = sorted(series.points, key=lambda point: point[1].estimate)
     speed = [point[1].estimate for point in points]
     quality = [point[2].estimate for point in points]
-    joined = series.name in ("fewer plain steps", "ProgressiveResolution")
+    presets = series.name.startswith("ProgressiveResolution")
+    joined = presets or series.name == "fewer plain steps"
     axes.plot(
         speed, quality, "o", ls="-" if joined else "", color=colour, label=series.name, markersize=5.5, linewidth=1.4
     )
-    if series.name == "ProgressiveResolution":
+    if presets:
         for run, x, y in points:
             axes.annotate(
-                run.split()[1],
+                run.split()[1].rstrip(","),
                 (x.estimate, y.estimate),
                 textcoords="offset points",
                 xytext=(0, 7),
