@@ -75,7 +75,7 @@ def plots() -> None:
     found = results("spatial-flux")
     presets = {
         "fewer plain steps": [run.name for run in found.configurations if run.stack is None],
-        "ProgressiveResolution, last stage from .15 or .2": [
+        "ProgressiveResolution, early": [
             run.name for run in found.configurations if run.name.startswith("ProgressiveResolution ")
         ],
         "RALU, the paper's recipe": [run.name for run in found.configurations if "paper's recipe" in run.name],
