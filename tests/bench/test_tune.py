@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastdit import Budget, InvalidConfig, Stack, accelerate, load_mini, testing
 from fastdit.bench.cost import CostMeter
-from fastdit.bench.grammar import parse_stack
+from fastdit.bench.grammar import parse_stack, stack_text
 from fastdit.bench.source import Source
 from fastdit.bench.tune import Cliff, Goal, Search, Tried, Workbench, _beats, _loses, neighbours
 from fastdit.bench.tune_command import fewer_steps
@@ -99,6 +99,13 @@ def test_what_can_t_be_in_time_is_thrown_out_before_it_runs(workbench: Workbench
     assert not made and not search.finished()
     assert all("hopeless" in one.user_attrs for one in search.study.trials if one.state.is_finished())
     assert search.counted().startswith("2 trials; 2 not run, since they would take ")
+
+
+def test_a_part_that_never_acted_is_left_out_of_what_is_kept(workbench: Workbench) -> None:
+    tried = workbench.tried(parse_stack("TeaCache .00001, Attention('_native_math')"))
+    assert tried is not None and tried.stack == stack_text(parse_stack("Attention('_native_math')"))
+    acting = workbench.tried(parse_stack("TeaCache .25"))
+    assert acting is not None and acting.stack == stack_text(parse_stack("TeaCache .25"))
 
 
 def test_a_prompt_that_the_judge_can_t_read_is_refused_before_anything_is_loaded() -> None:

@@ -42,6 +42,8 @@ def test_what_scripts_share_imports(name: str) -> None:
     [("spatial", ["flux"]), ("spatial", ["sd3"]), ("quality", []), ("caching", []), ("parts", [])],
 )
 def test_what_a_script_compares_can_be_made(script: str, given: list[str]) -> None:
+    if script == "caching":
+        pytest.importorskip("cache_dit", reason="its rows hold cache-dit's")
     made = importlib.import_module(script).configurations(*given)
     pipeline = load_mini("sd3" if given == ["sd3"] else "flux")
     assert len({entry.name for entry in made}) == len(made) > 1

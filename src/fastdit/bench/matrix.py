@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import prod
@@ -254,8 +254,8 @@ class MatrixRun:
             return Cell(key, "refused", str(error))
         except Exception as error:  # whatever a model or a compiler raises is what is to be told
             return Cell(key, "fails", f"{type(error).__name__}: {error}")
-        idle = " ".join(str(one.message) for one in said if isinstance(one.message, NeverFired))
-        fired = tuple(part.describe() for part in parts if part.describe() not in idle)
+        idle = unfired(parts, said)
+        fired = tuple(part.describe() for part in parts if part not in idle)
         same = np.array_equal(first, reference)
         status: Status = "exact" if same else "works"
         if not np.isfinite(first).all():
@@ -304,6 +304,12 @@ def parts_for(pipeline: Any, levels: Sequence[Level] = tuple(Level)) -> Iterator
         except FastditError:
             continue
         yield made
+
+
+def unfired(parts: Iterable[Accelerator], said: Iterable[warnings.WarningMessage]) -> list[Accelerator]:
+    """Give the parts of a stack that never acted, by what a call warned of."""
+    told = " ".join(str(one.message) for one in said if isinstance(one.message, NeverFired))
+    return [part for part in parts if part.describe() in told]
 
 
 def _names(parts: Sequence[Accelerator]) -> tuple[str, ...]:

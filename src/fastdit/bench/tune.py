@@ -24,6 +24,7 @@ import torch
 from fastdit.acceleration import accelerate
 from fastdit.bench.cost import CostMeter
 from fastdit.bench.grammar import parse_stack, stack_text
+from fastdit.bench.matrix import unfired
 from fastdit.bench.source import Source
 from fastdit.bench.store import BenchError, write_whole
 from fastdit.bench.workers import Job, Workers
@@ -149,17 +150,21 @@ class Workbench:
         self.pipeline = source.load()
         self._references: list[Image] = []
 
-    def picture(self, pipeline: Any, number: int, steps: int | None) -> tuple[float, Image]:
-        """Make the picture of a prompt; give the seconds that it took."""
+    def picture(
+        self, pipeline: Any, number: int, steps: int | None, said: list[warnings.WarningMessage] | None = None
+    ) -> tuple[float, Image]:
+        """Make the picture of a prompt; give the seconds that it took, and add what was warned of to `said`."""
         call: dict[str, Any] = {"prompt": self.prompts[number]}
         if self.size is not None:
             call |= {"height": self.size[0], "width": self.size[1]}
         if steps is not None:
             call["num_inference_steps"] = steps
         generator = torch.Generator().manual_seed(number)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FastditWarning)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", FastditWarning)
             seconds, output = timed(lambda _: pipeline(**call, generator=generator), 0, pipeline._execution_device)
+        if said is not None:
+            said.extend(warned)
         return seconds, output.images[0]
 
     @property
@@ -186,17 +191,24 @@ class Workbench:
         return twin
 
     def tried(self, stack: Stack, losing: Callable[[Sequence[float], float], bool] = lambda *_: False) -> Tried | None:
-        """Make a stack's pictures; None where it was `losing` on the way, by qualities and seconds so far."""
+        """Make a stack's pictures; None where it was `losing` on the way, by qualities and seconds so far.
+
+        What is given is the stack without the parts that never acted in any of the pictures.
+        """
         twin, steps = self.twin(stack), self.steps if stack.schedule is None else None
         seconds: list[float] = []
         qualities: list[float] = []
+        idle = list(stack)
         for number in range(len(self.prompts)):
-            took, image = self.picture(twin, number, steps)
+            said: list[warnings.WarningMessage] = []
+            took, image = self.picture(twin, number, steps, said)
+            idle = unfired(idle, said)
             seconds.append(took)
             qualities.append(self.quality(number, image))
             if number + 1 >= EARLY and losing(qualities, median(seconds)):
                 return None
-        return Tried(stack_text(stack), median(seconds), tuple(qualities))
+        acting = Stack([part for part in stack if part not in idle])
+        return Tried(stack_text(acting), median(seconds), tuple(qualities))
 
 
 class Trials:
@@ -396,6 +408,7 @@ class Search:
         if tried is None:
             trial.set_user_attr("loses", True)
             raise self._optuna.TrialPruned
+        trial.set_user_attr("stack", tried.stack)
         trial.set_user_attr("qualities", list(tried.qualities))
         return tried.seconds, tried.quality
 
