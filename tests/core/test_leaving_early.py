@@ -153,15 +153,6 @@ def test_bad_arguments_leave_the_twin_as_it_was(
     assert torch.equal(tiny.run(fast, call), expected[stack])
 
 
-@pytest.fixture
-def only_new_objects() -> Iterator[None]:
-    """Keep the interpreter's many old objects out of the collector's sight: looking through them takes seconds."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def hidden_tensors() -> int:
     """Live tensors, parameters apart, of a batch of five: streams of width 32 and packed latents of width 16."""
     gc.collect()

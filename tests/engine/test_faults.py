@@ -288,6 +288,7 @@ def test_a_process_that_is_killed_while_it_keeps_an_engine_leaves_it_whole_or_no
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("only_new_objects")
 def test_after_an_interrupt_at_any_line_of_a_build_the_next_call_builds_and_keeps_it_whole(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
