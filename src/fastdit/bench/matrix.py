@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -37,6 +36,9 @@ Status = Literal["exact", "works", "refused", "fails"]
 
 #: What a table shows of a status.
 SIGNS: dict[str, str] = {"exact": "=", "works": "ok", "refused": "-", "fails": "FAILS"}
+
+#: Cells of a reason that are named.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class Matrix:
     parts: tuple[str, ...]
     cells: dict[tuple[str, ...], Cell]
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Matrix:
+        """Read what `to_json` gave."""
+        own = [field.name for field in fields(Cell)]
+        kept: list[Any] = [
+            {name: tuple(one[name]) if isinstance(one[name], list) else one[name] for name in own}
+            for one in data["cells"]
+        ]
+        cells = [Cell(**one) for one in kept]
+        return cls(data["pipeline"], data["machine"], tuple(data["parts"]), {one.parts: one for one in cells})
+
     def over_product(self, cell: Cell) -> Interval | None:
         """Give a cell's gain over the product of its parts' own; None for a single, and where one did not run."""
         alone = [self.cells.get((part,)) for part in cell.parts]
@@ -93,7 +106,6 @@ class Matrix:
 
     def markdown(self) -> str:
         """Give the pairs as a table, then every reason for a refusal."""
-        names = [_short(part) for part in self.parts]
         lines = [
             f"# What goes together on {self.pipeline}",
             "",
@@ -101,20 +113,43 @@ class Matrix:
             "is refused by name; a number is the gain over the product of the two's own gains, with its interval. The "
             "diagonal holds each one's own gain.",
             "",
-            f"| | {' | '.join(names)} |",
-            f"|---|{'---|' * len(names)}",
+            f"| | {' | '.join(self.names)} |",
+            f"|---|{'---|' * len(self.names)}",
         ]
-        for row, name in zip(self.parts, names, strict=True):
+        for row, name in zip(self.parts, self.names, strict=True):
             lines.append(f"| {name} | {' | '.join(self._shown(row, column) for column in self.parts)} |")
         idle = [cell for cell in self.cells.values() if cell.seconds and set(cell.parts) - set(cell.fired)]
         lines += ["", "## Parts that did not fire", ""]
-        lines += [f"* {' + '.join(one.parts)}: {', '.join(set(one.parts) - set(one.fired))}" for one in idle] or [
-            "None."
-        ]
+        lines += [
+            f"* {self._together(one.parts)}: {self._together(part for part in one.parts if part not in one.fired)}"
+            for one in idle
+        ] or ["None."]
         lines += ["", "## Why cells are refused, or fail", ""]
-        told = [one for one in self.cells.values() if one.told]
-        lines += [f"* {' + '.join(one.parts)}: {one.told}" for one in told] or ["None is."]
+        lines += [f"* {cells}: {why}" for cells, why in self._reasons()] or ["None is."]
         return "\n".join([*lines, "", f"Measured on {self.machine}.", ""])
+
+    @property
+    def names(self) -> list[str]:
+        """Each part's class, or all of it where another part is of the same class."""
+        classes = [part.partition("(")[0] for part in self.parts]
+        return [one if classes.count(one) == 1 else part for one, part in zip(classes, self.parts, strict=True)]
+
+    def _together(self, parts: Iterable[str]) -> str:
+        return " + ".join(self.names[self.parts.index(part)] for part in parts)
+
+    def _reasons(self) -> Iterator[tuple[str, str]]:
+        """Give the cells of every reason, the first ones by name, and the reason as the first of them was told it."""
+        cells: dict[str, list[Cell]] = {}
+        for cell in self.cells.values():
+            if cell.told:
+                gist = cell.told
+                for place, part in enumerate(cell.parts):
+                    gist = gist.replace(part, f"part {place + 1}")
+                cells.setdefault(gist, []).append(cell)
+        for ones in cells.values():
+            named = ", ".join(self._together(one.parts) for one in ones[:_NAMED])
+            more = f", and {len(ones) - _NAMED} more" if len(ones) > _NAMED else ""
+            yield named + more, ones[0].told
 
     def _shown(self, row: str, column: str) -> str:
         cell = self.cells.get((row,) if row == column else _key((row, column), self.parts))
@@ -141,12 +176,10 @@ class Matrix:
 
         templates = Templates(loader=PackageLoader("fastdit.measure"), autoescape=True, undefined=StrictUndefined)
         rows = [
-            (_short(row), [(self._shown(row, column), self._class(row, column)) for column in self.parts])
-            for row in self.parts
+            (name, [(self._shown(row, column), self._class(row, column)) for column in self.parts])
+            for name, row in zip(self.names, self.parts, strict=True)
         ]
-        told = [(" + ".join(cell.parts), cell.told) for cell in self.cells.values() if cell.told]
-        names = list(map(_short, self.parts))
-        return templates.get_template("matrix.html.j2").render(matrix=self, names=names, rows=rows, told=told)
+        return templates.get_template("matrix.html.j2").render(matrix=self, rows=rows, told=list(self._reasons()))
 
     def _class(self, row: str, column: str) -> str:
         cell = self.cells.get((row,) if row == column else _key((row, column), self.parts))
@@ -318,8 +351,3 @@ def _names(parts: Sequence[Accelerator]) -> tuple[str, ...]:
 
 def _key(pair: tuple[str, str], order: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(pair, key=list(order).index))
-
-
-def _short(part: str) -> str:
-    """Give a part's name without what its defaults say."""
-    return re.sub(r"\(\)$", "", part).replace("|", "/")
