@@ -137,7 +137,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     with _progress(Console(stderr=True)) as progress:
         results = run_demo(out, extent=EXTENTS["quick" if quick else "full"], seed=seed, progress=progress)
-    interrupted, left_out = (results.settings.get(name) for name in ("interrupted", "left_out"))
+    interrupted, shortened, left_out = map(results.settings.get, ("interrupted", "shortened", "left_out"))
     if as_json:
         typer.echo(results.dumps())
     else:
@@ -154,6 +154,8 @@ def demo(
         console.print(f"Report: {out / REPORT}   Numbers: {out / RESULTS}")
     if left_out:
         typer.echo(f"Left out: {left_out}", err=True)
+    if shortened:
+        typer.echo(f"Ended {shortened}, to keep to the demo's time on this machine.", err=True)
     if interrupted:
         typer.echo(f"Interrupted {interrupted}; what was measured until then is kept in {out}.", err=True)
         raise typer.Exit(130)

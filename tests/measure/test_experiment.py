@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,23 @@ def test_an_interrupt_keeps_the_whole_rounds_that_were_measured(
         assert len(entry.seconds) == 1 and len(entry.metrics["sharpness"].samples) == 2 == len(entry.images)
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(-1.0, 2), (3600.0, 4)])
+def test_when_the_time_is_up_no_round_begins_but_for_the_fewest(
+    seconds: float, rounds: int, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdit.measure.experiment.FEWEST", 2)
+    said: list[tuple[str, int, int]] = []
+    short = dataclasses.replace(experiment, batch=1, progress=lambda *told: said.append(told))
+    results, images = short.run([plain(2), plain(1)], title="t", baseline="2 steps", until=time.monotonic() + seconds)
+    assert len(results.prompts) == rounds == len(images["1 steps"]) and said[-1] == (
+        "measuring",
+        2 * rounds,
+        2 * rounds,
+    )
+    assert results.settings.get("shortened") == ("after 2 of 4 rounds" if rounds == 2 else None)
+    assert "interrupted" not in results.settings
+
+
 def test_the_results_so_far_are_given_after_every_round(experiment: Experiment) -> None:
     kept: list[Results] = []
     results, _ = experiment.run([plain(2), plain(1)], title="test", baseline="2 steps", keep=kept.append)
@@ -124,7 +142,8 @@ def test_a_round_repeats_its_pictures(experiment: Experiment) -> None:
 
 def test_the_fastest_configuration_and_its_rival_are_found(experiment: Experiment) -> None:
     slow, fast = plain(12), plain(2)
-    assert experiment.fastest([slow, fast], rounds=1) == fast
+    seconds = experiment.race([slow, fast], rounds=1)
+    assert 0 < seconds[fast.name] < seconds[slow.name]
     assert 6 <= experiment.rival(slow, rounds=1) <= 24
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,20 +21,30 @@ from fastdit.step_cache.gates.teacache import TeaCache
 
 FULL_STEPS = 50  # the baseline of the RALU paper
 SHORT_STEPS = 28  # what FLUX is commonly run with
-FEW_STEPS = 15  # near the time of ProgressiveResolution "4x" and of TeaCache, so that these have a rival of their own
+PROBED_STEPS = 8  # beside `SHORT_STEPS`, to know what a step takes
+
+#: How far a stack's seconds are from those of plain steps that are already in the table and so stand beside it.
+NEAR = 0.06
 
 REPORT, RESULTS = "report.html", "results.json"
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much a demo measures: prompts (one round each), and rounds of the search for the equal-time rival."""
+    """How much a demo measures: prompts (one round each), rounds of the search for the equal-time rival, and seconds.
+
+    Where the prompts would take longer, there are fewer of them.
+    """
 
     prompts: int
     rival_rounds: int
+    seconds: float
 
 
-EXTENTS = {"full": Extent(prompts=18, rival_rounds=7), "quick": Extent(prompts=6, rival_rounds=5)}
+EXTENTS = {
+    "full": Extent(prompts=18, rival_rounds=7, seconds=210.0),
+    "quick": Extent(prompts=6, rival_rounds=5, seconds=90.0),
+}
 
 
 def accelerated_configurations() -> list[Configuration]:
@@ -66,6 +77,7 @@ def run_demo(
 
     A stack whose engine can't be built here is left out, and the results' settings say so.
     """
+    until = time.monotonic() + extent.seconds
     pipeline = load_mini(architecture)
     pipeline.set_progress_bar_config(disable=True)
     prompts = language_of(architecture).held_out(extent.prompts, seed, background=True)
@@ -79,9 +91,8 @@ def run_demo(
     except EngineBuildFailed as error:
         left_out = f"{engine.name}, since {error}"
     progress("compiling", 1, 1)
-    rival = experiment.rival(experiment.fastest(accelerated), rounds=extent.rival_rounds)
     full = plain(FULL_STEPS)
-    counts = sorted({SHORT_STEPS, FEW_STEPS, rival} - {FULL_STEPS}, reverse=True)
+    counts = sorted({SHORT_STEPS, *_rivals(experiment, accelerated, extent.rival_rounds)} - {FULL_STEPS}, reverse=True)
     configurations = [full, *map(plain, counts), *accelerated]
 
     def told(results: Results) -> Results:
@@ -91,7 +102,21 @@ def run_demo(
         told(results).save(directory / RESULTS)
 
     results, _ = experiment.run(
-        configurations, title="fastdit demo", baseline=full.name, directory=directory, keep=keep
+        configurations, title="fastdit demo", baseline=full.name, directory=directory, keep=keep, until=until
     )
     write_report(told(results), directory)
     return told(results)
+
+
+def _rivals(experiment: Experiment, accelerated: list[Configuration], rounds: int) -> set[int]:
+    """Give counts of plain steps that take as long as stacks: searched for the fastest one, estimated for others."""
+    many, few = plain(SHORT_STEPS), plain(PROBED_STEPS)
+    seconds = experiment.race([*accelerated, many, few])
+    fastest = min(accelerated, key=lambda one: seconds[one.name])
+    found = {experiment.rival(fastest, rounds=rounds)}
+    step = (seconds[many.name] - seconds[few.name]) / (SHORT_STEPS - PROBED_STEPS)
+    for own in sorted((seconds[one.name] for one in accelerated if one is not fastest), reverse=True):
+        taken = [seconds[few.name] + (count - PROBED_STEPS) * step for count in (*found, SHORT_STEPS)]
+        if all(abs(other / own - 1.0) > NEAR for other in taken):
+            found.add(min(max(round(PROBED_STEPS + (own - seconds[few.name]) / step), 1), FULL_STEPS))
+    return found

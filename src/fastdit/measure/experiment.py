@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime, timezone
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 #: Prompts whose pictures and run records are kept beside the numbers.
 SHOWN = 6
+
+#: Rounds that are measured however long they take.
+FEWEST = 6
 
 
 class Judge(Protocol):
@@ -148,12 +152,11 @@ class Experiment:
             progress=partial(self.progress, "finding the equal-time rival"),
         )
 
-    def fastest(self, configurations: Sequence[Configuration], *, rounds: int = 2) -> Configuration:
-        """The configuration of the lowest median time, by a short race after a warm-up."""
+    def race(self, configurations: Sequence[Configuration], *, rounds: int = 2) -> dict[str, float]:
+        """The median seconds of each configuration, by its name, in short turns after a warm-up."""
         tasks = {configuration.name: self.task(configuration) for configuration in configurations}
         say = partial(self.progress, "finding the fastest stack")
-        times = medians(time_interleaved(tasks, rounds=rounds, device=self.device, progress=say))
-        return min(configurations, key=lambda configuration: times[configuration.name])
+        return medians(time_interleaved(tasks, rounds=rounds, device=self.device, progress=say))
 
     def run(
         self,
@@ -163,12 +166,14 @@ class Experiment:
         baseline: str,
         directory: Path | None = None,
         keep: Callable[[Results], None] | None = None,
+        until: float | None = None,
     ) -> tuple[Results, dict[str, list[Image]]]:
         """Run every configuration on every prompt, interleaved; give the results and all pictures.
 
         With a `directory`, the pictures of the first prompts are saved there. `keep` is given the results so far after
-        every round. An interrupt (Ctrl-C) after the first whole round ends the measurement there, and the results say
-        so; one before it is raised.
+        every round. No round begins that would end after `until`, in seconds of the monotonic clock, once there are
+        `FEWEST` of them. An interrupt (Ctrl-C) after the first whole round ends the measurement there; one before it is
+        raised. In both cases the results say so.
         """
         taken: dict[str, _Taken] = {}
         for done, configuration in enumerate(configurations, start=1):
@@ -178,7 +183,7 @@ class Experiment:
             self.progress("warm-up", done, len(configurations))
         tasks = {name: self.task(one.configuration) for name, one in taken.items()}
         samples = interleave(tasks, rounds=self.rounds, warmup=0, seed=self.seed, device=self.device)
-        rounds = 0
+        rounds, planned, cut, began = 0, self.rounds, "shortened", time.monotonic()
         try:
             for done, sample in enumerate(samples, start=1):
                 one = taken[sample.task]
@@ -189,13 +194,19 @@ class Experiment:
                 if done % len(tasks) == 0:
                     self._score(taken, baseline, rounds, directory)
                     rounds += 1
-                    if keep is not None and rounds < self.rounds:
-                        keep(self._results(taken, title, baseline, rounds))
-                self.progress("measuring", done, self.rounds * len(tasks))
+                    if until is not None:
+                        each, left = (time.monotonic() - began) / rounds, until - time.monotonic()
+                        planned = min(max(rounds + max(int(left / each), 0), FEWEST), self.rounds)
+                    if keep is not None and rounds < planned:
+                        keep(self._results(taken, title, baseline, rounds, "interrupted"))
+                self.progress("measuring", done, planned * len(tasks))
+                if rounds == planned:
+                    break
         except KeyboardInterrupt:
             if not rounds:
                 raise
-        results = self._results(taken, title, baseline, rounds)
+            cut = "interrupted"
+        results = self._results(taken, title, baseline, rounds, cut)
         if keep is not None:
             keep(results)
         return results, {name: one.images[: rounds * self.batch] for name, one in taken.items()}
@@ -229,9 +240,9 @@ class Experiment:
             if directory is not None:
                 one.saved += save_images(images[: max(SHOWN - first, 0)], directory, name, first)
 
-    def _results(self, taken: Mapping[str, _Taken], title: str, baseline: str, rounds: int) -> Results:
-        """The results of the first rounds."""
-        cut_short = {} if rounds == self.rounds else {"interrupted": f"after {rounds} of {self.rounds} rounds"}
+    def _results(self, taken: Mapping[str, _Taken], title: str, baseline: str, rounds: int, cut: str) -> Results:
+        """The results of the first rounds, and by what they were `cut`, if they are not all."""
+        cut_short = {} if rounds == self.rounds else {cut: f"after {rounds} of {self.rounds} rounds"}
         return Results(
             title=title,
             baseline=baseline,
