@@ -1,16 +1,39 @@
-"""Run every combination of schedule, step cache, forecaster, option and token cache; write the table of the docs."""
+"""What goes together: pairs of all levels on the embedded pipelines, and every combination on a tiny FLUX.
+
+`matrix` runs what `fastdit matrix` does, with what each pair gains; `combinations` runs every schedule, step cache,
+forecaster, option and token cache. Both write the table of the docs, from what the other left.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from combinations import Combination, combinations, tried
+import combinations as every
+from combinations import Combination, Names, tried
+from fastdit.accelerator import Level
+from fastdit.bench.grammar import parse_stack
+from fastdit.bench.matrix import Matrix, MatrixRun, parts_for
+from fastdit.bench.source import Source
 from saving import save
 
+RESULTS, PAGE = Path("benchmarks/results"), Path("docs/compatibility.md")
+PIPELINES = {"mini": "FLUX", "mini:sd3": "SD3"}
+
+#: What every cell makes: eight steps, but for stacks whose schedule has its own.
+CALL = {"prompt": "a cat", "num_inference_steps": 8}
+
 _HEAD = """# What goes together
+
+Nothing here is written by hand: every cell was run, and a test runs some of them again and wants the same.
+"""
+
+_EVERY = """## Every combination of methods that change features
 
 Written by `benchmarks/compatibility.py`, which runs every stack of the table with two images on a tiny FLUX: the result
 is finite, a second call gives the same bits, and the record counts the block calls that were made; or the stack is
@@ -18,26 +41,74 @@ refused by name. A cell says how many combinations of forecaster (Reuse, Taylor,
 (one decision for the batch, one an image, histories carried over a switch) ran, of how many.
 """
 
+app = typer.Typer(no_args_is_help=True)
 
-def main(out: Path = Path("benchmarks/results/compatibility.json"), page: Path = Path("docs/compatibility.md")) -> None:
-    """Run the combinations, save what came of each, and write the page."""
+
+@app.command()
+def matrix(
+    folder: Annotated[Path, typer.Option(help="Cells that are done; the same again goes on.")] = Path("fastdit-matrix"),
+    rounds: Annotated[int, typer.Option(help="In turns with the plain pipeline.")] = 3,
+    only: Annotated[str, typer.Option(help="A part of the pipelines' names.")] = "",
+) -> None:
+    """Run pairs of everything that can act here on the embedded pipelines."""
+    for name in (name for name in PIPELINES if only in name):
+        pipeline = Source(name).load()
+        parts = [part for part in parts_for(pipeline) if part.level is not Level.STEP_CACHE]
+        # A mask is of as many steps as a run; the default of a matrix is a mask of two.
+        caches = [part for part in parts_for(pipeline, [Level.STEP_CACHE]) if type(part).__name__ != "StepMask"]
+        run = MatrixRun(pipeline, CALL, folder / name.replace(":", "-"), rounds=rounds, name=name)
+        made = run.run([*parts, *caches, *parse_stack("StepMask 10101010")], progress=_say)
+        save(results_of(name), made.to_json())
+    write()
+
+
+@app.command()
+def combinations() -> None:
+    """Run every combination of schedule, step cache, forecaster, option and token cache."""
     found = []
-    for names in combinations():
+    for names in every.combinations():
         found.append(tried(names))
         if len(found) % 50 == 0:
             print(f"{len(found)} combinations tried", flush=True)
-    save(out, {"combinations": found})
-    page.write_text(_page(found), encoding="utf-8")
-    print(f"{len(found)} combinations, {sum(one.refusal is not None for one in found)} refused; written to {page}")
+    save(RESULTS / "compatibility.json", {"combinations": found})
+    write()
+    print(f"{len(found)} combinations, {sum(one.refusal is not None for one in found)} refused; written to {PAGE}")
 
 
-def _page(found: list[Combination]) -> str:
+@app.command()
+def write() -> None:
+    """Write the page from the results."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def results_of(name: str) -> Path:
+    """Give the file of an embedded pipeline's pairs."""
+    return RESULTS / f"matrix-{name.replace(':', '-')}.json"
+
+
+def page() -> str:
+    """Give the page as the results have it."""
+    parts = [_HEAD]
+    for name, model in PIPELINES.items():
+        text = Matrix.from_json(json.loads(results_of(name).read_text(encoding="utf-8"))).markdown()
+        own = re.sub("^#", "##", text, flags=re.MULTILINE)
+        parts.append(own.replace(f"What goes together on {name}", f"Pairs on the embedded {model} pipeline"))
+    data = json.loads((RESULTS / "compatibility.json").read_text(encoding="utf-8"))["combinations"]
+    return "\n".join([*parts, _EVERY, _table([Combination(**{**one, "names": Names(*one["names"])}) for one in data])])
+
+
+def _say(_: str, done: int, total: int) -> None:
+    if done % 10 == 0 or done == total:
+        print(f"{done} of {total} cells", flush=True)
+
+
+def _table(found: list[Combination]) -> str:
     """Write the table, and every reason for a refusal once."""
     tokens = list(dict.fromkeys(one.names.token_cache for one in found))
     cells: dict[tuple[str, str], dict[str, list[Combination]]] = defaultdict(lambda: defaultdict(list))
     for one in found:
         cells[one.names.schedule, one.names.step_cache][one.names.token_cache].append(one)
-    lines = [_HEAD]
+    lines = []
     lines.append("| schedule | step cache | " + " | ".join(f"token cache: {name}" for name in tokens) + " |")
     lines.append("|---|---|" + "---|" * len(tokens))
     for (schedule, step_cache), row in cells.items():
@@ -50,7 +121,7 @@ def _page(found: list[Combination]) -> str:
     for one in found:
         if one.refusal is not None:
             reasons[_gist(one.refusal)].append(one)
-    lines.append("\n## Why stacks are refused\n")
+    lines.append("\n### Why stacks are refused\n")
     for gist, ones in reasons.items():
         caches = ", ".join(dict.fromkeys(one.names.step_cache for one in ones))
         lines.append(f"* **{len(ones)}** stacks ({caches}): {gist}. For example: {ones[0].refusal}")
@@ -64,4 +135,4 @@ def _gist(refusal: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

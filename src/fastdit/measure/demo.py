@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 from fastdit.engine.compile import Compile
@@ -23,8 +24,8 @@ FULL_STEPS = 50  # the baseline of the RALU paper
 SHORT_STEPS = 28  # what FLUX is commonly run with
 PROBED_STEPS = 8  # beside `SHORT_STEPS`, to know what a step takes
 
-#: How far a stack's seconds are from those of plain steps that are already in the table and so stand beside it.
-NEAR = 0.06
+#: A plain run stands beside a stack whose seconds it takes, or up to so much more.
+LONGER = 0.08
 
 REPORT, RESULTS = "report.html", "results.json"
 
@@ -42,7 +43,7 @@ class Extent:
 
 
 EXTENTS = {
-    "full": Extent(prompts=18, rival_rounds=7, seconds=210.0),
+    "full": Extent(prompts=18, rival_rounds=5, seconds=210.0),
     "quick": Extent(prompts=6, rival_rounds=5, seconds=90.0),
 }
 
@@ -117,6 +118,6 @@ def _rivals(experiment: Experiment, accelerated: list[Configuration], rounds: in
     step = (seconds[many.name] - seconds[few.name]) / (SHORT_STEPS - PROBED_STEPS)
     for own in sorted((seconds[one.name] for one in accelerated if one is not fastest), reverse=True):
         taken = [seconds[few.name] + (count - PROBED_STEPS) * step for count in (*found, SHORT_STEPS)]
-        if all(abs(other / own - 1.0) > NEAR for other in taken):
-            found.add(min(max(round(PROBED_STEPS + (own - seconds[few.name]) / step), 1), FULL_STEPS))
+        if not any(own <= other <= own * (1.0 + LONGER) for other in taken):
+            found.add(min(max(ceil(PROBED_STEPS + (own - seconds[few.name]) / step), 1), FULL_STEPS))
     return found
