@@ -29,7 +29,8 @@ CALL = {"prompt": "a cat", "num_inference_steps": 8}
 
 _HEAD = """# What goes together
 
-Nothing here is written by hand: every cell was run, and a test runs some of them again and wants the same.
+No cell is written by hand: every one was run, and a test runs some of them again and wants the same. Gains are of few
+rounds of small models, so their intervals are wide; what can be taken from them is where two parts hinder each other.
 """
 
 _EVERY = """## Every combination of methods that change features

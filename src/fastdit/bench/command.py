@@ -46,7 +46,7 @@ def bench(
     batch: Annotated[int, typer.Option(help="Prompts a call.")] = 1,
     rounds: Annotated[int | None, typer.Option(help="At least; all prompts with all seeds if left out.")] = None,
     precision: Annotated[str, typer.Option(help="Half the width of a speed-up's interval that is wanted.")] = "2%",
-    minutes: Annotated[float, typer.Option(help="How long rounds may go on for, in each group.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="How long rounds may go on for, in each group.")] = 8.0,
     peers: Annotated[bool, typer.Option(help="Run diffusers' own caches and cache-dit, too.")] = False,
     attribute: Annotated[bool, typer.Option(help="Run every subset of each stack: each part's worth.")] = False,
     isolate: Annotated[bool, typer.Option(help="Give every row processes of its own.")] = False,

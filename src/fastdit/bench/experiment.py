@@ -120,7 +120,7 @@ class Experiment(Config):
     steps: tuple[Count, ...] | None = None
     batch: Count = 1
     precision: Positive = 0.02
-    minutes: Positive = 10.0
+    minutes: Positive = 8.0
     rounds: Annotated[int, Range(at_least=FEWEST_ROUNDS)] | None = None
     isolate: bool = False
     peers: bool = False
