@@ -74,7 +74,7 @@ def test_it_is_shown_as_text_as_data_and_as_a_page(made: Any) -> None:
     matrix = made[3]
     text, page, data = matrix.markdown(), matrix.html(), matrix.to_json()
     assert text.count("\n| ") == 1 + 4 and "both decide the step cache level" in text
-    assert "* FirstBlockCache: FirstBlockCache" in text  # did not fire
+    assert "* FirstBlockCache: alone, beside ToCa\n" in text  # did not fire
     # Two of a class are told apart, and a reason is told once for all of its cells.
     assert f"* {NAMES[0]} + {NAMES[1]}, {NAMES[0]} + FirstBlockCache, {NAMES[1]} + FirstBlockCache: " in text
     assert "http" not in page.replace("http-equiv", "") and page.count("<td") == 16

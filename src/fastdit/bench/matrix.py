@@ -118,12 +118,8 @@ class Matrix:
         ]
         for row, name in zip(self.parts, self.names, strict=True):
             lines.append(f"| {name} | {' | '.join(self._shown(row, column) for column in self.parts)} |")
-        idle = [cell for cell in self.cells.values() if cell.seconds and set(cell.parts) - set(cell.fired)]
         lines += ["", "## Parts that did not fire", ""]
-        lines += [
-            f"* {self._together(one.parts)}: {self._together(part for part in one.parts if part not in one.fired)}"
-            for one in idle
-        ] or ["None."]
+        lines += [f"* {part}: {', '.join(beside)}" for part, beside in self._idle().items()] or ["None."]
         lines += ["", "## Why cells are refused, or fail", ""]
         lines += [f"* {cells}: {why}" for cells, why in self._reasons()] or ["None is."]
         return "\n".join([*lines, "", f"Measured on {self.machine}.", ""])
@@ -133,6 +129,16 @@ class Matrix:
         """Each part's class, or all of it where another part is of the same class."""
         classes = [part.partition("(")[0] for part in self.parts]
         return [one if classes.count(one) == 1 else part for one, part in zip(classes, self.parts, strict=True)]
+
+    def _idle(self) -> dict[str, list[str]]:
+        """Give the parts that did not fire, each with what was beside it."""
+        found: dict[str, list[str]] = {}
+        for cell in self.cells.values():
+            for part in cell.parts if cell.seconds else ():
+                if part not in cell.fired:
+                    others = self._together(one for one in cell.parts if one != part)
+                    found.setdefault(self._together([part]), []).append(f"beside {others}" if others else "alone")
+        return found
 
     def _together(self, parts: Iterable[str]) -> str:
         return " + ".join(self.names[self.parts.index(part)] for part in parts)
