@@ -30,6 +30,8 @@ def _compiled(pipeline: Any) -> None:
 
 
 def _cache_dit(pipeline: Any) -> None:
+    from torch.nn import ModuleList
+
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")
     try:
         cache_dit: Any = import_module("cache_dit")
@@ -38,7 +40,10 @@ def _cache_dit(pipeline: Any) -> None:
     # It knows a pipeline by its class's name, and patches that class: a subclass gets the name of what it is one of.
     own = next(cls for cls in type(pipeline).__mro__ if cls.__module__.startswith("diffusers."))
     pipeline.__class__ = type(own.__name__, (type(pipeline),), {})
-    cache_dit.enable_cache(pipeline)
+    # By default 8 blocks are always computed; a model that has no more gets one, as with diffusers' FirstBlockCache.
+    blocks = sum(len(one) for one in pipeline.transformer.children() if isinstance(one, ModuleList))
+    few = {} if blocks > 8 else {"cache_config": cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0)}
+    cache_dit.enable_cache(pipeline, **few)
 
 
 PEERS: Mapping[str, Callable[[Any], None]] = {
