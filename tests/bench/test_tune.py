@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def test_a_part_that_never_acted_is_left_out_of_what_is_kept(workbench: Workbenc
     assert tried is not None and tried.stack == stack_text(parse_stack("Attention('_native_math')"))
     acting = workbench.tried(parse_stack("TeaCache .25"))
     assert acting is not None and acting.stack == stack_text(parse_stack("TeaCache .25"))
+
+
+def test_what_others_warn_of_while_a_picture_is_made_is_not_kept_back(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = workbench.pipeline.check_inputs
+
+    def loud(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn("the model is old", UserWarning, stacklevel=1)
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(workbench.pipeline, "check_inputs", loud)
+    with pytest.warns(UserWarning, match="the model is old"), warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        workbench.picture(workbench.pipeline, 0, None)
 
 
 def test_a_prompt_that_the_judge_can_t_read_is_refused_before_anything_is_loaded() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from fastdit import InvalidConfig
 from fastdit.bench.grammar import parse_stack
 from fastdit.cli import app
 
@@ -67,6 +68,9 @@ def test_what_a_page_shows_can_be_called(words: list[str]) -> None:
 
 def test_pages_show_commands_and_wrong_ones_are_found() -> None:
     assert len(SHOWN) > 20
-    for words in (["benhc"], ["bench", "mini", "--stak", "RALU"], ["bench", "mini", "--stack", "TeaCash"]):
-        with pytest.raises(Exception):  # noqa: B017 - a missing name, an option, or a stack
-            check(words)
+    with pytest.raises(KeyError, match="benhc"):
+        check(["benhc"])
+    with pytest.raises(AssertionError, match="--stak"):
+        check(["bench", "mini", "--stak", "RALU"])
+    with pytest.raises(InvalidConfig, match="TeaCash"):
+        check(["bench", "mini", "--stack", "TeaCash"])

@@ -118,11 +118,8 @@ def test_when_the_time_is_up_no_round_begins_but_for_the_fewest(
     said: list[tuple[str, int, int]] = []
     short = dataclasses.replace(experiment, batch=1, progress=lambda *told: said.append(told))
     results, images = short.run([plain(2), plain(1)], title="t", baseline="2 steps", until=time.monotonic() + seconds)
-    assert len(results.prompts) == rounds == len(images["1 steps"]) and said[-1] == (
-        "measuring",
-        2 * rounds,
-        2 * rounds,
-    )
+    assert len(results.prompts) == rounds == len(images["1 steps"])
+    assert said[-1] == ("measuring", 2 * rounds, 2 * rounds)
     assert results.settings.get("shortened") == ("after 2 of 4 rounds" if rounds == 2 else None)
     assert "interrupted" not in results.settings
 
@@ -140,7 +137,7 @@ def test_a_round_repeats_its_pictures(experiment: Experiment) -> None:
     assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
 
 
-def test_the_fastest_configuration_and_its_rival_are_found(experiment: Experiment) -> None:
+def test_a_race_tells_times_and_a_rival_is_found(experiment: Experiment) -> None:
     slow, fast = plain(12), plain(2)
     seconds = experiment.race([slow, fast], rounds=1)
     assert 0 < seconds[fast.name] < seconds[slow.name]

@@ -1,4 +1,4 @@
-"""Other libraries' ways to make a pipeline faster, at their own defaults, as rows beside fastdit's.
+"""Other libraries' ways to make a pipeline faster, at their own defaults where the model has the blocks for them.
 
 They change the pipeline, its transformer or its class, so each runs in a process of its own.
 """

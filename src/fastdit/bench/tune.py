@@ -153,7 +153,7 @@ class Workbench:
     def picture(
         self, pipeline: Any, number: int, steps: int | None, said: list[warnings.WarningMessage] | None = None
     ) -> tuple[float, Image]:
-        """Make the picture of a prompt; give the seconds that it took, and add what was warned of to `said`."""
+        """Make the picture of a prompt; give the seconds that it took, and add what fastdit warned of to `said`."""
         call: dict[str, Any] = {"prompt": self.prompts[number]}
         if self.size is not None:
             call |= {"height": self.size[0], "width": self.size[1]}
@@ -163,8 +163,11 @@ class Workbench:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", FastditWarning)
             seconds, output = timed(lambda _: pipeline(**call, generator=generator), 0, pipeline._execution_device)
-        if said is not None:
-            said.extend(warned)
+        for one in warned:
+            if not issubclass(one.category, FastditWarning):  # of others nothing is kept back
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            elif said is not None:
+                said.append(one)
         return seconds, output.images[0]
 
     @property

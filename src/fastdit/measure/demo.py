@@ -115,7 +115,8 @@ def _rivals(experiment: Experiment, accelerated: list[Configuration], rounds: in
     seconds = experiment.race([*accelerated, many, few])
     fastest = min(accelerated, key=lambda one: seconds[one.name])
     found = {experiment.rival(fastest, rounds=rounds)}
-    step = (seconds[many.name] - seconds[few.name]) / (SHORT_STEPS - PROBED_STEPS)
+    # On a busy machine the longer run may seem to take no longer; a step takes something all the same.
+    step = max((seconds[many.name] - seconds[few.name]) / (SHORT_STEPS - PROBED_STEPS), seconds[few.name] / SHORT_STEPS)
     for own in sorted((seconds[one.name] for one in accelerated if one is not fastest), reverse=True):
         taken = [seconds[few.name] + (count - PROBED_STEPS) * step for count in (*found, SHORT_STEPS)]
         if not any(own <= other <= own * (1.0 + LONGER) for other in taken):
