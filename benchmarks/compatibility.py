@@ -30,7 +30,8 @@ CALL = {"prompt": "a cat", "num_inference_steps": 8}
 _HEAD = """# What goes together
 
 No cell is written by hand: every one was run, and a test runs some of them again and wants the same. Gains are of few
-rounds of small models, so their intervals are wide; what can be taken from them is where two parts hinder each other.
+rounds of small models, on a machine that ran both pipelines' at once: parts that change nothing seem to gain or lose
+there, too. Take from the tables what works and what acts, and measure gains on your own pipeline.
 """
 
 _EVERY = """## Every combination of methods that change features
