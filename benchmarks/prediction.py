@@ -23,7 +23,7 @@ import torch
 import typer
 
 from fastdit import FastditWarning, InvalidConfig, accelerate
-from fastdit.bench.cost import CostMeter, probed
+from fastdit.bench.cost import CostMeter, probed, undisturbed
 from fastdit.bench.grammar import parse_stack
 from fastdit.measure.timing import timed
 from fastdit.mini import load_mini
@@ -115,7 +115,7 @@ class Trial:
         rows = []
         for row in self.rows:
             said = predict(model, self.pipeline, row.twin.fastdit.plan(row.pixels, row.pixels, row.steps)).seconds
-            took = median(row.seconds)
+            took = undisturbed(row.seconds)
             rows.append(
                 {
                     "stack": row.stack or "plain",
@@ -123,6 +123,7 @@ class Trial:
                     "predicted": asdict(said),
                     "seconds": row.seconds,
                     "error": abs(said.value / took - 1.0),
+                    "error_of_median": abs(said.value / median(row.seconds) - 1.0),
                 }
             )
             print(f"{self.name}, {row.stack or 'plain'}, {row.pixels} px: {said:.3f} said, {took:.3f} s", flush=True)

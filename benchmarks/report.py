@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import typer
 
 import fastdit
@@ -303,6 +304,51 @@ def large_evaluation(data: Mapping[str, Any]) -> list[str]:
     return [*parts, machine(data)]
 
 
+def prediction(data: Mapping[str, Any]) -> list[str]:
+    lines = ["| pipeline | rows | median error | 95th percentile | beside calls' medians |", "|---|--:|--:|--:|--:|"]
+    everything = [row for one in data["pipelines"] for row in one["rows"]]
+    for name, own in (*((one["pipeline"], one["rows"]) for one in data["pipelines"]), ("all", everything)):
+        errors, beside = ([row[key] for row in own] for key in ("error", "error_of_median"))
+        high, other = (float(np.quantile(found, 0.95)) for found in (errors, beside))
+        lines.append(f"| {name} | {len(own)} | {median(errors):.1%} | {high:.1%} | {median(beside):.1%}, {other:.1%} |")
+    return [
+        "## Seconds that were predicted",
+        f"Stacks at sizes that no cost was taken at, by costs of {min(len(row['seconds']) for row in everything)} "
+        "rounds in turns with the calls: the prediction beside the lower quartile of a row's calls, which is what both "
+        "mean by a call that nothing disturbs; the last column has the same errors, median and 95th percentile, beside "
+        "the calls' medians.",
+        "\n".join(lines),
+        machine(data),
+    ]
+
+
+def tuning(data: Mapping[str, Any]) -> list[str]:
+    parts = [
+        f"## A search of {data['minutes']:.0f} minutes: {data['pipeline']}",
+        f"{data['trials']} trials on {data['prompts']} training prompts, of which {data['finished']} were run to their "
+        f"end. Then {data['tested']} held-out prompts: quality is the embedded judge's, and a difference (winner less "
+        f"the other, paired) is shown with its interval. {data['plain_seconds']:.2f} s plain.",
+    ]
+    for found in data["winners"]:
+        lines = [f"| at least {found['factor']:g} times | seconds | quality | winner less it |", "|---|--:|--:|--:|"]
+        winner = found["winner"]
+        if winner is None:
+            parts.append(f"No stack of {found['factor']:g} times was found.")
+            continue
+        lines.append(f"| winner: {_made(winner)} | |")
+        rivals = [*found["presets"], *([found["plain"]] if found["plain"] else [])]
+        for one in rivals:
+            name = f"plain, {one['steps']} steps" if "steps" in one else None
+            lines.append(f"| {_made(one['made'], name)} | {interval(one['difference'], 3)} |")
+        parts.append("\n".join(lines))
+    return [*parts, machine(data)]
+
+
+def _made(made: Mapping[str, Any], name: str | None = None) -> str:
+    qualities = made["qualities"]
+    return f"{name or made['stack']} | {made['seconds']:.2f} | {sum(qualities) / len(qualities):.3f}"
+
+
 SECTIONS = (
     ("flops", flops),
     ("flops-sd3-medium", flops),
@@ -311,6 +357,9 @@ SECTIONS = (
     ("efficiency", efficiency),
     ("engines", engines),
     ("composition", composition),
+    ("prediction", prediction),
+    ("tuning-mini", tuning),
+    ("tuning-mini-sd3", tuning),
 )
 
 

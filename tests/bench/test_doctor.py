@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 import tiny
 from fastdit.bench import doctor
 from fastdit.cli import app
+from fastdit.measure.environment import Environment
 
 
 def test_every_accelerator_says_whether_it_can_act_on_a_pipeline() -> None:
@@ -30,3 +31,12 @@ def test_the_environment_is_told_and_a_package_that_is_too_old_comes_with_its_re
 def test_the_command_says_it_of_the_embedded_pipeline() -> None:
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 0 and "ok  machine: " in done.output and "TeaCache" in done.output
+
+
+def test_threads_that_sleep_between_operations_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert "threads" not in {finding.what for finding in doctor.environment()}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    (told,) = [finding for finding in doctor.environment() if finding.what == "threads"]
+    assert not told.works and told.remedy.startswith("unset it")
+    assert "OMP_WAIT_POLICY=passive" in str(Environment.capture())

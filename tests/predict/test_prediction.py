@@ -17,7 +17,7 @@ from fastdit.bench.cost import CostMeter, LiveBytes, probed
 from fastdit.bench.grammar import parse_stack
 from fastdit.cli import app
 from fastdit.predict import roofline
-from fastdit.predict.cost import CostModel, Steadiness, keep_model, kept_model, place_of
+from fastdit.predict.cost import CostModel, Probe, Steadiness, keep_model, kept_model, place_of
 from fastdit.predict.curve import Curve
 from fastdit.predict.estimate import predict
 
@@ -92,6 +92,29 @@ def test_a_stack_that_was_run_small_has_a_narrow_range(measured: Any) -> None:
     wide, narrow = (predict(one, pipeline, plan) for one in (model, known))
     assert narrow.flops.high - narrow.flops.low < wide.flops.high - wide.flops.low
     assert not narrow.notes and CostModel.from_json(json.loads(json.dumps(known.to_json()))) == known
+
+
+def test_a_probe_runs_at_half_the_size_and_at_the_whole(measured: Any) -> None:
+    _, _, meter, model = measured
+    ((small, large),) = probed(meter, model, parse_stack("Interval 2"), STEPS).probes.values()
+    assert (small.tokens, large.tokens) == (meter.tokens(meter.sizes[1]), meter.tokens(meter.sizes[-1]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [(64, 0.8), (256, 0.4), (128, 0.6), (512, 0.2), (4096, 0.2), (32, 1.0), (1, 1.0)]
+)
+def test_what_a_stack_does_between_and_beyond_its_probes_is_linear_in_the_logarithm_as_far_as_a_factor_of_two(
+    tokens: int, share: float
+) -> None:
+    probes = [Probe(64, (1.0, 0.8), (1.0, 1.0), 0.9, 1.0, 1.2), Probe(256, (1.0, 0.4), (1.0, 1.0), 1.0, 1.1, 1.0)]
+    found = Probe.at(probes, tokens)
+    assert found.shares == pytest.approx((1.0, share)) and found.outer == (1.0, 1.0)
+    assert (found.low, found.high) == (0.9, 1.1)
+
+
+def test_one_probe_serves_every_size() -> None:
+    only = Probe(64, (1.0, 0.8), (1.0, 1.0), 0.9, 1.0, 1.2)
+    assert Probe.at([only], 1000) == replace(only, tokens=1000)
 
 
 def test_seconds_grow_with_images_and_memory_holds_the_weights(measured: Any) -> None:
@@ -225,7 +248,7 @@ def test_costs_of_a_busy_machine_are_kept_as_noisy_and_every_prediction_says_by_
     path = keep_model(pipeline, by_clock(measured, 3.0))
     assert json.loads(path.read_text())["steadiness"]["noisy"] is True
     said = accelerate(pipeline, parse_stack("")).fastdit.explain(96, 96, STEPS)
-    assert "these costs are noisy: of 14 timings of 1 x" in said
+    assert "these costs are noisy: of 4 timings of 1 x" in said
     assert "the last half 200% above the first" in said and "fastdit plan PIPE --measure" in said
 
 

@@ -1,8 +1,9 @@
 """Measuring the costs of a pipeline on this machine, in short runs of a few sizes, for `fastdit.predict`.
 
 A run of few steps at each size, one of two images, a decoding and an encoding; all in rounds, so that whatever slows
-the machine down for a while slows all of it. Costs are medians over the rounds. How far timings of the same work were
-apart is kept beside them, so that costs of a busy machine are known as such.
+the machine down for a while slows all of it. Costs are lower quartiles over the rounds, which others' work reaches less
+than a median. How far timings of the same work were apart is kept beside them, so that costs of a busy machine are
+known as such.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import quantiles
 from typing import Any, ClassVar
 
 import torch
@@ -157,6 +158,15 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return int(live.most)
 
 
+def undisturbed(seconds: Sequence[float]) -> float:
+    """Give the lower quartile of timings of the same work: what it takes while nothing else runs, or little.
+
+    >>> undisturbed([1.0, 1.1, 1.2, 5.0])
+    1.075
+    """
+    return seconds[0] if len(seconds) == 1 else quantiles(seconds, n=4, method="inclusive")[0]
+
+
 class CostMeter:
     """Takes a pipeline's costs. `call` holds what its calls need besides size and steps: prompts, or embeddings.
 
@@ -240,30 +250,34 @@ class CostMeter:
 
     def _clocked(
         self, clock: BlockClock, twin: Any, size: Sequence[int], steps: int, images: int, found: Any
-    ) -> tuple[float, RunRecord, list[float], Any]:
-        """Run, note every block's seconds in `found`, and give the run's seconds, its record, each forward's rest."""
+    ) -> tuple[float, RunRecord, float, Any]:
+        """Run, note a block's mean seconds in `found`, and give the run's seconds, its record, a forward's mean rest.
+
+        Means over a run, since a call takes as long as the sum of its forwards, the slow ones among them.
+        """
         seen: list[tuple[str, Stopwatch]] = vars(clock)["seen"]
         seen.clear()
         seconds, output = timed(lambda _: self._run(twin, size, steps, images), 0, self.device)
         record: RunRecord = twin.fastdit.last_run
         each = len(seen) // len(record.steps)
-        place, rests = (images, self.tokens(size)), []
-        for index, forward in enumerate(record.steps):
-            own = [(name, watch.seconds) for name, watch in seen[index * each : (index + 1) * each]]
-            rests.append(forward.seconds - sum(value for _, value in own))
-            self._counts = {name: sum(one == name for one, _ in own) for name, _ in own}
-            for name, count in self._counts.items():
-                found[name, place].append(sum(value for one, value in own if one == name) / count)
-        return seconds, record, rests, output
+        place, forwards = (images, self.tokens(size)), len(record.steps)
+        self._counts = {name: sum(one == name for one, _ in seen[:each]) for name, _ in seen[:each]}
+        sums: defaultdict[str, float] = defaultdict(float)
+        for name, watch in seen:
+            sums[name] += watch.seconds
+        for name, own in sums.items():
+            found[name, place].append(own / self._counts[name] / forwards)
+        rest = (sum(one.seconds for one in record.steps) - sum(sums.values())) / forwards
+        return seconds, record, rest, output
 
     def _timed(self, size: Sequence[int], steps: int, images: int, *, keep: bool = True) -> None:
         found = self._blocks if keep else defaultdict(list)
-        seconds, record, rests, output = self._clocked(self._clock, self._twin, size, steps, images, found)
+        seconds, record, rest, output = self._clocked(self._clock, self._twin, size, steps, images, found)
         self._rows, self._forwards = record.steps[0].batch // images, sum(one.step == 0 for one in record.steps)
         if not keep:
             return
         place = images, self.tokens(size)
-        self._rest[place] += rests
+        self._rest[place].append(rest)
         if images == 1:
             self._outside[steps].append(seconds - sum(one.seconds for one in record.steps))
         if steps == STEPS[0]:
@@ -296,7 +310,7 @@ class CostMeter:
             blocks[name] = BlockCost(count, Curve.fit(points), _flops_curve(costs))
         outer = [(rows, self.tokens(size), float(found[""])) for size, found in counted.items()]
         rest = BlockCost(1, Curve.fit(_points(self._rest, rows)), _flops_curve(outer))
-        short, long = (median(self._outside[steps]) for steps in STEPS)
+        short, long = (undisturbed(self._outside[steps]) for steps in STEPS)
         step = max((long - short) / (STEPS[1] - STEPS[0]), 0.0)
         memory = [(self.tokens(size), *self._memory(size)) for size in self.sizes[1:]]
         model = CostModel(
@@ -340,10 +354,10 @@ class CostMeter:
     def _error(self, model: CostModel) -> float:
         errors = []
         for place in self._rest:
-            seen = median(self._rest[place])
+            seen = undisturbed(self._rest[place])
             said = model.rest.seconds.at(place[0] * model.rows, place[1])
             for name, one in model.blocks.items():
-                seen += one.count * median(self._blocks[name, place])
+                seen += one.count * undisturbed(self._blocks[name, place])
                 said += one.count * one.seconds.at(place[0] * model.rows, place[1])
             errors.append(abs(said / seen - 1.0))
         return sum(errors) / len(errors)
@@ -375,7 +389,7 @@ class CostMeter:
 
 
 def _points(found: Mapping[Place, Sequence[float]], rows: int) -> list[tuple[int, int, float]]:
-    return [(images * rows, tokens, max(median(own), 0.0)) for (images, tokens), own in found.items()]
+    return [(images * rows, tokens, max(undisturbed(own), 0.0)) for (images, tokens), own in found.items()]
 
 
 def _flops_curve(points: Sequence[tuple[int, int, float]]) -> Curve:
@@ -397,11 +411,18 @@ def _weights(pipeline: Any) -> int:
 def probed(
     meter: CostMeter, model: CostModel, stack: Stack, steps: int | None = None, seeds: Sequence[int] = (0, 1)
 ) -> CostModel:
-    """Run a stack, without its engine, at half the size; give the model with what it did there."""
-    height, width = meter.sizes[len(meter.sizes) // 2 - 1]
+    """Run a stack, without its engine, at half the size and at the whole; give the model with what it did there."""
     twin = accelerate(meter.pipeline, [one for one in stack if one.level is not Level.ENGINE])
-    tokens = [stage.tokens or 0 for stage in twin.fastdit.plan(height, width, steps).stages]
-    runs = [_probe_run(meter, twin, (height, width), steps, seed) for seed in seeds]
+    sizes = meter.sizes[len(meter.sizes) // 2 - 1], meter.sizes[-1]
+    found = tuple(_probe(meter, model, twin, size, steps, seeds) for size in dict.fromkeys(map(tuple, sizes)))
+    return replace(model, probes={**model.probes, probe_key(stack, len(found[0].shares)): found})
+
+
+def _probe(
+    meter: CostMeter, model: CostModel, twin: Any, size: Sequence[int], steps: int | None, seeds: Sequence[int]
+) -> Probe:
+    tokens = [stage.tokens or 0 for stage in twin.fastdit.plan(*size, steps).stages]
+    runs = [_probe_run(meter, twin, size, steps, seed) for seed in seeds]
     spent = [[_spent(model, one, tokens[one.stage]) for one in run.steps] for run in runs]
     of_step: defaultdict[int, list[Part]] = defaultdict(list)
     for run, own in zip(runs, spent, strict=True):
@@ -410,24 +431,12 @@ def probed(
     shares, outer = ([sum(part[at] for part in own) / len(own) for own in of_step.values()] for at in (0, 1))
     totals = [sum(part[0] for part in own) for own in spent]
     middle = sum(totals) / len(totals)
-    factor = 1.0 if stack.token_cache is None else _own_work(meter, model, runs, spent, tokens)
-    found = Probe(tuple(shares), tuple(outer), min(totals) / middle, max(totals) / middle, factor)
-    return replace(model, probes={**model.probes, probe_key(stack, len(of_step)): found})
-
-
-def _own_work(
-    meter: CostMeter,
-    model: CostModel,
-    runs: Sequence[RunRecord],
-    spent: Sequence[Sequence[Part]],
-    tokens: Sequence[int],
-) -> float:
-    """Give what forwards took over what is said of what they spent, against the same of plain ones just now."""
-    size = meter.sizes[len(meter.sizes) // 2 - 1]
-    plain = [_probe_run(meter, accelerate(meter.pipeline, Stack()), size, 4, seed) for seed in (0, 1)]
-    whole = [[(1.0, 1.0)] * len(run.steps) for run in plain]
-    over = [_over(model, *each) for each in ((runs, spent, tokens), (plain, whole, [meter.tokens(size)]))]
-    return over[0] / over[1]
+    factor = 1.0
+    if twin.fastdit.stack.token_cache is not None:
+        plain = [_probe_run(meter, accelerate(meter.pipeline, Stack()), size, 4, seed) for seed in seeds]
+        whole = [[(1.0, 1.0)] * len(run.steps) for run in plain]
+        factor = _over(model, runs, spent, tokens) / _over(model, plain, whole, [meter.tokens(size)])
+    return Probe(max(tokens), tuple(shares), tuple(outer), min(totals) / middle, max(totals) / middle, factor)
 
 
 def _over(model: CostModel, runs: Sequence[RunRecord], spent: Sequence[Sequence[Part]], tokens: Sequence[int]) -> float:

@@ -51,6 +51,9 @@ def environment() -> Iterator[Finding]:
 
     yield Finding("machine", True, str(Environment.capture("cuda" if torch.cuda.is_available() else "cpu")))
     yield from _requirements()
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        told = "OMP_WAIT_POLICY=PASSIVE: they sleep between operations, which small models feel"
+        yield Finding("threads", False, told, "unset it, unless several processes share these cores")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         yield Finding("GPU", True, ", ".join(names))

@@ -14,7 +14,11 @@ from fastdit import __version__
 
 @dataclass(frozen=True)
 class Environment:
-    """What a timing depends on. `accelerator` is the GPU's name, or None on a CPU."""
+    """What a timing depends on. `accelerator` is the GPU's name, or None on a CPU.
+
+    `system` names OpenMP's policy of waiting threads where one is set: threads that sleep between operations make a
+    small model on a CPU much slower.
+    """
 
     cpu: str
     threads: int
@@ -36,7 +40,7 @@ class Environment:
             cpu=_cpu_model(),
             threads=torch.get_num_threads(),
             memory_gib=_memory_gib(),
-            system=f"{platform.system()} {platform.machine()}",
+            system=_system(),
             python=platform.python_version(),
             torch=torch.__version__,
             diffusers=version("diffusers"),
@@ -50,6 +54,11 @@ class Environment:
         software = f"Python {self.python}, torch {self.torch}, diffusers {self.diffusers}, fastdit {self.fastdit}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{device}{self.cpu}, {threads}{memory}, {self.system}; {software}"
+
+
+def _system() -> str:
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    return f"{platform.system()} {platform.machine()}{'' if policy is None else f' with OMP_WAIT_POLICY={policy}'}"
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +20,7 @@ from fastdit.models.components import transformers_of
 from fastdit.predict.curve import Curve
 
 #: Raised whenever what is kept changes its meaning.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,48 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a stack did in short runs at the smallest size.
+    """What a stack did in runs of one size, of so many image tokens at its finest.
 
     `shares` is the mean share of the blocks' FLOPs that each step spent, `outer` that of what is outside the blocks;
     `low` and `high` are the least and the most that one run spent over the mean; `factor` is what the run's forwards
-    took over what the model says of them, which is the gates' and token caches' own work.
+    took over what the model says of them, which is a token cache's own work.
     """
 
+    tokens: int
     shares: tuple[float, ...]
     outer: tuple[float, ...]
     low: float
     high: float
     factor: float
+
+    @classmethod
+    def at(cls, probes: Sequence[Probe], tokens: int) -> Probe:
+        """Say what a stack does at a size between or beyond those of its probes, of which there is at least one.
+
+        Everything is linear in the logarithm of the tokens, since a larger picture changes less from step to step and
+        a cache skips more of it; beyond the probes only as far as twice, or half, of their tokens.
+        """
+        known = sorted(probes, key=lambda one: one.tokens)
+        if len(known) == 1:
+            return replace(known[0], tokens=tokens)
+        small, large = min(pairwise(known), key=lambda two: abs(log(tokens**2 / (two[0].tokens * two[1].tokens))))
+        reached = min(max(tokens, small.tokens / 2), 2 * large.tokens)
+        part = log(reached / small.tokens) / log(large.tokens / small.tokens)
+
+        def between(first: float, last: float) -> float:
+            return first + part * (last - first)
+
+        def shares(first: Sequence[float], last: Sequence[float]) -> tuple[float, ...]:
+            return tuple(min(max(between(*each), 0.0), 1.0) for each in zip(first, last, strict=True))
+
+        return cls(
+            tokens,
+            shares(small.shares, large.shares),
+            shares(small.outer, large.outer),
+            min(small.low, large.low),
+            max(small.high, large.high),
+            max(between(small.factor, large.factor), 0.0),
+        )
 
 
 #: How far repeated timings of the same work may be apart, as a part of the least, for costs to be called steady.
@@ -119,7 +151,7 @@ class CostModel:
     decode_bytes: Curve
     error: float
     engines: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
-    probes: Mapping[str, Probe] = field(default_factory=dict)
+    probes: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     steadiness: Steadiness | None = None
 
     @property
@@ -160,8 +192,10 @@ class CostModel:
                 engine: {name: Curve(**one) for name, one in own.items()} for engine, own in data["engines"].items()
             }
             values["probes"] = {
-                name: Probe(**{**one, "shares": tuple(one["shares"]), "outer": tuple(one["outer"])})
-                for name, one in data["probes"].items()
+                name: tuple(
+                    Probe(**{**one, "shares": tuple(one["shares"]), "outer": tuple(one["outer"])}) for one in each
+                )
+                for name, each in data["probes"].items()
             }
             return cls(**{**values, "sizes": tuple(data["sizes"])})
         except (KeyError, TypeError, AttributeError) as error:

@@ -112,7 +112,9 @@ def predict(model: CostModel, pipeline: Any, plan: Plan, *, batch: int = 1) -> P
     """Predict a call by a plan. Raises `ValueError` where the plan does not know its tokens."""
     stack, rows = plan.stack, model.rows * batch
     notes = [] if model.warning is None else [model.warning]
-    probe = model.probes.get(probe_key(stack, plan.steps))
+    fine = max(_tokens(stage) for stage in plan.stages)
+    probes = model.probes.get(probe_key(stack, plan.steps))
+    probe = None if probes is None else Probe.at(probes, fine)
     shares = list(shares_of(plan, next(iter(transformers_of(pipeline).values())), probe))
     blocks = {name: one.seconds for name, one in model.blocks.items()}
     if stack.engine is not None:
@@ -125,7 +127,6 @@ def predict(model: CostModel, pipeline: Any, plan: Plan, *, batch: int = 1) -> P
     if probe is None and any(share.blocks.high > share.blocks.low for share in shares):
         notes.append("the range holds every decision that its caches may take; measure the stack to narrow it")
     stages, step = [], 0
-    fine = max(_tokens(stage) for stage in plan.stages)
     for stage in plan.stages:
         own = shares[step : step + stage.steps]
         step += stage.steps
