@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,36 +38,57 @@ def test_a_planted_slowdown_of_a_twentieth_is_found() -> None:
     assert sum(differs(drawn(random, 12, 1.05), drawn(random, 12)) for _ in range(100)) >= 95
 
 
-@pytest.fixture
-def stores(tmp_path: Path) -> tuple[Store, Store]:
-    """The same experiment twice, the later one's stack 5 % slower and with more memory."""
+def measured(folder: Path, factor: Callable[[bool, str, int], float], grown: float = 1.0) -> tuple[Store, Store]:
+    """The same experiment twice, with noise of 1 % and a factor by run, row and round; the later stack may need more."""
     experiment = Experiment((Source("mini"),), {"half": parse_stack("Interval 2")}, ("an apple",))
     random = np.random.default_rng(0)
     made = []
-    for name, factor in (("before", 1.0), ("after", 1.05)):
-        store = Store(tmp_path / name)
+    for name in ("before", "after"):
+        store, later = Store(folder / name), name == "after"
         store.begin(experiment, [])
         (group,) = experiment.groups()
         for row in experiment.rows(group):
-            slow = factor if row.name == "half" else 1.0
-            for number, seconds in enumerate(drawn(random, 12, slow)):
-                store.keep(group, row, Cell(number, ["an apple"], [0], seconds, 1, int(1000 * slow), None, []), [])
+            used = int(1000 * (grown if later and row.name == "half" else 1.0))
+            for number, seconds in enumerate(drawn(random, 12)):
+                took = factor(later, row.name, number) * seconds
+                store.keep(group, row, Cell(number, ["an apple"], [0], took, 1, used, None, []), [])
         made.append(store)
     return made[0], made[1]
 
 
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[Store, Store]:
+    """The same experiment twice, the later one's stack 5 % slower and with more memory."""
+    return measured(tmp_path, lambda later, row, number: 1.05 if later and row == "half" else 1.0, grown=1.05)
+
+
 def test_a_row_that_became_slower_is_told_and_ends_the_command_with_1(stores: tuple[Store, Store]) -> None:
     before, after = stores
-    assert {change.row: change.verdict for change in changes(before, after)} == {"plain": "not shown", "half": "slower"}
-    assert {change.verdict for change in changes(after, before)} == {"not shown", "faster"}
+    assert {change.row: change.verdict for change in changes(before, after)} == {"plain": "reference", "half": "slower"}
+    assert {change.verdict for change in changes(after, before)} == {"reference", "faster"}
     done = CliRunner().invoke(app, ["compare", str(before.directory), str(after.directory)])
     assert done.exit_code == 1 and "slower" in done.output
     assert CliRunner().invoke(app, ["compare", str(after.directory), str(before.directory)]).exit_code == 0
 
 
 def test_what_is_tolerated_is_no_change_but_memory_is_looked_at_by_itself(stores: tuple[Store, Store]) -> None:
-    assert {change.verdict for change in changes(*stores, time=0.1)} == {"not shown", "more memory"}
-    assert {change.verdict for change in changes(*stores, time=0.1, memory=0.1)} == {"not shown"}
+    assert {change.verdict for change in changes(*stores, time=0.1)} == {"reference", "more memory"}
+    assert {change.verdict for change in changes(*stores, time=0.1, memory=0.1)} == {"reference", "not shown"}
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> tuple[Store, Store]:
+    """The same experiment twice, the later one on a machine that is slower by a fifth, and more and more so."""
+    return measured(tmp_path, lambda later, row, number: 1.2 + 0.01 * number if later else 1.0)
+
+
+def test_a_slower_machine_makes_no_row_slower_unless_seconds_are_asked_for(machines: tuple[Store, Store]) -> None:
+    found = {change.row: change for change in changes(*machines)}
+    assert {row: change.verdict for row, change in found.items()} == {"plain": "reference", "half": "not shown"}
+    assert found["plain"].time.estimate > 1.2 and found["half"].time.estimate == pytest.approx(1.0, abs=0.05)
+    assert {change.verdict for change in changes(*machines, absolute=True)} == {"slower"}
+    done = CliRunner().invoke(app, ["compare", *(str(store.directory) for store in machines)])
+    assert done.exit_code == 0 and "by which the others' times are measured" in done.output
 
 
 def test_two_experiments_are_refused(stores: tuple[Store, Store], tmp_path: Path) -> None:

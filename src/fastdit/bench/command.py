@@ -233,12 +233,18 @@ def compare(
     after: Annotated[Path, typer.Argument(help="The folder of a later run of the same experiment.")],
     time: Annotated[str, typer.Option(help="Changes of time up to this are tolerated.")] = "2%",
     memory: Annotated[str, typer.Option(help="Growth of memory up to this is tolerated.")] = "1%",
+    absolute: Annotated[
+        bool, typer.Option("--absolute", help="Compare seconds, for a machine that is always as fast.")
+    ] = False,
 ) -> None:
-    """Compare two runs of one experiment; ends with 1 where a row became slower or larger, for CI."""
+    """Compare two runs of one experiment; ends with 1 where a row became slower or larger, for CI.
+
+    Times are taken over the plain pipeline's of the same round, since a machine is not always as fast.
+    """
     from fastdit.bench.compare import changes, lines
     from fastdit.bench.store import Store
 
-    found = changes(Store(before), Store(after), time=_share(time), memory=_share(memory))
+    found = changes(Store(before), Store(after), time=_share(time), memory=_share(memory), absolute=absolute)
     for line in lines(found):
         typer.echo(line)
     raise typer.Exit(any(change.worse for change in found))

@@ -1,5 +1,9 @@
 """Two measurements of one experiment: which rows became faster, slower, or were not shown to be either.
 
+A machine has no speed of its own: between two runs of the same work it may change by more than what is looked for, and
+nothing in a run tells by how much. So a row's time is taken over the plain pipeline's of the same round, which had the
+same machine, and the plain pipeline's own change is told and not judged. `absolute` compares seconds as they are.
+
 Whether a row differs is decided by a permutation test, which keeps its promise at any count of rounds: where nothing
 changed, at most 5 of 100 comparisons say otherwise. How much is the ratio of medians, with a bootstrap interval. What
 differs by less than the tolerance is left alone: a process has a speed of its own by a hundredth or so.
@@ -15,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdit.bench.experiment import FEWEST_ROUNDS
-from fastdit.bench.store import BenchError, Store
+from fastdit.bench.store import BenchError, Cell, Store
 from fastdit.measure.statistics import CONFIDENCE, RESAMPLES, Interval
 
 Array = npt.NDArray[np.float64]
@@ -23,7 +27,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a row: `time` and `memory` are the later run's over the earlier one's."""
+    """What became of a row: `time` and `memory` are the later run's over the earlier one's.
+
+    `verdict` is "faster", "slower", "more memory", "not shown", "failed", "too few rounds", or "reference" for the
+    plain pipeline's row, by whose times the others are measured.
+    """
 
     group: str
     row: str
@@ -36,9 +44,12 @@ class Change:
         return self.verdict in ("slower", "more memory", "failed")
 
 
-def changes(before: Store, after: Store, *, time: float = 0.02, memory: float = 0.01) -> list[Change]:
+def changes(
+    before: Store, after: Store, *, time: float = 0.02, memory: float = 0.01, absolute: bool = False
+) -> list[Change]:
     """Compare every row that both stores have; `time` and `memory` are what is tolerated, as parts.
 
+    `absolute` compares seconds and not what they are of the plain pipeline's, for machines that are always as fast.
     Raises `BenchError` where the two are not of one experiment.
     """
     experiment = before.experiment()
@@ -46,22 +57,33 @@ def changes(before: Store, after: Store, *, time: float = 0.02, memory: float = 
         raise BenchError(f"{before.directory} and {after.directory} hold different experiments; compare runs of one")
     found = []
     for group in experiment.groups():
-        for row in experiment.rows(group):
+        plain, *_ = rows = experiment.rows(group)
+        for row in rows:
             broke = (after.prepared(group, row) or {}).get("error") is not None
             old, new = before.cells(group, row), after.cells(group, row)
-            seconds = [cell.seconds for cell in new], [cell.seconds for cell in old]
-            enough = min(len(old), len(new)) >= FEWEST_ROUNDS
-            ratio = ratio_of_separate_medians(*seconds) if enough else None
+            if absolute or row is plain:
+                times = [[cell.seconds for cell in cells] for cells in (new, old)]
+            else:
+                times = [_over(new, after.cells(group, plain)), _over(old, before.cells(group, plain))]
+            ratio = ratio_of_separate_medians(*times) if min(map(len, times)) >= FEWEST_ROUNDS else None
             peaks = [max((cell.bytes or 0 for cell in cells), default=0) for cells in (old, new)]
             grown = peaks[1] / peaks[0] if all(peaks) else None
             if ratio is None:
                 verdict = "failed" if broke and old else "too few rounds"
-            elif differs(*seconds) and _beyond(ratio, time):
+            elif (absolute or row is not plain) and differs(*times) and _beyond(ratio, time):
                 verdict = "slower" if ratio.estimate > 1 else "faster"
+            elif grown is not None and grown > 1 + memory:
+                verdict = "more memory"
             else:
-                verdict = "more memory" if grown is not None and grown > 1 + memory else "not shown"
+                verdict = "not shown" if absolute or row is not plain else "reference"
             found.append(Change(group.title, row.name, ratio, grown, verdict))
     return found
+
+
+def _over(cells: Sequence[Cell], plain: Sequence[Cell]) -> list[float]:
+    """Give each round's seconds over the plain pipeline's, where there are both."""
+    beside = {cell.number: cell.seconds for cell in plain}
+    return [cell.seconds / beside[cell.number] for cell in cells if cell.number in beside]
 
 
 def _beyond(ratio: Interval, tolerance: float) -> bool:
@@ -69,7 +91,7 @@ def _beyond(ratio: Interval, tolerance: float) -> bool:
 
 
 def differs(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> bool:
-    """Whether two samples of seconds differ in their medians, at the level of 5 %, by a permutation test."""
+    """Whether two samples of times differ in their medians, at the level of 5 %, by a permutation test."""
     pooled = np.log(np.asarray([*first, *second], dtype=np.float64))
     seen = abs(median(np.log(first)) - median(np.log(second)))
     orders = np.random.default_rng(seed).random((RESAMPLES, pooled.size)).argsort(axis=-1)
@@ -96,6 +118,11 @@ def ratio_of_separate_medians(numerator: Sequence[float], denominator: Sequence[
 def lines(found: Sequence[Change]) -> Iterator[str]:
     """Say each change in a line."""
     for change in found:
-        time = "" if change.time is None else f": {change.time:.3f} of the time before"
+        part = (
+            "" if change.time is None else f"{change.time.estimate:.3f} [{change.time.low:.3f}, {change.time.high:.3f}]"
+        )
+        time = f": {part} of the time before" if part else ""
+        if change.verdict == "reference" and part:
+            time += ", by which the others' times are measured"
         memory = "" if change.memory is None else f", {change.memory:.3f} of the memory"
         yield f"{change.verdict:14} {change.group}, {change.row}{time}{memory}"
