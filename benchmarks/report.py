@@ -344,6 +344,28 @@ def tuning(data: Mapping[str, Any]) -> list[str]:
     return [*parts, machine(data)]
 
 
+def nothing_changed(data: Mapping[str, Any]) -> list[str]:
+    own = {planted: [one for one in data["rows"] if one["planted"] is planted] for planted in (False, True)}
+    lines = ["| later runs | pairs | said of the stack | stack's time, later over earlier | plain's |"]
+    lines.append("|---|--:|---|--:|--:|")
+    for planted, name in ((False, "unchanged"), (True, f"{data['slower']:.0%} slower")):
+        said = data["slowed" if planted else "unchanged"]
+        told = ", ".join(f"{verdict} {count}" for verdict, count in said.items())
+        ranges = []
+        for row in ("stack", "plain"):
+            times = [one["time"]["estimate"] for one in own[planted] if one["row"] == row]
+            ranges.append(f"{min(times):.3f} to {max(times):.3f}")
+        lines.append(f"| {name} | {sum(said.values())} | {told} | {' | '.join(ranges)} |")
+    return [
+        "## Two runs of one experiment",
+        f"What `fastdit compare` says of pairs of real runs, {data['rounds']} rounds each in a process of its own, "
+        "one after the other: where nothing changed, and where the stack's forwards wait for a part of their time. Times "
+        "of the stack are those over the plain pipeline's of the same round; the plain pipeline's own are seconds.",
+        "\n".join(lines),
+        machine(data),
+    ]
+
+
 def _made(made: Mapping[str, Any], name: str | None = None) -> str:
     qualities = made["qualities"]
     return f"{name or made['stack']} | {made['seconds']:.2f} | {sum(qualities) / len(qualities):.3f}"
@@ -358,6 +380,7 @@ SECTIONS = (
     ("engines", engines),
     ("composition", composition),
     ("prediction", prediction),
+    ("nothing-changed", nothing_changed),
     ("tuning-mini", tuning),
     ("tuning-mini-sd3", tuning),
 )

@@ -39,7 +39,7 @@ def test_a_planted_slowdown_of_a_twentieth_is_found() -> None:
 
 
 def measured(folder: Path, factor: Callable[[bool, str, int], float], grown: float = 1.0) -> tuple[Store, Store]:
-    """The same experiment twice, with noise of 1 % and a factor by run, row and round; the later stack may need more."""
+    """The same experiment twice, with noise of 1 %, factors by run, row and round, and growth of the later memory."""
     experiment = Experiment((Source("mini"),), {"half": parse_stack("Interval 2")}, ("an apple",))
     random = np.random.default_rng(0)
     made = []
