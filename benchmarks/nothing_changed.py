@@ -82,15 +82,15 @@ def run(folder: Path, rounds: int, part: float) -> None:
 def main(
     pairs: Annotated[int, typer.Option(help="Of runs in which nothing changed.")] = 20,
     planted: Annotated[int, typer.Option(help="Pairs with the slowdown.")] = 5,
-    rounds: int = 40,
+    rounds: int = 100,
     out: Path = Path("benchmarks/results/nothing-changed.json"),
 ) -> None:
     """Run pairs, compare them, and save what was said of every row."""
     register(Waits)
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number in range(pairs + planted):
-            slower = number >= pairs
+        for number in range(planted + pairs):
+            slower = number < planted
             folders = [Path(scratch) / f"{number}-{name}" for name in ("before", "after")]
             for folder, part in zip(folders, (0.0, SLOWER if slower else 0.0), strict=True):
                 context = multiprocessing.get_context("spawn")
