@@ -360,7 +360,7 @@ def nothing_changed(data: Mapping[str, Any]) -> list[str]:
         "## Two runs of one experiment",
         f"What `fastdit compare` says of pairs of real runs, {data['rounds']} rounds each in a process of its own, "
         "one after the other: where nothing changed, and where the stack's forwards wait for a part of their time. "
-        "Times of the stack are those over the plain pipeline's of the same round; the plain pipeline's own are seconds.",
+        "Times of the stack are those over the plain pipeline's of the same round; the plain pipeline's are seconds.",
         "\n".join(lines),
         machine(data),
     ]

@@ -209,7 +209,7 @@ def _block(data: Mapping[str, Any]) -> BlockCost:
 def place_of(pipeline: Any) -> Path:
     """Give the file of a pipeline's costs on this machine: another one for every model, precision, device, version."""
     device = pipeline._execution_device
-    parts = [type(pipeline).__name__, repr(environment_of(device))]
+    parts = [f"format {FORMAT}", type(pipeline).__name__, repr(environment_of(device))]
     for name, module in sorted(transformers_of(pipeline).items()):
         parts.append(f"{name} {type(module).__name__} {module.dtype} {dict(getattr(module, 'config', {}))!r}")
     vae = getattr(pipeline, "vae", None)
