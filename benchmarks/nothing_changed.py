@@ -82,7 +82,7 @@ def run(folder: Path, rounds: int, part: float) -> None:
 def main(
     pairs: Annotated[int, typer.Option(help="Of runs in which nothing changed.")] = 20,
     planted: Annotated[int, typer.Option(help="Pairs with the slowdown.")] = 5,
-    rounds: int = 100,
+    rounds: int = 30,
     out: Path = Path("benchmarks/results/nothing-changed.json"),
 ) -> None:
     """Run pairs, compare them, and save what was said of every row."""

@@ -350,6 +350,8 @@ def nothing_changed(data: Mapping[str, Any]) -> list[str]:
     lines.append("|---|--:|---|--:|--:|")
     for planted, name in ((False, "unchanged"), (True, f"{data['slower']:.0%} slower")):
         said = data["slowed" if planted else "unchanged"]
+        if not said:
+            continue
         told = ", ".join(f"{verdict} {count}" for verdict, count in said.items())
         ranges = []
         for row in ("stack", "plain"):
@@ -357,9 +359,8 @@ def nothing_changed(data: Mapping[str, Any]) -> list[str]:
             ranges.append(f"{min(times):.3f} to {max(times):.3f}")
         lines.append(f"| {name} | {sum(said.values())} | {told} | {' | '.join(ranges)} |")
     return [
-        "## Two runs of one experiment",
-        f"What `fastdit compare` says of pairs of real runs, {data['rounds']} rounds each in a process of its own, "
-        "one after the other: where nothing changed, and where the stack's forwards wait for a part of their time. "
+        f"## Two runs of one experiment, of {data['rounds']} rounds",
+        "What `fastdit compare` says of pairs of real runs, each in a process of its own, one after the other: where nothing changed, and where the stack's forwards wait for a part of their time. "
         "Times of the stack are those over the plain pipeline's of the same round; the plain pipeline's are seconds.",
         "\n".join(lines),
         machine(data),
@@ -381,6 +382,7 @@ SECTIONS = (
     ("composition", composition),
     ("prediction", prediction),
     ("nothing-changed", nothing_changed),
+    ("slowdown", nothing_changed),
     ("tuning-mini", tuning),
     ("tuning-mini-sd3", tuning),
 )

@@ -163,7 +163,8 @@ class GroupRun:
     def _add_rivals(self) -> None:
         """Add, for every stack, the plain run of fewest steps that does not take less time, and give it its rounds.
 
-        A run's time is affine in its steps: a short one and the full one tell of all.
+        A run's time is affine in its steps: a short one and the full one tell of all. Where the run that is found takes
+        less time than its stack all the same, one of a step more is added.
         """
         full, short = self.rows[0], rival(_PROBE_STEPS)
         self._rounds([short], range(_RIVALS_AFTER))
@@ -174,8 +175,12 @@ class GroupRun:
             return
         each = (slow - quick) / (steps - _PROBE_STEPS)
         goals = [median(self.seconds(row)) for row in self.rows if not row.plain and self.error(row) is None]
-        counts = sorted({min(max(ceil(_PROBE_STEPS + (goal - quick) / each - 0.01), 1), steps) for goal in goals})
-        added = [rival(count) for count in counts if count != full.steps]
+        counts = {goal: min(max(ceil(_PROBE_STEPS + (goal - quick) / each - 0.01), 1), steps) for goal in goals}
+        added = [rival(count) for count in sorted({*counts.values()} - {full.steps})]
+        self._rounds(added, range(_RIVALS_AFTER))
+        took = {row.steps: median(self.seconds(row)) for row in (*added, full)}
+        quicker = {count + 1 for goal, count in counts.items() if took.get(count, goal) < goal} - {*counts.values()}
+        added += [rival(count) for count in sorted(quicker) if count < steps]
         self.store.keep_added(self.group, added)
         self.rows = [*self.rows, *added]
         self._rounds(added, range(_RIVALS_AFTER))

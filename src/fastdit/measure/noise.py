@@ -49,7 +49,7 @@ def remarks(results: Results) -> Iterator[str]:
         )
     if alone := [name for name in names if results[name].stack is not None and results.rival(name) is None]:
         nearest = ", ".join(f"{name} ({_nearest_plain(results, name)})" for name in alone)
-        yield f"No plain run takes as long, to a tenth, as {nearest}; so none is compared with it."
+        yield f"No plain run takes as long as {nearest}, or up to a tenth longer; so none is compared with it."
     advantages = [results.advantage(name, results.rival(name), "judge") for name in names]
     pictures = max(
         (len(one.metrics["judge"].samples) for one in results.configurations if "judge" in one.metrics), default=0
