@@ -360,8 +360,9 @@ def nothing_changed(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {name} | {sum(said.values())} | {told} | {' | '.join(ranges)} |")
     return [
         f"## Two runs of one experiment, of {data['rounds']} rounds",
-        "What `fastdit compare` says of pairs of real runs, each in a process of its own, one after the other: where nothing changed, and where the stack's forwards wait for a part of their time. "
-        "Times of the stack are those over the plain pipeline's of the same round; the plain pipeline's are seconds.",
+        "What `fastdit compare` says of pairs of real runs, each in a process of its own, one after the other: where "
+        "nothing changed, and where the stack's forwards wait for a part of their time. Times of the stack are those "
+        "over the plain pipeline's of the same round; the plain pipeline's are seconds.",
         "\n".join(lines),
         machine(data),
     ]
