@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fastdit.bench.compare import changes, differs
+from fastdit.bench.compare import changes, differs, remarks
 from fastdit.bench.experiment import Experiment, Row
 from fastdit.bench.grammar import parse_stack
 from fastdit.bench.outcome import RowOutcome
@@ -67,8 +67,9 @@ def test_a_row_that_became_slower_is_told_and_ends_the_command_with_1(stores: tu
     assert {change.row: change.verdict for change in changes(before, after)} == {"plain": "reference", "half": "slower"}
     assert {change.verdict for change in changes(after, before)} == {"reference", "faster"}
     done = CliRunner().invoke(app, ["compare", str(before.directory), str(after.directory)])
-    assert done.exit_code == 1 and "slower" in done.output
-    assert CliRunner().invoke(app, ["compare", str(after.directory), str(before.directory)]).exit_code == 0
+    assert done.exit_code == 1 and "slower" in done.output and "1 of 2 rows became worse" in done.output
+    again = CliRunner().invoke(app, ["compare", str(after.directory), str(before.directory)])
+    assert again.exit_code == 0 and "nothing was shown to be worse" in again.output
 
 
 def test_what_is_tolerated_is_no_change_but_memory_is_looked_at_by_itself(stores: tuple[Store, Store]) -> None:
@@ -85,6 +86,7 @@ def machines(tmp_path: Path) -> tuple[Store, Store]:
 def test_a_slower_machine_makes_no_row_slower_unless_seconds_are_asked_for(machines: tuple[Store, Store]) -> None:
     found = {change.row: change for change in changes(*machines)}
     assert {row: change.verdict for row, change in found.items()} == {"plain": "reference", "half": "not shown"}
+    assert "took 1.2" in next(remarks([*found.values()]))
     assert found["plain"].time.estimate > 1.2 and found["half"].time.estimate == pytest.approx(1.0, abs=0.05)
     assert {change.verdict for change in changes(*machines, absolute=True)} == {"slower"}
     done = CliRunner().invoke(app, ["compare", *(str(store.directory) for store in machines)])

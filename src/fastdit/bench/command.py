@@ -241,11 +241,11 @@ def compare(
 
     Times are taken over the plain pipeline's of the same round, since a machine is not always as fast.
     """
-    from fastdit.bench.compare import changes, lines
+    from fastdit.bench.compare import changes, lines, remarks
     from fastdit.bench.store import Store
 
     found = changes(Store(before), Store(after), time=_share(time), memory=_share(memory), absolute=absolute)
-    for line in lines(found):
+    for line in (*lines(found), *remarks(found)):
         typer.echo(line)
     raise typer.Exit(any(change.worse for change in found))
 

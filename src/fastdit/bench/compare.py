@@ -5,8 +5,9 @@ nothing in a run tells by how much. So a row's time is taken over the plain pipe
 same machine, and the plain pipeline's own change is told and not judged. `absolute` compares seconds as they are.
 
 Whether a row differs is decided by a permutation test, which keeps its promise at any count of rounds: where nothing
-changed, at most 5 of 100 comparisons say otherwise. How much is the ratio of medians, with a bootstrap interval. What
-differs by less than the tolerance is left alone: a process has a speed of its own by a hundredth or so.
+changed, at most 5 of 100 comparisons say otherwise. How much is the ratio of medians, with a bootstrap interval, which
+must not hold 1 either. What differs by less than the tolerance is left alone: a process has a speed of its own by a
+hundredth or so.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def changes(
             grown = peaks[1] / peaks[0] if all(peaks) else None
             if ratio is None:
                 verdict = "failed" if broke and old else "too few rounds"
-            elif (absolute or row is not plain) and differs(*times) and _beyond(ratio, time):
+            elif (absolute or row is not plain) and _beyond(ratio, time) and _shown(ratio) and differs(*times):
                 verdict = "slower" if ratio.estimate > 1 else "faster"
             elif grown is not None and grown > 1 + memory:
                 verdict = "more memory"
@@ -80,10 +81,30 @@ def changes(
     return found
 
 
+#: How far the plain pipeline's own time may have changed, as a part, for two runs to be of machines alike.
+ALIKE = 0.25
+
+
+def remarks(found: Sequence[Change]) -> Iterator[str]:
+    """Say what a reader must know of the machine, and in a word what came of it all."""
+    for change in found:
+        if change.verdict == "reference" and change.time is not None and _beyond(change.time, ALIKE):
+            yield (
+                f"{change.group}: the plain pipeline took {change.time.estimate:.2f} of its time before, so one of the "
+                "runs was on another machine, or on a busy one; what is said of the other rows may not hold on either"
+            )
+    worse = [change for change in found if change.worse]
+    yield f"{len(worse)} of {len(found)} rows became worse" if worse else "nothing was shown to be worse"
+
+
 def _over(cells: Sequence[Cell], plain: Sequence[Cell]) -> list[float]:
     """Give each round's seconds over the plain pipeline's, where there are both."""
     beside = {cell.number: cell.seconds for cell in plain}
     return [cell.seconds / beside[cell.number] for cell in cells if cell.number in beside]
+
+
+def _shown(ratio: Interval) -> bool:
+    return not ratio.low <= 1.0 <= ratio.high
 
 
 def _beyond(ratio: Interval, tolerance: float) -> bool:
