@@ -64,6 +64,12 @@ def test_an_engine_that_runs_eagerly_under_a_cache_is_found() -> None:
     assert told.over_product.low < 1 / 1.3 < told.over_product.high
 
 
+def test_noise_is_neither_equality_nor_dead_weight() -> None:
+    seconds = planted(product([1.5, 1.5, 1.2]), noise=0.6, rounds=4)
+    assert all(gain.unsure and not gain.dead_weight for gain in gains(NAMES, seconds))
+    assert all("not shown to gain more or less" in str(one) for one in interactions(NAMES, seconds))
+
+
 def test_every_subset_is_a_stack_and_too_many_parts_are_refused() -> None:
     stack = Stack([ProgressiveResolution("4x"), TeaCache(0.2), Compile()])
     found = subsets(stack)

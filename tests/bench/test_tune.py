@@ -59,7 +59,7 @@ def test_a_search_goes_on_and_keeps_stacks_that_can_be_loaded(workbench: Workben
         accelerate(workbench.pipeline, Stack.from_pretrained(path))
         told = json.loads((path / "tuning.json").read_text())
         assert told["quality"] == one.quality and told["prompts"] == workbench.prompts
-    with pytest.raises(InvalidConfig, match="another search"):
+    with pytest.raises(InvalidConfig, match="another search, of goal"):
         Search(workbench, Goal(seconds=1.0), tmp_path)
 
 

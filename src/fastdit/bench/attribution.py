@@ -29,6 +29,9 @@ Array = npt.NDArray[np.float64]
 #: Parts up to which every subset is run.
 MOST_PARTS = 5
 
+#: A gain or loss that is small enough to be called none, as a part.
+SLIGHT = 0.1
+
 
 @dataclass(frozen=True)
 class PartGain:
@@ -41,8 +44,13 @@ class PartGain:
 
     @property
     def dead_weight(self) -> bool:
-        """Whether the stack is shown to be no faster with the part than without it."""
-        return self.last.low <= 1.0
+        """Whether the stack is no faster with the part than without it, as far as a tenth."""
+        return self.last.low <= 1.0 and not self.unsure
+
+    @property
+    def unsure(self) -> bool:
+        """Whether times are too noisy to tell if the stack is faster with the part than without it."""
+        return self.last.low <= 1.0 and self.last.high > 1.0 + SLIGHT
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,14 @@ class Interaction:
 
     def __str__(self) -> str:
         first, second = self.names
-        told = "as much as" if self.over_product.low <= 1.0 <= self.over_product.high else (
-            "more than" if self.over_product.estimate > 1.0 else "less than"
-        )  # fmt: skip
-        return f"{first} and {second} gain {told} the product of their own: {self.over_product:.2f} of it"
+        low, high = self.over_product.low, self.over_product.high
+        if low > 1.0 or high < 1.0:
+            told = f"gain {'more' if low > 1.0 else 'less'} than the product of their own"
+        elif low >= 1.0 - SLIGHT and high <= 1.0 + SLIGHT:
+            told = "gain as much as the product of their own"
+        else:
+            told = "are not shown to gain more or less than the product of their own"
+        return f"{first} and {second} {told}: {self.over_product:.2f} of it"
 
 
 def subsets(stack: Stack) -> dict[Parts, Stack]:

@@ -168,7 +168,9 @@ def attribution(experiment: Experiment, group: Group, store: Store, name: str) -
     names = [type(part).__name__ for part in experiment.stacks[name]]
     lines = []
     for gain in gains(names, seconds):
-        worth = "; no gain is shown beside the others: dead weight" if gain.dead_weight else ""
+        worth = "; it gains nothing beside the others: dead weight" if gain.dead_weight else ""
+        if gain.unsure:
+            worth = "; whether it gains anything beside the others is too noisy to tell"
         own = f"{gain.alone:.2f} alone, {gain.last:.2f} added last, {gain.shapley:.2f} on average"
         lines.append(f"{name}: {gain.name} gains {own}{worth}")
     metric, scores = _scores_of_subsets(experiment, group, store, name)

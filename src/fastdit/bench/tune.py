@@ -287,7 +287,10 @@ class Search:
         asked = json.loads(json.dumps({**own, "goal": asdict(self.goal), "engines": self.engines}))
         kept = self.study.user_attrs.get("search", asked)
         if kept != asked:
-            raise InvalidConfig(f"{self.folder} holds another search, of {kept}; choose another folder with --out")
+            other = [
+                f"{name} {kept.get(name)!r} and not {asked[name]!r}" for name in asked if kept.get(name) != asked[name]
+            ]
+            raise InvalidConfig(f"{self.folder} holds another search, of {'; '.join(other)}; choose another with --out")
         self.study.set_user_attr("search", asked)
 
     def _begin_lost_trials_again(self) -> None:
@@ -300,7 +303,7 @@ class Search:
 
     def _costs(self) -> CostModel:
         found = kept_model(self.workbench.pipeline)
-        if found is None:
+        if found is None or found.doubt:  # what was taken on a busy machine would throw out what is in time on this one
             size = dict(zip(("height", "width"), self.workbench.size or (), strict=False))
             found = CostMeter(self.workbench.pipeline, {"prompt": self.workbench.prompts[0], **size}).rounds()
             keep_model(self.workbench.pipeline, found)

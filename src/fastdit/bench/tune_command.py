@@ -72,6 +72,9 @@ def tune(
                 typer.echo(f"beside the winner: {cliff}")
             if winner is None:
                 typer.echo(f"nothing reaches the goal ({search.counted()}); search longer, or ask for less")
+            elif not winner.stack:
+                less = "--floor" if goal.seconds is None else "--seconds"
+                typer.echo(f"the goal is reached by plain sampling, {winner.seconds:.3f} s; choose another {less}")
             stacks = {one.stack: path for one, path in zip(search.front(), saved, strict=True) if one.stack}
             if winner is not None and winner.stack:
                 best = winner.stack, stacks[winner.stack]
