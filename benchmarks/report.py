@@ -304,6 +304,22 @@ def large_evaluation(data: Mapping[str, Any]) -> list[str]:
     return [*parts, machine(data)]
 
 
+def host_time(data: Mapping[str, Any]) -> list[str]:
+    lines = ["| forward | ms | of compile_repeated_blocks |", "|---|--:|--:|"]
+    for name, milliseconds in data["milliseconds"].items():
+        ratio = data["ratios"].get(name)
+        lines.append(f"| {name} | {milliseconds:.1f} | {'' if ratio is None else interval(ratio, 3)} |")
+    blocks = sum(data["blocks"])
+    return [
+        "## The host's part of a forward",
+        f"A FLUX of {blocks} blocks so small that a forward is Python, dispatch and calls of compiled code: "
+        f"{data['width']} wide, {data['tokens']} tokens, one thread, {data['rounds']} rounds of {data['batch']} forwards "
+        f"in turns, beside diffusers' own compilation (bar {data['bar']}, for the better engine).",
+        "\n".join(lines),
+        machine(data),
+    ]
+
+
 def prediction(data: Mapping[str, Any]) -> list[str]:
     lines = ["| pipeline | rows | median error | 95th percentile | beside calls' medians |", "|---|--:|--:|--:|--:|"]
     everything = [row for one in data["pipelines"] for row in one["rows"]]
@@ -380,6 +396,7 @@ SECTIONS = (
     ("overhead-mini", overhead),
     ("efficiency", efficiency),
     ("engines", engines),
+    ("host-time", host_time),
     ("composition", composition),
     ("prediction", prediction),
     ("nothing-changed", nothing_changed),
