@@ -313,8 +313,8 @@ def host_time(data: Mapping[str, Any]) -> list[str]:
     return [
         "## The host's part of a forward",
         f"A FLUX of {blocks} blocks so small that a forward is Python, dispatch and calls of compiled code: "
-        f"{data['width']} wide, {data['tokens']} tokens, one thread, {data['rounds']} rounds of {data['batch']} forwards "
-        f"in turns, beside diffusers' own compilation (bar {data['bar']}, for the better engine).",
+        f"{data['width']} wide, {data['tokens']} tokens, one thread, {data['rounds']} rounds of {data['batch']} "
+        f"forwards in turns, beside diffusers' own compilation (bar {data['bar']}, for the better engine).",
         "\n".join(lines),
         machine(data),
     ]
