@@ -374,11 +374,14 @@ def nothing_changed(data: Mapping[str, Any]) -> list[str]:
             times = [one["time"]["estimate"] for one in own[planted] if one["row"] == row]
             ranges.append(f"{min(times):.3f} to {max(times):.3f}")
         lines.append(f"| {name} | {sum(said.values())} | {told} | {' | '.join(ranges)} |")
+    judged = [one for one in data["rows"] if one["verdict"] in ("faster", "slower")]
+    held = sum(one["time"]["low"] <= 1.0 <= one["time"]["high"] for one in judged)
+    older = f" {held} of these verdicts has an interval that holds 1, and would be `not shown` today." if held else ""
     return [
         f"## Two runs of one experiment, of {data['rounds']} rounds",
         "What `fastdit compare` says of pairs of real runs, each in a process of its own, one after the other: where "
         "nothing changed, and where the stack's forwards wait for a part of their time. Times of the stack are those "
-        "over the plain pipeline's of the same round; the plain pipeline's are seconds.",
+        "over the plain pipeline's of the same round; the plain pipeline's are seconds." + older,
         "\n".join(lines),
         machine(data),
     ]

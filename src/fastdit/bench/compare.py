@@ -25,6 +25,9 @@ from fastdit.measure.statistics import CONFIDENCE, RESAMPLES, Interval
 
 Array = npt.NDArray[np.float64]
 
+#: How far the plain pipeline's own time may have changed, as a part, for two runs to be of machines alike.
+ALIKE = 0.25
+
 
 @dataclass(frozen=True)
 class Change:
@@ -60,6 +63,7 @@ def changes(
     for group in experiment.groups():
         plain, *_ = rows = experiment.rows(group)
         for row in rows:
+            judged = absolute or row is not plain
             broke = (after.prepared(group, row) or {}).get("error") is not None
             old, new = before.cells(group, row), after.cells(group, row)
             if absolute or row is plain:
@@ -71,18 +75,14 @@ def changes(
             grown = peaks[1] / peaks[0] if all(peaks) else None
             if ratio is None:
                 verdict = "failed" if broke and old else "too few rounds"
-            elif (absolute or row is not plain) and _beyond(ratio, time) and _shown(ratio) and differs(*times):
+            elif judged and _beyond(ratio, time) and _shown(ratio) and differs(*times):
                 verdict = "slower" if ratio.estimate > 1 else "faster"
             elif grown is not None and grown > 1 + memory:
                 verdict = "more memory"
             else:
-                verdict = "not shown" if absolute or row is not plain else "reference"
+                verdict = "not shown" if judged else "reference"
             found.append(Change(group.title, row.name, ratio, grown, verdict))
     return found
-
-
-#: How far the plain pipeline's own time may have changed, as a part, for two runs to be of machines alike.
-ALIKE = 0.25
 
 
 def remarks(found: Sequence[Change]) -> Iterator[str]:
@@ -139,11 +139,8 @@ def ratio_of_separate_medians(numerator: Sequence[float], denominator: Sequence[
 def lines(found: Sequence[Change]) -> Iterator[str]:
     """Say each change in a line."""
     for change in found:
-        part = (
-            "" if change.time is None else f"{change.time.estimate:.3f} [{change.time.low:.3f}, {change.time.high:.3f}]"
-        )
-        time = f": {part} of the time before" if part else ""
-        if change.verdict == "reference" and part:
+        time = "" if change.time is None else f": {change.time:.3f} of the time before"
+        if change.verdict == "reference":
             time += ", by which the others' times are measured"
         memory = "" if change.memory is None else f", {change.memory:.3f} of the memory"
         yield f"{change.verdict:14} {change.group}, {change.row}{time}{memory}"
